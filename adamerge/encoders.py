@@ -1,0 +1,206 @@
+"""Encoders: anything called as `encoder(images [B, 3, H, W], task_ids [B]) -> features [B, D]`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adamerge.errors import AdamergeError
+from adamerge.task_vectors import TaskVectors
+
+
+@dataclass
+class Clip:
+    """An open_clip model with what is needed to use it and to write it again.
+
+    Attributes:
+        model: the CLIP; its image tower is `model.visual`, the backbone of every method.
+        config: `{"model_cfg": …, "preprocess_cfg": …}` as in an `open_clip_config.json`.
+        tokenizer: texts -> token ids `[n, context]`.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    tokenizer: Callable[..., Tensor]
+
+    @property
+    def backbone(self) -> nn.Module:
+        return cast(nn.Module, self.model.visual)
+
+    def preprocess_cfg(self) -> open_clip.transform.PreprocessCfg:
+        """The open_clip preprocessing of this model's images."""
+        return open_clip.transform.PreprocessCfg(**self.config["preprocess_cfg"])
+
+
+def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
+    """The open_clip model of an architecture, on the CPU in float32, in evaluation mode.
+
+    Args:
+        architecture: a built-in name (`ViT-B-32`), a folder with `open_clip_config.json`, or the
+            path of a model config in JSON.
+        pretrained_tag: an open_clip weight tag (`openai`, `laion2b_s34b_b79k`) to load; None
+            leaves random weights, to be filled from a file.
+
+    Raises:
+        AdamergeError: unknown name or tag, or an unreadable config.
+    """
+    config = _read_config(architecture, pretrained_tag)
+    with tempfile.TemporaryDirectory() as folder:
+        # One path for built-in, folder and file alike: open_clip reads configs from a folder.
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
+        try:
+            model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
+            raise AdamergeError(
+                f"architecture {architecture!r} is not a model open_clip can build "
+                f"({error}): expected model_cfg with embed_dim, vision_cfg and text_cfg"
+            ) from error
+    if pretrained_tag is not None:
+        path = open_clip.pretrained.download_pretrained(
+            open_clip.get_pretrained_cfg(architecture, pretrained_tag)
+        )
+        open_clip.load_checkpoint(model, path, weights_only=True)
+    model.eval().requires_grad_(False)
+    size = getattr(model.visual, "image_size", None) or 224
+    config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
+    return Clip(model, config, tokenizer)
+
+
+def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any]:
+    path = Path(architecture)
+    if path.is_dir():
+        path = path / "open_clip_config.json"
+    preprocess: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            loaded = json.loads(path.read_text())
+            model_cfg = loaded.get("model_cfg", loaded)
+            preprocess = loaded.get("preprocess_cfg", {})
+            complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(model_cfg)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise AdamergeError(
+                f"{path} is not a model config ({error}): expected JSON like an "
+                "open_clip_config.json"
+            ) from error
+        if not complete:
+            raise AdamergeError(
+                f"{path} lacks embed_dim, vision_cfg or text_cfg: expected an open_clip model "
+                "config in JSON"
+            )
+    else:
+        model_cfg = open_clip.get_model_config(architecture)
+        if model_cfg is None:
+            raise AdamergeError(
+                f"architecture {architecture!r} is neither an open_clip model name nor a folder "
+                "with open_clip_config.json nor a JSON file: see open_clip.list_models()"
+            )
+        if pretrained_tag is not None:
+            tag_cfg = open_clip.get_pretrained_cfg(architecture, pretrained_tag)
+            if not tag_cfg:
+                tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+                raise AdamergeError(
+                    f"pretrained {pretrained_tag!r} is neither a file nor a weight tag of "
+                    f"{architecture}: its tags are {tags}"
+                )
+            keys = open_clip.transform.PreprocessCfg.__dataclass_fields__
+            preprocess = {key: value for key, value in tag_cfg.items() if key in keys}
+    return {"model_cfg": copy.deepcopy(model_cfg), "preprocess_cfg": dict(preprocess)}
+
+
+class Tower:
+    """An image tower without its weights: `tower(weights, images) -> features [B, D]`.
+
+    Its own parameters are empty (meta) tensors, so no second copy of the model is held, and the
+    module it was made from is never touched. A plain object, so that it is registered nowhere.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.skeleton = _skeleton(backbone)
+
+    def __call__(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        features = functional_call(self.skeleton, dict(weights), (images,), strict=False)
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise AdamergeError(
+                "the backbone does not return features [B, D] for images [B, 3, H, W]: use an "
+                "open_clip image tower with pooled output"
+            )
+        return features
+
+    def check(self, task_vectors: TaskVectors) -> None:
+        """Raises AdamergeError unless the task vectors are of exactly this tower's tensors."""
+        shapes = {name: list(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
+        given = {**task_vectors.pretrained, **task_vectors.constants}
+        for name in [*shapes, *given]:
+            found = list(given[name].shape) if name in given else "nothing"
+            wanted = shapes.get(name, "nothing")
+            if found != wanted:
+                raise AdamergeError(
+                    f"task vectors do not fit the backbone: tensor {name!r} is {found}, the "
+                    f"backbone has {wanted}; use weights of the same architecture"
+                )
+
+    def filled(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A module of this architecture that holds `weights` (not copied)."""
+        module = copy.deepcopy(self.skeleton)
+        module.load_state_dict(dict(weights), strict=True, assign=True)
+        return module.requires_grad_(False)
+
+    def apply_buffers(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Maps the few real buffers that are no weights (positional tables), e.g. to a device."""
+        for module in self.skeleton.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = fn(buffer)
+
+
+def _skeleton(backbone: nn.Module) -> nn.Module:
+    empty: dict[int, Any] = {}
+    for tensor in backbone.state_dict(keep_vars=True).values():
+        meta = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        empty[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
+    return copy.deepcopy(backbone, empty).eval().requires_grad_(False)
+
+
+class FoldedEncoder(nn.Module):
+    """A static encoder: one tower with plain weights, the same for every task.
+
+    Args:
+        tower: the architecture.
+        weights: a full state dict of it; held, not copied.
+    """
+
+    def __init__(self, tower: Tower, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.backbone = tower.filled(weights)
+
+    def forward(self, images: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """`[B, 3, H, W] -> [B, D]`; `task_ids` is accepted and ignored."""
+        return cast(Tensor, self.backbone(images))
+
+
+def merged_encoder(
+    tower: Tower, task_vectors: TaskVectors, coefficients: Tensor | float
+) -> FoldedEncoder:
+    """The static encoder of fixed coefficients: `[T]`, `[T, L]`, or one number for all.
+
+    0 is the pretrained model, 1/T weight averaging, a one-hot vector one expert, and any other
+    number task arithmetic (arXiv 2212.04089).
+    """
+    first = task_vectors.pretrained[task_vectors.names[0]]
+    if not isinstance(coefficients, Tensor):
+        coefficients = torch.full((len(task_vectors.tasks),), float(coefficients))
+    with torch.no_grad():
+        weights = task_vectors.combine(coefficients.detach().to(first))
+    return FoldedEncoder(tower, {**weights, **task_vectors.constants})

@@ -1,0 +1,10 @@
+"""The one exception type for mistakes a user can mend."""
+
+from __future__ import annotations
+
+
+class AdamergeError(ValueError):
+    """A user's mistake: its message says what is wrong, where, what was expected, and the mend.
+
+    The command line prints the message alone; from Python it is an ordinary `ValueError`.
+    """

@@ -1,0 +1,111 @@
+"""Heads: zero-shot classifiers from the text tower, one per task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import open_clip
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adamerge.encoders import Clip
+from adamerge.errors import AdamergeError
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the text tower is asked for one task: class names, and templates with a `{}`."""
+
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+class Heads(nn.Module):
+    """Classifier weights per task; `logits = normalize(features) @ weight.T`.
+
+    Args:
+        weights: task -> `[C, D]`, rows already multiplied by the logit scale.
+        classes: task -> its C class names.
+
+    They move with the module, and are not saved in checkpoints.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], classes: Mapping[str, Sequence[str]]) -> None:
+        super().__init__()
+        self.tasks = tuple(weights)
+        self.classes = {task: tuple(classes[task]) for task in self.tasks}
+        for index, task in enumerate(self.tasks):
+            if len(weights[task]) != len(self.classes[task]):
+                raise AdamergeError(
+                    f"head of task {task!r} has {len(weights[task])} rows for "
+                    f"{len(self.classes[task])} class names: expected one row per class"
+                )
+            self.register_buffer(f"weight_{index}", weights[task].detach(), persistent=False)
+
+    def weight(self, task: str) -> Tensor:
+        """The `[C, D]` weight of a task."""
+        return cast(Tensor, getattr(self, f"weight_{self.tasks.index(task)}"))
+
+    def logits(self, features: Tensor, task: str) -> Tensor:
+        """`[B, D]` features (normalised here) -> `[B, C]` logits of a task."""
+        weight = self.weight(task)
+        return nn.functional.normalize(features.to(weight.dtype), dim=-1) @ weight.T
+
+
+def zero_shot_heads(
+    clip: Clip, prompts: Mapping[str, Prompts], cache_dir: Path | None = None
+) -> Heads:
+    """Heads from class names and templates, times `logit_scale.exp()`.
+
+    Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020): the
+    templates of a class are encoded, normalised, averaged and normalised again.
+
+    Args:
+        clip: gives the text tower, the tokenizer and the logit scale.
+        prompts: class names and templates per task.
+        cache_dir: heads are kept here under a hash of the text tower, the prompts and open_clip's
+            version, and read from here when that hash is known.
+    """
+    tower = _text_hash(clip) if cache_dir is not None else ""
+    weights = {}
+    for task, prompt in prompts.items():
+        if cache_dir is None:
+            weights[task] = _encode(clip, prompt)
+            continue
+        key = hashlib.sha256(json.dumps([tower, prompt.classes, prompt.templates]).encode())
+        path = cache_dir / "heads" / f"{key.hexdigest()[:32]}.safetensors"
+        if path.is_file():
+            weights[task] = load_file(path)["weight"]
+        else:
+            weights[task] = _encode(clip, prompt)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            save_file({"weight": weights[task]}, temporary)
+            temporary.replace(path)
+    return Heads(weights, {task: prompt.classes for task, prompt in prompts.items()})
+
+
+def _encode(clip: Clip, prompt: Prompts) -> Tensor:
+    columns = open_clip.build_zero_shot_classifier(
+        clip.model, clip.tokenizer, list(prompt.classes), list(prompt.templates)
+    )
+    scale = cast(Tensor, clip.model.logit_scale).detach().exp()
+    return (columns.T * scale).contiguous()
+
+
+def _text_hash(clip: Clip) -> str:
+    digest = hashlib.sha256(open_clip.__version__.encode())
+    digest.update(json.dumps(clip.config["model_cfg"], sort_keys=True).encode())
+    for name, tensor in sorted(clip.model.state_dict().items()):
+        if not name.startswith("visual."):
+            digest.update(name.encode())
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(data.numpy())
+    return digest.hexdigest()

@@ -1,0 +1,38 @@
+"""What every method is: an encoder with learnables, and nothing else that requires a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+class MergeMethod(nn.Module):
+    """An encoder whose parameters are exactly what is learned.
+
+    A subclass gives `weights`, `encode` and `fold`. The split of the forward pass in two lets a
+    step compute once what all its images share, however many micro-batches they come in.
+    """
+
+    def weights(self) -> dict[str, Tensor]:
+        """What all images of a step share, as differentiable functions of the learnables.
+
+        By default the learnables themselves; a method that merges returns the merged weights.
+        """
+        return dict(self.named_parameters())
+
+    def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
+        """Features `[B, D]` of images `[B, 3, H, W]` given the shared `weights`."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        """`[B, 3, H, W], [B] -> [B, D]`, differentiable in the learnables."""
+        return self.encode(self.weights(), images, task_ids)
+
+    def fold(self) -> nn.Module:
+        """An encoder of plain tensors with nothing left to learn."""
+        raise NotImplementedError
+
+    def coefficient_table(self) -> tuple[list[str], Tensor] | None:
+        """Column names and the `[T, columns]` coefficients in effect, for reports; or None."""
+        return None
