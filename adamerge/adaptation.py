@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adamerge.encoders import Normalizer
 from adamerge.errors import AdamergeError
 from adamerge.heads import Heads
 from adamerge.methods.base import MergeMethod
@@ -131,7 +132,7 @@ class Adaptation(pl.LightningModule):
         method: what is learned.
         objective: the loss per task.
         heads: the zero-shot heads (the same the objective uses).
-        mean, std: per channel, of images in [0, 1]: the backbone's own normalisation.
+        normalizer: uint8 images -> what the backbone takes.
         optimizer: parameters -> optimizer.
         scheduler: optimizer -> learning-rate scheduler stepped every step, or None.
         micro_batch: images encoded at a time, see `step_loss`.
@@ -143,8 +144,7 @@ class Adaptation(pl.LightningModule):
         method: MergeMethod,
         objective: Objective,
         heads: Heads,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        normalizer: Normalizer,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         micro_batch: int | None = None,
@@ -152,21 +152,15 @@ class Adaptation(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.method, self.objective, self.heads = method, objective, heads
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.normalizer = normalizer
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.micro_batch, self.log_every = micro_batch, log_every
         self._values: Tensor | None = None
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 `[B, 3, H, W]` -> normalised floats, on the images' device."""
-        floats = images.to(self.mean.dtype).div_(255)
-        return floats.sub_(self.mean).div_(self.std)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
         tasks = self.heads.tasks
-        images = self.normalize(torch.cat([batch[task] for task in tasks]))
+        images = self.normalizer(torch.cat([batch[task] for task in tasks]))
         sizes = torch.tensor([len(batch[task]) for task in tasks])
         task_ids = torch.repeat_interleave(torch.arange(len(tasks)), sizes)
         loss, values, features = step_loss(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +39,7 @@ class Clip:
     def backbone(self) -> nn.Module:
         return cast(nn.Module, self.model.visual)
 
+    @property
     def preprocess_cfg(self) -> open_clip.transform.PreprocessCfg:
         """The open_clip preprocessing of this model's images."""
         return open_clip.transform.PreprocessCfg(**self.config["preprocess_cfg"])
@@ -59,7 +62,8 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
         # One path for built-in, folder and file alike: open_clip reads configs from a folder.
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
         try:
-            model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+            with _quiet():
+                model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
             tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
             raise AdamergeError(
@@ -75,6 +79,17 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     size = getattr(model.visual, "image_size", None) or 224
     config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
     return Clip(model, config, tokenizer)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns on the root logger of random weights; here they are filled afterwards."""
+    root, before = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
 
 
 def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any]:
@@ -116,6 +131,26 @@ def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any
             keys = open_clip.transform.PreprocessCfg.__dataclass_fields__
             preprocess = {key: value for key, value in tag_cfg.items() if key in keys}
     return {"model_cfg": copy.deepcopy(model_cfg), "preprocess_cfg": dict(preprocess)}
+
+
+class Normalizer(nn.Module):
+    """uint8 images to the backbone's normalised floats, a batch at a time, on their device.
+
+    Args:
+        mean, std: per channel, of images scaled to [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 `[B, 3, H, W]` -> float32 `[B, 3, H, W]`."""
+        return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
 
 
 class Tower:

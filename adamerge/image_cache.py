@@ -48,7 +48,7 @@ def uint8_transform(cfg: open_clip.transform.PreprocessCfg) -> Callable[[Image.I
 
     Dividing by 255 and normalising the batch on the device afterwards gives the same tensor.
     """
-    steps = open_clip.image_transform_v2(cfg, is_train=False).transforms
+    steps = open_clip.transform.image_transform_v2(cfg, is_train=False).transforms
     kept = [step for step in steps if not isinstance(step, (ToTensor, Normalize))]
     resize = Compose(kept)
 

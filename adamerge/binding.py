@@ -1,0 +1,132 @@
+"""Dotted paths in a configuration: found, checked to be what they claim, bound to arguments."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from adamerge.errors import AdamergeError
+
+Kind = Callable[[Any], bool]
+
+
+def subclass_of(base: type) -> Kind:
+    """Accepts classes derived from `base`."""
+    return lambda found: inspect.isclass(found) and issubclass(found, base)
+
+
+def function_to(result: type) -> Kind:
+    """Accepts functions whose return annotation is `result`."""
+
+    def accepts(found: Any) -> bool:
+        if not inspect.isfunction(found):
+            return False
+        return typing.get_type_hints(found).get("return") is result
+
+    return accepts
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing when no word is close."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def find(path: str, key: str, kind: Kind, expected: str) -> Any:
+    """The object at a dotted path, if it is of the expected kind.
+
+    The kind is checked before anything is called, so that a configuration cannot name an arbitrary
+    function to run.
+
+    Raises:
+        AdamergeError: nothing at the path, or something of another kind.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name) if module_name else None
+    except ImportError as error:
+        raise AdamergeError(f"{key}._target_: cannot import {path!r} ({error})") from error
+    found = getattr(module, name, None)
+    if found is None:
+        raise AdamergeError(
+            f"{key}._target_: nothing at {path!r}{nearest(name, dir(module) if module else ())}; "
+            f"expected the dotted path of {expected}"
+        )
+    if not kind(found):
+        raise AdamergeError(f"{key}._target_: {path!r} is not {expected}")
+    return found
+
+
+def problems(
+    target: Callable[..., Any], arguments: Mapping[str, Any], key: str, supplied: Iterable[str]
+) -> list[str]:
+    """What is wrong with calling `target` so: unknown, missing or mistyped arguments.
+
+    Args:
+        supplied: the names the builder gives (`backbone`, `heads`, …) where they are asked for.
+    """
+    given = set(supplied)
+    parameters = inspect.signature(target).parameters
+    named = [
+        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    settable = [name for name in named if name not in given]
+    found = [
+        f"{key}.{name} is unknown{nearest(name, settable)}"
+        for name in arguments
+        if name not in settable and not open_ended
+    ]
+    for name in settable:
+        if parameters[name].default is inspect.Parameter.empty and name not in arguments:
+            found.append(f"{key}.{name} is missing")
+    hints = _hints(target)
+    for name, value in arguments.items():
+        if name in hints and not fits(value, hints[name]):
+            found.append(f"{key}.{name} is {value!r}: expected {describe(hints[name])}")
+    return found
+
+
+def call(
+    target: Callable[..., Any], arguments: Mapping[str, Any], supplied: Mapping[str, Any]
+) -> Any:
+    """Calls `target` with its arguments and those of the supplied ones that it names."""
+    names = inspect.signature(target).parameters
+    return target(**{n: v for n, v in supplied.items() if n in names}, **arguments)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain configuration value can be of an annotated type; unknown types accept all."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    plain = {bool, int, float, str, type(None)}
+    if not set(options) <= plain or not isinstance(value, (*plain, list, dict)):
+        return True
+    if isinstance(value, bool):
+        return bool in options
+    if isinstance(value, int) and float in options:
+        return True
+    return type(value) in options
+
+
+def describe(hint: Any) -> str:
+    """A type for a message: `float or none`."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return " or ".join(
+        "none" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
+    )
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):  # an annotation that cannot be resolved says nothing
+        return {}

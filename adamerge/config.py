@@ -1,0 +1,289 @@
+"""Configuration: files and `key=value` words in, one checked plain dictionary out.
+
+The only module that knows omegaconf.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from adamerge.binding import fits, nearest
+from adamerge.errors import AdamergeError
+
+Config = dict[str, Any]
+
+GROUPS = ("suite", "method", "objective")
+_SUITE = ("architecture", "pretrained", "tasks")
+_TASK = ("expert", "data", "classes", "templates")
+# Dictionaries whose keys are arguments of something else, checked where that is known.
+_OPEN = ("trainer", "optim", "scheduler", "transform", *GROUPS)
+
+
+def config_root() -> Path:
+    """The folder of shipped configs: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def names(group: str) -> list[str]:
+    """The shipped configs of a group."""
+    return sorted(path.stem for path in (config_root() / group).glob("*.yaml"))
+
+
+def load(words: Sequence[str] = ()) -> Config:
+    """`train.yaml` ← its suite, method and objective ← the command line, checked.
+
+    Args:
+        words: `key=value`, later ones win; keys are dotted.
+
+    Returns:
+        A plain dictionary; `suite`, `method` and `objective` are dictionaries with a `name`, and
+        the suite's paths are absolute where the files exist.
+
+    Raises:
+        AdamergeError: every unknown key and every mistyped value, all in one message.
+    """
+    tree = _read(config_root() / "train.yaml")
+    defaults = _plain(tree)
+    settings = [_word(word) for word in words]
+    chosen = {key: value for key, value in settings if key in GROUPS}
+    for group in GROUPS:
+        loaded = _group(group, str(chosen.get(group, tree[group])))
+        overrides = loaded.pop("defaults", {})
+        tree[group] = loaded
+        tree.merge_with(overrides)
+    for key, value in settings:
+        if key not in GROUPS:
+            OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
+    config = _plain(tree)
+    found = [*_unknown(config, defaults), *_mistyped(config, defaults), *_suite_problems(config)]
+    if found:
+        raise AdamergeError("; ".join(found))
+    return config
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes a resolved configuration as YAML, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    OmegaConf.save(OmegaConf.create(config), temporary)
+    temporary.replace(path)
+
+
+def load_run(run: Path, words: Sequence[str] = ()) -> Config:
+    """The configuration of a run folder, with `key=value` words on top.
+
+    Raises:
+        AdamergeError: the folder holds no run, or a word names a group (a resumed run keeps its
+            suite, method and objective).
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise AdamergeError(f"{run} holds no run: expected its config.yaml; give a run folder")
+    defaults = _plain(_read(config_root() / "train.yaml"))
+    tree = _read(path)
+    for key, value in (_word(word) for word in words):
+        if key in GROUPS:
+            raise AdamergeError(
+                f"{key}={value} cannot be changed on resuming: a run keeps its suite, method and "
+                "objective; start a new one"
+            )
+        OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
+    config = _plain(tree)
+    found = [*_unknown(config, defaults), *_mistyped(config, defaults), *_suite_problems(config)]
+    if found:
+        raise AdamergeError("; ".join(found))
+    return config
+
+
+def text(config: Config) -> str:
+    """A configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(config))
+
+
+def load_group(group: str, name: str) -> Config:
+    """One suite, method or objective by name or path, as a plain dictionary."""
+    return _plain(_group(group, name))
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise AdamergeError(f"{path} is not valid YAML ({reason}): mend that line") from error
+    if not isinstance(tree, DictConfig):
+        raise AdamergeError(f"{path} is not a configuration: expected keys and values in YAML")
+    return tree
+
+
+def _plain(tree: Any) -> Config:
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise AdamergeError(f"configuration: {' '.join(str(error).split())}") from error
+    assert isinstance(plain, dict)  # `_read` and `create` give dictionaries only
+    return {str(key): value for key, value in plain.items()}
+
+
+def _group(group: str, name: str) -> DictConfig:
+    shipped = config_root() / group / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        raise AdamergeError(
+            f"{group}={name}: no such {group}{nearest(name, names(group))}; expected a file or one "
+            f"of {', '.join(names(group))}"
+        )
+    tree = _read(path)
+    plain = {"name": path.stem, **_plain(tree)}
+    if group == "suite":
+        _locate(plain, path.resolve().parent)
+    return OmegaConf.create(plain)
+
+
+def _locate(suite: Config, folder: Path) -> None:
+    """Makes a suite's paths absolute: relative to its own file, else to the working folder."""
+
+    def found(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        for base in (folder, Path.cwd()):
+            if (base / value).exists():
+                return str((base / value).resolve())
+        return value
+
+    for key in ("architecture", "pretrained"):
+        suite[key] = found(suite.get(key))
+    tasks = suite.get("tasks")
+    for task in tasks.values() if isinstance(tasks, dict) else ():
+        if isinstance(task, dict):
+            task["expert"] = found(task.get("expert"))
+            data = task.get("data")
+            if isinstance(data, dict) and "path" in data:
+                data["path"] = found(data["path"])
+            elif isinstance(data, str):
+                task["data"] = {"path": found(data)}
+
+
+def _word(word: str) -> tuple[str, Any]:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise AdamergeError(f"{word!r} is not a setting: expected key=value, like optim.lr=1e-3")
+    try:
+        parsed = OmegaConf.create({"value": OmegaConf.from_dotlist([f"value={value}"])["value"]})
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise AdamergeError(f"{word!r}: the value is not valid YAML; quote it") from error
+    return key, value if key in GROUPS else _plain(parsed)["value"]
+
+
+def _sugar(key: str, value: Any, defaults: Config) -> tuple[str, Any]:
+    """`wandb=off` means `wandb.mode=off`; YAML reads a bare `off` as false."""
+    if isinstance(defaults.get(key), dict) and "mode" in defaults[key]:
+        key = f"{key}.mode"
+    if key.endswith(".mode") and isinstance(value, bool):
+        value = "auto" if value else "off"
+    return key, value
+
+
+def _unknown(config: Config, defaults: Config) -> Iterable[str]:
+    for key, value in config.items():
+        if key not in defaults:
+            yield f"{key} is unknown{nearest(key, defaults)}"
+        elif key not in _OPEN and isinstance(defaults[key], dict) and isinstance(value, dict):
+            for inner in value:
+                if inner not in defaults[key]:
+                    yield f"{key}.{inner} is unknown{nearest(inner, defaults[key])}"
+
+
+_NULLABLE = {"micro_batch": int, "run_dir": str, "resume": str, "cache_dir": str}
+_CHOICES = {
+    "protocol": ("paper", "heldout"),
+    "on_bad_image": ("error", "skip"),
+    "mode": ("auto", "online", "offline", "off"),
+}
+_LEAST = {
+    "batch_size": 1,
+    "micro_batch": 1,
+    "num_workers": 0,
+    "log_every": 1,
+    "eval_every": 0,
+    "checkpoint_every": 1,
+    "max_steps": 1,
+}
+
+
+def _mistyped(config: Config, defaults: Config, prefix: str = "") -> Iterable[str]:
+    for key, default in defaults.items():
+        value, where = config.get(key), prefix + key
+        if key not in config:
+            yield f"{where} is missing"
+        elif key in ("optim", "scheduler", "transform", *GROUPS):
+            continue
+        elif isinstance(default, dict):
+            if isinstance(value, dict):
+                yield from _mistyped({**default, **value}, default, f"{where}.")
+            else:
+                yield f"{where} is {value!r}: expected {', '.join(f'{where}.{k}' for k in default)}"
+        elif key in _CHOICES and value not in _CHOICES[key]:
+            yield (
+                f"{where} is {value!r}: expected {' or '.join(_CHOICES[key])}"
+                f"{nearest(str(value), _CHOICES[key])}"
+            )
+        elif key == "devices":  # an int, a list of devices or "auto": lightning's to judge
+            continue
+        elif key in _NULLABLE or not fits(value, type(default)):
+            wanted = _NULLABLE.get(key, type(default))
+            if not (key in _NULLABLE and value is None) and not fits(value, wanted):
+                yield f"{where} is {value!r}: expected {wanted.__name__}"
+        if key in _LEAST and isinstance(value, int) and value < _LEAST[key]:
+            yield f"{where} is {value}: expected at least {_LEAST[key]}"
+
+
+def _suite_problems(config: Config) -> Iterable[str]:
+    suite = config["suite"]
+    yield from _keys(suite, ("name", *_SUITE), _SUITE, "suite")
+    tasks = suite.get("tasks")
+    if not isinstance(tasks, Mapping) or not tasks:
+        yield "suite.tasks is empty: expected at least one task with its expert"
+        return
+    for name, task in tasks.items():
+        where = f"suite.tasks.{name}"
+        if not isinstance(task, Mapping):
+            yield f"{where} is {task!r}: expected {', '.join(_TASK)}"
+            continue
+        yield from _keys(task, _TASK, _TASK, where)
+        for key in ("classes", "templates"):
+            value = task.get(key)
+            if key in task and not (isinstance(value, list) and value):
+                yield f"{where}.{key} is {value!r}: expected a list of texts"
+        for template in task.get("templates") or []:
+            if "{}" not in str(template):
+                yield f"{where}.templates: {template!r} has no {{}} for the class name"
+
+
+def _keys(
+    given: Mapping[str, Any], known: Sequence[str], needed: Sequence[str], where: str
+) -> Iterable[str]:
+    for key in given:
+        if key not in known:
+            yield f"{where}.{key} is unknown{nearest(key, known)}"
+    for key in needed:
+        if given.get(key) is None:
+            yield f"{where}.{key} is missing"
+
+
+def trainer_problems(config: Config, trainer: Any) -> list[str]:
+    """Unknown keys of `trainer:`, held against the Trainer's own signature."""
+    allowed = inspect.signature(trainer).parameters
+    return [
+        f"trainer.{key} is unknown{nearest(key, allowed)}"
+        for key in config["trainer"]
+        if key not in allowed
+    ]

@@ -1,0 +1,163 @@
+"""What a trained method is turned into: scores, pictures, an exported folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import WandbLogger
+
+from adamerge import build, config, evaluation, export, pictures, tracking
+from adamerge.adaptation import Adaptation
+from adamerge.build import Suite
+from adamerge.config import Config
+from adamerge.data import TaskData
+from adamerge.encoders import FoldedEncoder, Tower
+from adamerge.errors import AdamergeError
+from adamerge.evaluation import Row, Scorer
+from adamerge.resume import check_fingerprint, read_checkpoint
+
+log = logging.getLogger("adamerge")
+
+
+@dataclass
+class Job:
+    """One run's objects: settings, inputs, and the module that learns."""
+
+    settings: Config
+    suite: Suite
+    data: TaskData
+    module: Adaptation
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the run's result depends on."""
+        return build.fingerprint(self.settings, self.suite, self.data)
+
+    def scorer(self, device: torch.device) -> Scorer:
+        """Measures encoders on the suite's scored images."""
+        size = self.settings["evaluate"]["batch_size"]
+        return Scorer(self.suite.heads, build.normalizer(self.suite.clip), self.data, device, size)
+
+
+def load_job(settings: Config) -> Job:
+    """Checks a configuration, then loads everything it names."""
+    build.check(settings)
+    suite = build.load_suite(settings)
+    data = build.load_data(settings, suite.clip)
+    method = build.build_method(settings, suite)
+    return Job(settings, suite, data, build.build_adaptation(settings, suite, method))
+
+
+def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
+    """Folds, scores, draws and exports a trained job, and prints the table."""
+    method, tasks = job.module.method.eval(), job.suite.heads.tasks
+    export.write_coefficients(run_dir / "coefficients.csv", method, tasks)
+    results = _results(job, score(job, method.fold()), job.settings["method"]["name"])
+    table = evaluation.write_results(results, run_dir)
+    drawn = draw_coefficients(job, run_dir)
+    if results["rows"][0]["accuracy"]:
+        drawn["accuracy"] = run_dir / "accuracy.png"
+        pictures.save(pictures.accuracy_figure(results), drawn["accuracy"])
+    done = export_merged(job, run_dir / "merged", results, table)
+    artifact = done.folder if job.settings["wandb"]["artifact"] else None
+    tracking.log_results(wandb, results, drawn, artifact)
+    print(f"\n{table}")
+    _say_exported(done)
+
+
+def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
+    """Writes `coefficients.png`, for methods that have merging coefficients."""
+    table = job.module.method.coefficient_table()
+    if table is None:
+        return {}
+    path = run_dir / "coefficients.png"
+    figure = pictures.coefficients_figure(job.suite.heads.tasks, *table, run_dir / "metrics.csv")
+    pictures.save(figure, path)
+    return {"coefficients": path}
+
+
+def score(job: Job, encoder: torch.nn.Module) -> list[Row]:
+    """The encoder's row, after the baselines' if they are wanted."""
+    accelerator = job.settings["trainer"]["accelerator"]
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    scorer = job.scorer(torch.device("cuda" if on_gpu else "cpu"))
+    rows = []
+    if job.settings["evaluate"]["baselines"] and scorer.tasks:
+        rows = evaluation.baseline_rows(
+            scorer,
+            Tower(job.suite.clip.backbone),
+            job.suite.task_vectors,
+            job.settings["evaluate"]["oracle"],
+            lambda what: log.info("scoring: %s", what),
+        )
+    return [*rows, scorer.row(job.settings["method"]["name"], encoder)]
+
+
+def _results(job: Job, rows: Sequence[Row], method: str) -> dict[str, Any]:
+    settings = job.settings
+    suite, protocol = settings["suite"]["name"], settings["protocol"]
+    return evaluation.as_json(rows, suite, method, protocol, settings["seed"])
+
+
+def export_merged(job: Job, folder: Path, results: dict[str, Any], table: str) -> export.Exported:
+    """Writes the merged folder with its provenance; features are compared on real images."""
+    suite, settings = job.suite, job.settings
+    normalizer = build.normalizer(suite.clip)
+    images = torch.cat([normalizer(job.data.sample(task, 8)) for task in suite.heads.tasks])
+    provenance = {
+        "suite": settings["suite"]["name"],
+        "method": settings["method"]["name"],
+        "protocol": settings["protocol"],
+        "config": settings,
+        "inputs": suite.files,
+        "images": {
+            task: {"key": found.key, "count": len(found.images), "skipped": found.skipped}
+            for task, found in job.data.tasks.items()
+        },
+        "metrics": results,
+        **export.environment(),
+    }
+    method = job.module.method.float()
+    return export.export(folder, method, suite.clip, suite.heads, images, provenance, table)
+
+
+def _say_exported(done: export.Exported) -> None:
+    print(f"merged model: {done.folder}")
+    print(f"largest relative difference after reloading with open_clip: {done.difference:.1e}")
+
+
+def export_run(run_dir: Path, folder: Path | None) -> int:
+    """Exports a run's last checkpoint again (`adamerge export`)."""
+    job = load_job(config.load_run(run_dir))
+    saved = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    check_fingerprint(saved, job.fingerprint(), run_dir)
+    job.module.load_state_dict(saved["state_dict"])
+    found = run_dir / "results.json"
+    results, table = evaluation.read_results(found) if found.is_file() else ({}, "")
+    _say_exported(export_merged(job, folder or run_dir / "merged", results, table))
+    return 0
+
+
+def evaluate(target: Path, words: Sequence[str]) -> int:
+    """Scores an exported folder, or a run's, on a suite (`adamerge evaluate`)."""
+    is_run = (target / "config.yaml").is_file()
+    folder = target / "merged" if is_run else target
+    if not (folder / "open_clip_config.json").is_file():
+        raise AdamergeError(
+            f"{folder} is no exported model (no open_clip_config.json): give a finished run or a "
+            "folder that `adamerge export` wrote"
+        )
+    own_suite = any(word.startswith("suite=") for word in words)
+    settings = config.load_run(target, words) if is_run and not own_suite else config.load(words)
+    job = load_job(settings)
+    clip, _ = build.load_clip({"architecture": str(folder), "pretrained": str(folder)})
+    encoder = FoldedEncoder(Tower(clip.backbone), clip.backbone.state_dict())
+    name = target.resolve().name
+    rows = score(job, encoder)
+    rows[-1].name = name
+    print(f"\n{evaluation.as_markdown(_results(job, rows, name))}")
+    return 0

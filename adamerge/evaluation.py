@@ -1,0 +1,222 @@
+"""Accuracy per task: the only place where labels are read. Rows, tables, result files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from adamerge.data import TaskData
+from adamerge.encoders import Normalizer, Tower, merged_encoder
+from adamerge.heads import Heads
+from adamerge.task_vectors import TaskVectors
+
+ORACLE_GRID = tuple(round(0.1 * step, 1) for step in range(11))
+TITLES = {
+    "pretrained": "pretrained",
+    "expert": "experts, each on its own task",
+    "weight_average": "weight average",
+    "task_arithmetic": "task arithmetic, λ = 0.3",
+    "task_arithmetic_best": "task arithmetic, best λ (oracle: chosen by labels)",
+}
+
+
+@dataclass
+class Row:
+    """One line of the results.
+
+    Attributes:
+        name: what was scored.
+        accuracy: fraction right per labelled task, on the images that count.
+        adapted: the same on the images adapted on, where these are others (`heldout`).
+        notes: anything more, such as the oracle's coefficient.
+    """
+
+    name: str
+    accuracy: dict[str, float]
+    adapted: dict[str, float] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Scorer:
+    """Measures encoders on the scored images of every labelled task.
+
+    Attributes:
+        device: where encoders run; they are moved there and back to the CPU.
+    """
+
+    heads: Heads
+    normalizer: Normalizer
+    data: TaskData
+    device: torch.device
+    batch_size: int = 256
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that have labels."""
+        return [task for task, images in self.data.tasks.items() if images.labels is not None]
+
+    @torch.no_grad()
+    def accuracy(
+        self, encoder: nn.Module, tasks: Sequence[str] | None = None, part: str = "score"
+    ) -> dict[str, float]:
+        """Fraction of images classified right, per task (`torchmetrics`, micro average)."""
+        encoder.to(self.device)
+        heads, normalizer = self.heads.to(self.device), self.normalizer.to(self.device)
+        found = {}
+        for index, task in enumerate(self.heads.tasks):
+            if task not in (self.tasks if tasks is None else tasks):
+                continue
+            classes = len(self.heads.classes[task])
+            metric = MulticlassAccuracy(max(classes, 2), average="micro").to(self.device)
+            for images, labels in self.data.labelled(task, part, self.batch_size):
+                ids = torch.full((len(images),), index)
+                features = encoder(normalizer(images.to(self.device)), ids)
+                predicted = heads.logits(features, task).argmax(-1)
+                metric.update(predicted, labels.to(self.device))
+            found[task] = float(metric.compute())
+        return found
+
+    def row(self, name: str, encoder: nn.Module, tasks: Sequence[str] | None = None) -> Row:
+        """Scores an encoder; under `heldout` also on the half it was adapted on."""
+        row = Row(name, self.accuracy(encoder, tasks))
+        if self.data.protocol == "heldout":
+            row.adapted = self.accuracy(encoder, tasks, part="adapt")
+        encoder.to("cpu")
+        return row
+
+
+def baseline_rows(
+    scorer: Scorer,
+    tower: Tower,
+    task_vectors: TaskVectors,
+    oracle: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Rows for the pretrained model, the experts, weight averaging and task arithmetic.
+
+    Args:
+        task_vectors: untransformed.
+        oracle: add task arithmetic at the best of λ = 0, 0.1 … 1, chosen by the labels.
+        say: told what is being scored.
+    """
+    labelled = [task for task in task_vectors.tasks if task in scorer.tasks]
+
+    def static(name: str, coefficients: Tensor | float, tasks: Sequence[str] | None = None) -> Row:
+        say(TITLES.get(name, name))
+        return scorer.row(name, merged_encoder(tower, task_vectors, coefficients), tasks)
+
+    pretrained = static("pretrained", 0.0)
+    experts = Row("expert", {}, {} if pretrained.adapted is not None else None)
+    for task in labelled:
+        one_hot = torch.zeros(len(task_vectors.tasks))
+        one_hot[task_vectors.index(task)] = 1
+        own = static("expert", one_hot, [task])
+        experts.accuracy |= own.accuracy
+        if experts.adapted is not None:
+            experts.adapted |= own.adapted or {}
+    rows = [
+        pretrained,
+        experts,
+        static("weight_average", 1 / len(task_vectors.tasks)),
+        static("task_arithmetic", 0.3),
+    ]
+    if oracle and labelled:
+        known = {0.0: rows[0], 0.3: rows[3]}
+        grid = {λ: known.get(λ) or static("task_arithmetic_best", λ) for λ in ORACLE_GRID}
+        best = max(grid, key=lambda λ: average(grid[λ].accuracy) or 0.0)
+        notes = {"coefficient": best, "oracle": True}
+        found = grid[best]
+        rows.append(Row("task_arithmetic_best", found.accuracy, found.adapted, notes))
+    return rows
+
+
+def average(accuracy: Mapping[str, float]) -> float | None:
+    """Mean over tasks; None where no task has labels."""
+    return sum(accuracy.values()) / len(accuracy) if accuracy else None
+
+
+def normalized(accuracy: Mapping[str, float], experts: Mapping[str, float]) -> float | None:
+    """Mean over tasks of accuracy ÷ the expert's own accuracy; None where that is undefined."""
+    ratios = [accuracy[task] / experts[task] for task in accuracy if experts.get(task)]
+    return sum(ratios) / len(ratios) if accuracy and len(ratios) == len(accuracy) else None
+
+
+def as_json(
+    rows: Sequence[Row], suite: str, method: str, protocol: str, seed: int
+) -> dict[str, Any]:
+    """The content of `results.json`; accuracies are fractions."""
+    experts = next((row for row in rows if row.name == "expert"), Row("expert", {}))
+    lines = []
+    for row in rows:
+        line: dict[str, Any] = {
+            "name": row.name,
+            "accuracy": row.accuracy,
+            "average": average(row.accuracy),
+            "normalized": normalized(row.accuracy, experts.accuracy),
+        }
+        if row.adapted is not None:
+            line["accuracy_adapted"] = row.adapted
+            line["average_adapted"] = average(row.adapted)
+        lines.append(line | row.notes)
+    head = {"suite": suite, "method": method, "protocol": protocol, "seed": seed}
+    return {**head, "rows": lines}
+
+
+_PROTOCOL = {
+    "paper": "adapted, without labels, on the test images that are scored",
+    "heldout": "adapted, without labels, on one half of the test images; the other half is scored",
+}
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """`results.json` as a table in percent."""
+    tasks = list(results["rows"][0]["accuracy"]) if results["rows"] else []
+    if not tasks:
+        return f"Suite {results['suite']}: no task has labels, so no accuracy was measured.\n"
+    rows = results["rows"]
+    head = ["", *tasks, "average", "normalized"]
+    heldout = any("average_adapted" in row for row in rows)
+    head += ["average, adapted half"] if heldout else []
+    lines = []
+    for row in rows:
+        title = TITLES.get(row["name"], f"**{row['name']}**")
+        if "coefficient" in row:
+            title = title.replace("best λ", f"best λ = {row['coefficient']}")
+        values = [*(row["accuracy"].get(task) for task in tasks), row["average"], row["normalized"]]
+        values += [row.get("average_adapted")] if heldout else []
+        lines.append([title, *(f"{100 * v:.1f}" if v is not None else "–" for v in values)])
+    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    table = "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in [head, rule, *lines]
+    )
+    setting = _PROTOCOL.get(results["protocol"], results["protocol"])
+    return (
+        f"Suite {results['suite']}, accuracy in %; protocol {results['protocol']}: {setting}; "
+        f"seed {results['seed']}.\n\n{table}\n"
+    )
+
+
+def write_results(results: Mapping[str, Any], folder: Path) -> str:
+    """Writes `results.json` and `results.md`; returns the table."""
+    table = as_markdown(results)
+    for name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", table)):
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(content)
+        temporary.replace(folder / name)
+    return table
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], str]:
+    """A written `results.json` and its table."""
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results, as_markdown(results)

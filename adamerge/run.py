@@ -1,0 +1,146 @@
+"""The main job: configuration in, run folder with a merged checkpoint out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import WandbLogger
+
+from adamerge import config, deliver, tracking
+from adamerge.callbacks import Checkpoints, Progress, StopOnSignal, Watch
+from adamerge.config import Config
+from adamerge.deliver import Job
+from adamerge.errors import AdamergeError
+from adamerge.resume import check_fingerprint, read_checkpoint
+from adamerge.tracking import is_main_process
+
+log = logging.getLogger("adamerge")
+
+_RUN_DIR = "ADAMERGE_RUN_DIR"  # tells the processes that DDP starts where the first one writes
+
+
+def train(words: Sequence[str]) -> int:
+    """Learns a merge and leaves a run folder; returns the exit status.
+
+    0 when it is done; 128 + the signal's number when Ctrl-C or SIGTERM stopped it, with the run
+    folder ready to be resumed.
+    """
+    settings, run_dir, resumed = _open_run(words)
+    seed_everything(settings["seed"], verbose=False)
+    if not resumed:
+        _refuse_used_folder(run_dir)
+    job = deliver.load_job(settings)
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    step = 0
+    if resumed:
+        saved = read_checkpoint(checkpoint)
+        check_fingerprint(saved, job.fingerprint(), run_dir)
+        step = int(saved["global_step"])
+        job.module.load_state_dict(saved["state_dict"])
+    if is_main_process():
+        _make_folder(run_dir, settings)
+        _announce(job, run_dir)
+    wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
+    stopped_by = _fit(job, run_dir, checkpoint, step, wandb)
+    if not is_main_process():
+        return 0
+    if stopped_by is None:
+        deliver.finish(job, run_dir, wandb)
+    else:
+        log.info("stopped; go on with: python train.py resume=%s", run_dir)
+    tracking.finish(wandb)
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
+    """The configuration, the run folder, and whether it is resumed."""
+    resume = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
+    if resume and resume[-1] not in ("", "null"):
+        run_dir = Path(resume[-1])
+        rest = [word for word in words if not word.startswith("resume=")]
+        return config.load_run(run_dir, rest), run_dir, True
+    settings = config.load(words)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{settings['suite']['name']}-{settings['method']['name']}-{stamp}"
+    given = None if is_main_process() else os.environ.get(_RUN_DIR)
+    return settings, Path(given or settings["run_dir"] or Path("runs") / name), False
+
+
+def _refuse_used_folder(run_dir: Path) -> None:
+    if not is_main_process() or not run_dir.exists():
+        return
+    if not run_dir.is_dir() or any(run_dir.iterdir()):
+        raise AdamergeError(
+            f"run_dir {run_dir} already holds files: choose another, or go on with that run by "
+            f"resume={run_dir}"
+        )
+
+
+def _make_folder(run_dir: Path, settings: Config) -> None:
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    config.save(settings, run_dir / "config.yaml")
+    os.environ[_RUN_DIR] = str(run_dir)
+
+
+def _announce(job: Job, run_dir: Path) -> None:
+    vectors, settings = job.suite.task_vectors, job.settings
+    base = sum(float(t.double().square().sum()) for t in vectors.pretrained.values()) ** 0.5
+    log.info(
+        "suite %s: %d tasks, %d layers, %.2f M parameters; method %s, protocol %s",
+        settings["suite"]["name"],
+        len(vectors.tasks),
+        len(vectors.names),
+        vectors.numel() / 1e6,
+        settings["method"]["name"],
+        settings["protocol"],
+    )
+    for task, norm in zip(vectors.tasks, vectors.norms().tolist(), strict=True):
+        log.info(
+            "  %s: %d images, %d classes, task vector %.3f of the pretrained norm",
+            task,
+            len(job.data.tasks[task].images),
+            len(job.suite.heads.classes[task]),
+            norm / base,
+        )
+    log.info("run folder: %s", run_dir)
+
+
+def _fit(
+    job: Job, run_dir: Path, checkpoint: Path, step: int, wandb: WandbLogger | None
+) -> int | None:
+    """Trains from `step` on; returns the signal that stopped it, if one did."""
+    settings, every = job.settings, job.settings["log_every"]
+    stop = StopOnSignal(every)
+
+    def look(_: int) -> dict[str, float]:
+        deliver.draw_coefficients(job, run_dir)
+        found = job.scorer(job.module.device).accuracy(job.module.method.fold())
+        return {f"accuracy/{task}": value for task, value in found.items()}
+
+    trainer = Trainer(
+        **settings["trainer"],
+        logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
+        callbacks=[
+            Progress(every),
+            Watch(settings["eval_every"], look),
+            stop,
+            Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint()),
+        ],
+        log_every_n_steps=every,
+        default_root_dir=run_dir,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    if 0 <= trainer.max_steps <= step:
+        log.info("step %d of %d is reached already", step, trainer.max_steps)
+        return None
+    resume = checkpoint if step else None
+    trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
+    return stop.received

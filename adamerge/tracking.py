@@ -1,0 +1,143 @@
+"""Where a run's numbers go: a CSV file always, Weights & Biases unless it is off."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import uuid
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger("adamerge")
+
+
+def is_main_process() -> bool:
+    """Whether this process writes: true but for the further processes of DDP."""
+    return getattr(rank_zero_only, "rank", 0) in (None, 0)
+
+
+class CsvMetrics(Logger):
+    """`metrics.csv`: one line per logged step, columns added as metrics appear.
+
+    Unlike Lightning's CSV logger it goes on in the same file when a run is resumed, leaving out
+    what had been logged beyond the step resumed from.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        super().__init__()
+        self.path, self.rows = path, _read_rows(path, first_step)
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds the metrics to the step's line and rewrites the file, whole or not at all."""
+        line = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        if self.rows and self.rows[-1]["step"] == str(step):
+            self.rows[-1] |= {key: repr(value) for key, value in line.items()}
+        else:
+            self.rows.append({"step": str(step)} | {k: repr(v) for k, v in line.items()})
+        self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes the file; a run logs every few steps, so it stays small."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        temporary.replace(self.path)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """The run folder's `config.yaml` holds them."""
+
+
+def _read_rows(path: Path, first_step: int) -> list[dict[str, str]]:
+    if first_step == 0 or not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = [
+            {k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if int(row["step"]) < first_step]
+
+
+def wandb_logger(
+    settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any]
+) -> WandbLogger | None:
+    """A WandbLogger, or None when it is off; never asks anything.
+
+    `auto` is online where credentials are found and offline otherwise; `WANDB_MODE` in the
+    environment decides where it is set. A resumed run goes on under its own id.
+    """
+    mode = os.environ.get("WANDB_MODE") if settings["mode"] == "auto" else settings["mode"]
+    if mode in ("off", "disabled"):
+        return None
+    if mode is None:
+        mode = "online" if _logged_in() else "offline"
+    id_file = run_dir / "wandb_id.txt"
+    if is_main_process() and not id_file.is_file():
+        id_file.write_text(uuid.uuid4().hex[:8])
+    os.environ.setdefault("WANDB_SILENT", "true")
+    logger = WandbLogger(
+        name=run_dir.name,
+        project=settings["project"],
+        save_dir=run_dir,
+        id=id_file.read_text().strip() if id_file.is_file() else None,
+        offline=mode == "offline",
+        resume="allow",
+    )
+    logger.log_hyperparams(config)
+    return logger
+
+
+def _logged_in() -> bool:
+    try:
+        return bool(wandb.login(prompt=False))  # type: ignore[call-arg, unused-ignore]
+    except Exception as error:  # no network, no key, an old version: none of them stops a run
+        log.info("Weights & Biases: offline (%s)", " ".join(str(error).split())[:100])
+        return False
+
+
+def log_results(
+    logger: WandbLogger | None,
+    results: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    artifact: Path | None,
+) -> None:
+    """The summary table, pictures and (if given) the exported folder to Weights & Biases."""
+    if logger is None:
+        return
+    run = logger.experiment
+    tasks = list(results["rows"][0]["accuracy"]) if results["rows"] else []
+    table = wandb.Table(columns=["model", *tasks, "average", "normalized"])
+    for row in results["rows"]:
+        accuracy = [row["accuracy"].get(task) for task in tasks]
+        table.add_data(row["name"], *accuracy, row["average"], row["normalized"])
+        run.summary[f"accuracy/{row['name']}"] = row["average"]
+    run.log({"results": table} | {key: wandb.Image(str(p)) for key, p in pictures.items()})
+    if artifact is not None:
+        item = wandb.Artifact(f"{artifact.parent.name}-merged", type="model")
+        item.add_dir(str(artifact))
+        run.log_artifact(item)
+
+
+def finish(logger: WandbLogger | None) -> None:
+    """Ends the Weights & Biases run, writing what is left."""
+    if logger is not None:
+        logger.experiment.finish()
