@@ -102,10 +102,13 @@ def call(
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain configuration value can be of an annotated type; unknown types accept all."""
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    options = set(typing.get_args(hint) if _is_union(hint) else (hint,))
+    choices = [o for option in options for o in _choices(option)]
+    if choices:
+        return value in choices or (value is None and type(None) in options)
     plain = {bool, int, float, str, type(None)}
-    if not set(options) <= plain or not isinstance(value, (*plain, list, dict)):
-        return True
+    if not plain & options or type(value) not in plain:
+        return not options <= plain  # only a plain type says no to a list or a dictionary
     if isinstance(value, bool):
         return bool in options
     if isinstance(value, int) and float in options:
@@ -115,10 +118,15 @@ def fits(value: Any, hint: Any) -> bool:
 
 def describe(hint: Any) -> str:
     """A type for a message: `float or none`."""
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    return " or ".join(
-        "none" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
-    )
+    words: list[str] = []
+    for option in typing.get_args(hint) if _is_union(hint) else (hint,):
+        name = "none" if option is type(None) else getattr(option, "__name__", str(option))
+        words += [repr(value) for value in _choices(option)] or [name]
+    return " or ".join(words)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 def _is_union(hint: Any) -> bool:

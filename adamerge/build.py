@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -15,9 +16,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from adamerge.adaptation import Adaptation
-from adamerge.binding import call, find, function_to, problems, subclass_of
+from adamerge.binding import call, find, function_to, nearest, problems, subclass_of
 from adamerge.checkpoints import load_pretrained, read, resolve, sha256, tower_state
-from adamerge.config import Config, trainer_problems
+from adamerge.config import Config
+from adamerge.config import problems as problems_of_config
 from adamerge.data import TaskData
 from adamerge.encoders import Clip, Normalizer, build_clip
 from adamerge.errors import AdamergeError
@@ -62,13 +64,19 @@ class Suite:
 
 
 def check(config: Config) -> None:
-    """Binds every dotted path to its arguments before anything is loaded.
+    """Checks all of a configuration before anything is loaded.
 
     Raises:
-        AdamergeError: all problems of method, objective, transforms, optimizer, scheduler and
-            trainer in one message.
+        AdamergeError: all problems in one message: unknown keys, mistyped values, dotted paths
+            that lead nowhere or do not fit their arguments.
     """
-    found = trainer_problems(config, Trainer)
+    found = problems_of_config(config)
+    allowed = inspect.signature(Trainer).parameters
+    found += [
+        f"trainer.{key} is unknown{nearest(key, allowed)}"
+        for key in config["trainer"]
+        if key not in allowed
+    ]
     for key, part in _targets(config):
         try:
             target, arguments = _target(key, part)

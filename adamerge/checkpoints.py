@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,9 +103,11 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
         start = file.read(64)
     try:
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK")
-        )
+        with warnings.catch_warnings():  # of an odd pickle protocol: read or refused, either is said
+            warnings.simplefilter("ignore")
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK")
+            )
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as e:
         reason = str(e).split("\n")[0][:120]
         raise AdamergeError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -74,12 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdamergeError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
-            raise
         where = error.filename or "a file of the run or the cache"
         print(
-            f"error: cannot write {where} ({error.strerror}): free space or choose another place "
-            "with run_dir= or cache_dir=",
+            f"error: cannot use {where} ({error.strerror or error}): free space, or choose another "
+            "place with run_dir= or cache_dir=",
             file=sys.stderr,
         )
     except KeyboardInterrupt:
@@ -106,9 +103,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def _show(what: str, settings: Sequence[str]) -> int:
     from adamerge import config
+    from adamerge.errors import AdamergeError
 
     if what == "config":
-        print(config.text(config.load(settings)))
+        loaded = config.load(settings)
+        found = config.problems(loaded)
+        if found:
+            raise AdamergeError("; ".join(found))
+        print(config.text(loaded))
         return 0
     for group in config.GROUPS:
         if what in ("all", f"{group}s"):

@@ -5,7 +5,6 @@ The only module that knows omegaconf.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from adamerge.binding import fits, nearest
 from adamerge.errors import AdamergeError
+from adamerge.files import replacing
 
 Config = dict[str, Any]
 
@@ -39,7 +39,7 @@ def names(group: str) -> list[str]:
 
 
 def load(words: Sequence[str] = ()) -> Config:
-    """`train.yaml` ← its suite, method and objective ← the command line, checked.
+    """`train.yaml` ← its suite, method and objective ← the command line; not checked yet.
 
     Args:
         words: `key=value`, later ones win; keys are dotted.
@@ -49,7 +49,7 @@ def load(words: Sequence[str] = ()) -> Config:
         the suite's paths are absolute where the files exist.
 
     Raises:
-        AdamergeError: every unknown key and every mistyped value, all in one message.
+        AdamergeError: a file that is missing or no YAML, or a word that is no `key=value`.
     """
     tree = _read(config_root() / "train.yaml")
     defaults = _plain(tree)
@@ -63,18 +63,19 @@ def load(words: Sequence[str] = ()) -> Config:
     for key, value in settings:
         if key not in GROUPS:
             OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
-    config = _plain(tree)
-    found = [*_unknown(config, defaults), *_mistyped(config, defaults), *_suite_problems(config)]
-    if found:
-        raise AdamergeError("; ".join(found))
-    return config
+    return _plain(tree)
+
+
+def problems(config: Config) -> list[str]:
+    """Unknown keys, mistyped values and an incomplete suite; arguments of dotted paths aside."""
+    defaults = _plain(_read(config_root() / "train.yaml"))
+    return [*_unknown(config, defaults), *_mistyped(config, defaults), *_suite_problems(config)]
 
 
 def save(config: Config, path: Path) -> None:
     """Writes a resolved configuration as YAML, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    OmegaConf.save(OmegaConf.create(config), temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        OmegaConf.save(OmegaConf.create(config), temporary)
 
 
 def load_run(run: Path, words: Sequence[str] = ()) -> Config:
@@ -96,21 +97,12 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
                 "objective; start a new one"
             )
         OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
-    config = _plain(tree)
-    found = [*_unknown(config, defaults), *_mistyped(config, defaults), *_suite_problems(config)]
-    if found:
-        raise AdamergeError("; ".join(found))
-    return config
+    return _plain(tree)
 
 
 def text(config: Config) -> str:
     """A configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(config))
-
-
-def load_group(group: str, name: str) -> Config:
-    """One suite, method or objective by name or path, as a plain dictionary."""
-    return _plain(_group(group, name))
 
 
 def _read(path: Path) -> DictConfig:
@@ -277,13 +269,3 @@ def _keys(
     for key in needed:
         if given.get(key) is None:
             yield f"{where}.{key} is missing"
-
-
-def trainer_problems(config: Config, trainer: Any) -> list[str]:
-    """Unknown keys of `trainer:`, held against the Trainer's own signature."""
-    allowed = inspect.signature(trainer).parameters
-    return [
-        f"trainer.{key} is unknown{nearest(key, allowed)}"
-        for key in config["trainer"]
-        if key not in allowed
-    ]

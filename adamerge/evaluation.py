@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from adamerge.data import TaskData
 from adamerge.encoders import Normalizer, Tower, merged_encoder
+from adamerge.files import replacing
 from adamerge.heads import Heads
 from adamerge.task_vectors import TaskVectors
 
@@ -75,7 +76,9 @@ class Scorer:
             if task not in (self.tasks if tasks is None else tasks):
                 continue
             classes = len(self.heads.classes[task])
-            metric = MulticlassAccuracy(max(classes, 2), average="micro").to(self.device)
+            metric = MulticlassAccuracy(max(classes, 2), average="micro", sync_on_compute=False).to(
+                self.device
+            )
             for images, labels in self.data.labelled(task, part, self.batch_size):
                 ids = torch.full((len(images),), index)
                 features = encoder(normalizer(images.to(self.device)), ids)
@@ -210,9 +213,8 @@ def write_results(results: Mapping[str, Any], folder: Path) -> str:
     """Writes `results.json` and `results.md`; returns the table."""
     table = as_markdown(results)
     for name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", table)):
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(content)
-        temporary.replace(folder / name)
+        with replacing(folder / name) as temporary:
+            temporary.write_text(content)
     return table
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from adamerge.encoders import Clip, FoldedEncoder
 from adamerge.errors import AdamergeError
+from adamerge.files import replacing
 from adamerge.heads import Heads
 from adamerge.methods.base import MergeMethod
 
@@ -70,11 +71,9 @@ def export(
     try:
         _write_model(temporary, method.fold(), clip)
         difference = verify(temporary, method, clip, images)
-        save_file(
-            {task: heads.weight(task).cpu().contiguous() for task in heads.tasks},
-            temporary / "heads.safetensors",
-            metadata={"classes": json.dumps(heads.classes)},
-        )
+        with replacing(temporary / "heads.safetensors") as path:
+            weights = {task: heads.weight(task).cpu().contiguous() for task in heads.tasks}
+            save_file(weights, path, metadata={"classes": json.dumps(heads.classes)})
         write_coefficients(temporary / "coefficients.csv", method, heads.tasks)
         record = {**provenance, "largest_relative_difference": difference}
         (temporary / "merge.json").write_text(json.dumps(record, indent=2))
@@ -96,7 +95,8 @@ def _write_model(folder: Path, encoder: nn.Module, clip: Clip) -> None:
     }
     state |= {f"visual.{name}": tensor for name, tensor in encoder.backbone.state_dict().items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(plain, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    with replacing(folder / "open_clip_model.safetensors") as path:
+        save_file(plain, path, metadata={"format": "pt"})
     (folder / "open_clip_config.json").write_text(json.dumps(clip.config, indent=2))
 
 
@@ -140,13 +140,11 @@ def write_coefficients(path: Path, method: MergeMethod, tasks: tuple[str, ...]) 
     table = method.coefficient_table()
     if table is None:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "layer", "coefficient"])
         for task, values in zip(tasks, table[1].tolist(), strict=True):
             writer.writerows([task, layer, v] for layer, v in zip(table[0], values, strict=True))
-    temporary.replace(path)
 
 
 def environment() -> dict[str, Any]:

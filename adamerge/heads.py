@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
+from adamerge.files import replacing
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ def zero_shot_heads(
         else:
             weights[task] = _encode(clip, prompt)
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            save_file({"weight": weights[task]}, temporary)
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                save_file({"weight": weights[task]}, temporary)
     return Heads(weights, {task: prompt.classes for task, prompt in prompts.items()})
 
 

@@ -113,7 +113,7 @@ class TaskVectors:
             layer name -> tensor, in the dtype of the task vectors (autocast does not apply).
         """
         expected = (len(self.tasks), len(self.names))
-        if coefficients.ndim == 1:
+        if coefficients.shape == expected[:1]:
             coefficients = coefficients[:, None].expand(-1, expected[1])
         if coefficients.shape != expected:
             raise AdamergeError(
@@ -151,7 +151,7 @@ class TaskVectors:
     def norms(self) -> Tensor:
         """Euclidean norm of each task vector over all layers, `[T]`, float64."""
         squares = [
-            torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64) ** 2
+            torch.linalg.vector_norm(_rows(delta), dim=1, dtype=torch.float64) ** 2
             for delta in self.deltas.values()
         ]
         return torch.stack(squares).sum(0).sqrt()
@@ -210,6 +210,11 @@ def _check_finite(tensor: Tensor, key: str, name: str, where: _Where) -> None:
         )
 
 
+def _rows(delta: Tensor) -> Tensor:
+    """`[T, *shape] -> [T, n]`, also for scalars."""
+    return delta.view(len(delta), -1)
+
+
 class _Merge(torch.autograd.Function):
     """`[T, L]` coefficients -> L merged tensors; the backward contracts dL/dW with τ once.
 
@@ -225,7 +230,7 @@ class _Merge(torch.autograd.Function):
         with torch.autocast(coefficients.device.type, enabled=False):
             for name, column in zip(vectors.names, coefficients.unbind(1), strict=True):
                 base, delta = vectors.pretrained[name], vectors.deltas[name]
-                flat = torch.addmv(base.flatten(), delta.flatten(1).T, column.to(delta.dtype))
+                flat = torch.addmv(base.flatten(), _rows(delta).T, column.to(delta.dtype))
                 merged.append(flat.view(base.shape))
         return tuple(merged)
 
@@ -241,5 +246,5 @@ class _Merge(torch.autograd.Function):
                 if grad is None:  # the layer had no part in the loss
                     columns.append(delta.new_zeros(len(delta)))
                 else:
-                    columns.append(torch.mv(delta.flatten(1), grad.to(delta.dtype).flatten()))
+                    columns.append(torch.mv(_rows(delta), grad.to(delta.dtype).flatten()))
         return torch.stack(columns, dim=1).to(ctx.dtype), None

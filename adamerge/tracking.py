@@ -15,6 +15,8 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from adamerge.files import replacing
+
 log = logging.getLogger("adamerge")
 
 
@@ -56,12 +58,10 @@ class CsvMetrics(Logger):
     def save(self) -> None:
         """Writes the file; a run logs every few steps, so it stays small."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", newline="") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        temporary.replace(self.path)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """The run folder's `config.yaml` holds them."""

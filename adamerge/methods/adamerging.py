@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class AdaMerging(MergeMethod):
         self,
         backbone: nn.Module,
         task_vectors: TaskVectors,
-        granularity: str = "layer",
+        granularity: Literal["task", "layer", "block"] = "layer",
         init: float = 0.3,
         clamp: bool = False,
     ) -> None:

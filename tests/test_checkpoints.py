@@ -1,0 +1,148 @@
+"""Checkpoints: what is read, what is refused, and that nothing in a file is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from adamerge import AdamergeError
+from adamerge.checkpoints import load_pretrained, read, tower_state
+from adamerge.encoders import build_clip
+from tests import golden_data as golden
+
+STATE = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(4)}
+
+
+def save_legacy(state: object, path: Path) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("plain.safetensors", save_file),
+        ("plain.pt", torch.save),
+        ("legacy.pt", save_legacy),
+        ("lightning.ckpt", lambda state, path: torch.save({"state_dict": state}, path)),
+        ("ddp.bin", lambda s, p: torch.save({f"module.{k}": v for k, v in s.items()}, p)),
+    ],
+)
+def test_reads(tmp_path: Path, name: str, write: Callable[..., None]) -> None:
+    write(STATE, tmp_path / name)
+    found = read(tmp_path / name)
+    assert set(found) == set(STATE)
+    assert all(torch.equal(found[key], tensor) for key, tensor in STATE.items())
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {os.environ['ADAMERGE_TEST_MARK']}",)
+
+
+def test_never_executes_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "executed"
+    monkeypatch.setenv("ADAMERGE_TEST_MARK", str(mark))
+    torch.save({"a": Evil()}, tmp_path / "zip.pt")
+    save_legacy({"a": Evil()}, tmp_path / "legacy.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("zip.pt", "legacy.pt", "bare.pt"):
+        with pytest.raises(AdamergeError, match=f"{name} cannot be read as a state dict"):
+            read(tmp_path / name)
+    assert not mark.exists()
+
+
+def truncated(path: Path) -> None:
+    save_file(STATE, path)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def truncated_zip(path: Path) -> None:
+    torch.save(STATE, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("a.safetensors", truncated, "not a readable safetensors file.*truncated"),
+        ("a.safetensors", lambda p: p.write_bytes(b""), "not a readable safetensors file"),
+        ("a.safetensors", lambda p: p.write_text("<html>"), "not a readable safetensors file"),
+        ("a.pt", truncated_zip, "cannot be read as a state dict"),
+        ("a.pt", lambda p: p.write_bytes(b""), "cannot be read as a state dict"),
+        ("a.pt", lambda p: p.write_text("<html>404"), "cannot be read as a state dict"),
+        ("a.pt", lambda p: torch.save([1, 2], p), "holds a list: expected a state dict"),
+        ("a.pt", lambda p: torch.save({}, p), "holds no tensors by name"),
+        ("a.pt", lambda p: None, "does not exist"),
+    ],
+)
+def test_spoilt_files_are_named(
+    tmp_path: Path, name: str, spoil: Callable[[Path], None], message: str
+) -> None:
+    spoil(tmp_path / name)
+    with pytest.raises(AdamergeError, match=rf"{name}.*{message}"):
+        read(tmp_path / name)
+
+
+def test_folders(tmp_path: Path) -> None:
+    with pytest.raises(AdamergeError, match="holds no weights: expected open_clip_model"):
+        read(tmp_path)
+    save_file(STATE, tmp_path / "open_clip_model.safetensors")
+    assert set(read(tmp_path)) == set(STATE)
+
+
+def test_tower_of_a_full_clip_in_the_order_of_its_layers() -> None:
+    clip = golden.clip()
+    full = dict(sorted(clip.model.state_dict().items()))
+    assert list(tower_state(full, clip.backbone)) == list(clip.backbone.state_dict())
+    alone = dict(sorted(clip.backbone.state_dict().items()))
+    assert list(tower_state(alone, clip.backbone)) == list(clip.backbone.state_dict())
+
+
+def test_pretrained_that_does_not_fit(tmp_path: Path) -> None:
+    clip = build_clip(str(golden.FOLDER / "model.json"))
+    state = {name: tensor.contiguous() for name, tensor in clip.model.state_dict().items()}
+
+    def refuse(change: dict[str, torch.Tensor | None], message: str) -> None:
+        changed = {name: t for name, t in {**state, **change}.items() if t is not None}
+        save_file(changed, tmp_path / "p.safetensors")
+        with pytest.raises(AdamergeError, match=message):
+            load_pretrained(clip, tmp_path / "p.safetensors")
+
+    refuse({"visual.proj": None}, r"lacks tensor 'visual\.proj' \(1 such\)")
+    refuse({"odd": torch.ones(1)}, r"has the unknown tensor 'odd'")
+    refuse({"visual.proj": torch.ones(2, 2)}, r"'visual\.proj' of shape \[2, 2\].*\[32, 16\]")
+    save_file({k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")},
+              tmp_path / "tower.safetensors")  # fmt: skip
+    with pytest.raises(AdamergeError, match="expected a whole CLIP"):
+        load_pretrained(clip, tmp_path / "tower.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "message"),
+    [
+        ("ViT-B-33", None, "'ViT-B-33' is neither an open_clip model name nor a folder"),
+        ("ViT-B-32", "opnai", r"'opnai' is neither a file nor a weight tag of ViT-B-32: .*openai"),
+    ],
+)
+def test_unknown_architecture_or_tag(architecture: str, tag: str | None, message: str) -> None:
+    with pytest.raises(AdamergeError, match=message):
+        build_clip(architecture, tag)
+
+
+def test_broken_model_configs(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    for text, message in (
+        ("{", "is not a model config"),
+        ("[1]", "is not a model config"),
+        ('{"embed_dim": 3}', "lacks embed_dim, vision_cfg or text_cfg"),
+        ('{"embed_dim": 3, "vision_cfg": {"widht": 2}, "text_cfg": {}}', "not a model open_clip"),
+    ):
+        path.write_text(text)
+        with pytest.raises(AdamergeError, match=message):
+            build_clip(str(path))

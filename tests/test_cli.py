@@ -1,0 +1,50 @@
+"""The command line: help without torch, lists, one sentence for a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from adamerge.cli import main
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "export", "show"])
+def test_help_does_not_import_torch(command: str) -> None:
+    code = (
+        "import sys; from adamerge.cli import parser\n"
+        f"try: parser().parse_args([*{command.split()!r}, '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules and 'omegaconf' not in sys.modules"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "usage: adamerge" in answer.stdout
+
+
+def test_show_lists_and_resolves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("demo", "layer_wise_pp", "task_wise", "infomax"):
+        assert name in listed
+    assert main(["show", "methods"]) == 0
+    assert "infomax" not in capsys.readouterr().out
+    assert main(["show", "config", "method=task_wise", "optim.lr=0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "granularity: task" in shown and "lr: 0.5" in shown
+
+
+def test_a_mistake_is_one_sentence_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "config", "optm.lr=0.5"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: optm is unknown (did you mean 'optim'?)\n"
+
+
+def test_public_names_load_lazily() -> None:
+    import adamerge
+
+    for name in adamerge.__all__:
+        assert getattr(adamerge, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = adamerge.nonsense

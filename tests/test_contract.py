@@ -1,0 +1,194 @@
+"""What holds for every method: one table, one row per method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import adamerge
+from adamerge.adaptation import step_loss
+from adamerge.methods import AdaMerging, MergeMethod
+from adamerge.transforms import ties
+from tests import golden_data as golden
+
+Make = Callable[[nn.Module, adamerge.TaskVectors], MergeMethod]
+METHODS: dict[str, Make] = {
+    "layer_wise": lambda b, tv: AdaMerging(b, tv, granularity="layer"),
+    "task_wise": lambda b, tv: AdaMerging(b, tv, granularity="task"),
+    "block_wise": lambda b, tv: AdaMerging(b, tv, granularity="block"),
+    "layer_wise_clamped": lambda b, tv: AdaMerging(b, tv, granularity="layer", clamp=True),
+    "layer_wise_pp": lambda b, tv: AdaMerging(b, ties(tv), granularity="layer"),
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> MergeMethod:
+    return METHODS[name](golden.clip().backbone, golden.task_vectors(dtype))
+
+
+def adapt(method: MergeMethod, steps: int, rate: float = 1e-2) -> list[float]:
+    """A plain PyTorch loop; the losses."""
+    dtype = next(method.parameters()).dtype
+    objective = adamerge.objectives.Entropy(golden.heads(dtype))
+    optimizer = torch.optim.Adam(method.parameters(), lr=rate)
+    losses = []
+    for step in range(steps):
+        images, ids = golden.batch(step % 20, dtype)
+        optimizer.zero_grad()
+        loss = objective.weigh(objective(method(images, ids), ids))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@every_method
+def test_fold_keeps_features(name: str) -> None:
+    method = make(name)
+    adapt(method, 3)
+    images, ids = golden.batch(0)
+    torch.testing.assert_close(method.fold()(images, ids), method(images, ids))
+
+
+@every_method
+def test_folding_twice_gives_the_same_and_nothing_to_learn(name: str) -> None:
+    method = make(name)
+    adapt(method, 2)
+    images, ids = golden.batch(0)
+    first, second = method.fold(), method.fold()
+    assert torch.equal(first(images, ids), second(images, ids))
+    assert not any(p.requires_grad for p in first.parameters())
+    features = first(images, ids)
+    adapt(method, 2)
+    assert torch.equal(first(images, ids), features), "a folded encoder must not follow its method"
+
+
+@every_method
+def test_exactly_the_learnables_get_gradients(name: str) -> None:
+    method = make(name)
+    images, ids = golden.batch(0)
+    adamerge.objectives.entropy(method(images, ids)).backward()
+    assert all(p.requires_grad and p.grad is not None for p in method.parameters())
+    assert set(method.state_dict()) == {name for name, _ in method.named_parameters()}
+    vectors = method.task_vectors
+    assert isinstance(vectors, adamerge.TaskVectors)
+    assert not any(
+        t.requires_grad for t in [*vectors.pretrained.values(), *vectors.deltas.values()]
+    )
+
+
+@every_method
+def test_inputs_are_left_unchanged(name: str) -> None:
+    backbone, vectors = golden.clip().backbone, golden.task_vectors()
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    deltas = {key: tensor.clone() for key, tensor in vectors.deltas.items()}
+    adapt(METHODS[name](backbone, vectors), 2)
+    assert all(torch.equal(t, before[k]) for k, t in backbone.state_dict().items())
+    assert all(torch.equal(t, deltas[k]) for k, t in vectors.deltas.items())
+
+
+@every_method
+def test_a_few_steps_lower_the_objective(name: str) -> None:
+    method = make(name)
+    objective = adamerge.objectives.Entropy(golden.heads())
+    images, ids = golden.batch(0)
+    before = objective(method(images, ids), ids).sum()
+    adapt(method, 20)
+    assert objective(method(images, ids), ids).sum() < before
+
+
+@every_method
+@pytest.mark.parametrize("objective", ["Entropy", "InfoMax"])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_micro_batches_do_not_change_the_gradient(
+    name: str, objective: str, micro_batch: int
+) -> None:
+    images, ids = golden.batch(0)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    results = []
+    for size in (None, micro_batch):
+        method = make(name)
+        loss_of = getattr(adamerge.objectives, objective)(golden.heads())
+        loss, values, features = step_loss(method, loss_of, images[order], ids[order], size)
+        loss.backward()
+        grads = [p.grad for p in method.parameters()]
+        results.append((loss.detach(), values, features, *grads))
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+@every_method
+def test_dtype_moves_take_the_task_vectors_along(name: str) -> None:
+    method = make(name, torch.float32).double()
+    images, ids = golden.batch(0)
+    features = method(images, ids)
+    assert features.dtype == torch.float64
+    torch.testing.assert_close(features, make(name)(images, ids), rtol=1e-4, atol=1e-4)
+
+
+@every_method
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_features_and_gradients(name: str) -> None:
+    images, ids = golden.batch(0)
+    grads = []
+    for device in ("cpu", "cuda"):
+        method = make(name).to(device)
+        method(images.to(device), ids).sum().backward()
+        grads.append([p.grad.cpu() for p in method.parameters() if p.grad is not None])
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@every_method
+def test_same_steps_same_bits(name: str) -> None:
+    first, second = make(name, torch.float32), make(name, torch.float32)
+    assert adapt(first, 4) == adapt(second, 4)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_method
+def test_learned_state_round_trips_and_is_small(name: str, tmp_path: Path) -> None:
+    method = make(name)
+    adapt(method, 2)
+    torch.save(method.state_dict(), tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").stat().st_size < 20_000
+    other = make(name)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    images, ids = golden.batch(0)
+    assert torch.equal(other(images, ids), method(images, ids))
+
+
+def test_the_loop_of_the_readme_fills_coefficients() -> None:
+    vectors = golden.task_vectors(torch.float32)
+    images, ids = golden.batch(0, torch.float32)
+    for granularity, shape in (("task", (3,)), ("layer", (3, 32)), ("block", (3, 8))):
+        method = AdaMerging(golden.clip().backbone, vectors, granularity=granularity)
+        logits = golden.heads(torch.float32).logits(method(images, ids), "task_a")
+        adamerge.objectives.entropy(logits).backward()
+        assert method.coefficients.shape == shape
+        assert method.coefficients.grad is not None and method.coefficients.grad.shape == shape
+
+
+def test_block_wise_gradient_is_the_sum_over_its_layers() -> None:
+    images, ids = golden.batch(0)
+    grads = {}
+    for granularity in ("layer", "block"):
+        method = AdaMerging(golden.clip().backbone, golden.task_vectors(), granularity=granularity)
+        method(images, ids).square().sum().backward()
+        grads[granularity] = method.coefficients.grad
+    names = golden.task_vectors().names
+    inside = [i for i, name in enumerate(names) if name.startswith("transformer.resblocks.1.")]
+    column = method.groups.index("transformer.resblocks.1")
+    torch.testing.assert_close(grads["block"][:, column], grads["layer"][:, inside].sum(1))
+
+
+def test_wrong_granularity_and_wrong_backbone() -> None:
+    vectors = golden.task_vectors()
+    with pytest.raises(adamerge.AdamergeError, match="granularity is 'channel': expected 'task'"):
+        AdaMerging(golden.clip().backbone, vectors, granularity="channel")  # type: ignore[arg-type]
+    with pytest.raises(adamerge.AdamergeError, match=r"tensor 'weight' is nothing.*\[2, 2\]"):
+        AdaMerging(nn.Linear(2, 2), vectors)

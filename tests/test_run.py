@@ -1,0 +1,415 @@
+"""The main job from end to end on a tiny suite of real files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors import safe_open
+
+from adamerge import config, deliver
+from adamerge.cli import main
+from adamerge.encoders import Normalizer
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    "config.yaml",
+    "metrics.csv",
+    "coefficients.csv",
+    "coefficients.png",
+    "results.json",
+    "results.md",
+    "accuracy.png",
+    "checkpoints/last.ckpt",
+    "merged/open_clip_config.json",
+    "merged/open_clip_model.safetensors",
+    "merged/heads.safetensors",
+    "merged/coefficients.csv",
+    "merged/merge.json",
+    "merged/README.md",
+]
+
+
+@pytest.fixture(scope="session")
+def base(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Words that every run here shares."""
+    cache = tmp_path_factory.mktemp("cache")
+    return [
+        f"suite={suite}", f"cache_dir={cache}", "wandb=off", "batch_size=4", "log_every=2",
+        "trainer.max_steps=6", "trainer.accelerator=cpu", "evaluate.oracle=false",
+    ]  # fmt: skip
+
+
+def train(*words: str) -> int:
+    return main(["train", *words])
+
+
+def coefficients(run: Path) -> list[float]:
+    with (run / "coefficients.csv").open(newline="") as file:
+        return [float(row["coefficient"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="session")
+def done(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with everything on."""
+    run = tmp_path_factory.mktemp("runs") / "done"
+    assert train(*base, "evaluate.oracle=true", "eval_every=3", f"run_dir={run}") == 0
+    return run
+
+
+def test_run_folder(done: Path) -> None:
+    for name in FILES:
+        assert (done / name).stat().st_size > 0, name
+    assert not list(done.rglob("*.tmp")) and not list(done.rglob("*.old"))
+    assert (done / "checkpoints" / "last.ckpt").stat().st_size < 1_000_000
+    assert (done / "coefficients.png").read_bytes().startswith(b"\x89PNG")
+    assert (done / "merged" / "heads.safetensors").stat().st_mode & 0o077 == (
+        done / "config.yaml"
+    ).stat().st_mode & 0o077
+
+
+def test_results(done: Path) -> None:
+    results = json.loads((done / "results.json").read_text())
+    assert {k: results[k] for k in ("suite", "method", "protocol", "seed")} == {
+        "suite": "tiny", "method": "layer_wise", "protocol": "paper", "seed": 0,
+    }  # fmt: skip
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == [
+        "pretrained", "expert", "weight_average", "task_arithmetic", "task_arithmetic_best",
+        "layer_wise",
+    ]  # fmt: skip
+    for row in rows.values():
+        accuracy = row["accuracy"]
+        assert list(accuracy) == list(tiny.CLASSES)
+        assert row["average"] == pytest.approx(sum(accuracy.values()) / 2)
+        ratios = [accuracy[task] / rows["expert"]["accuracy"][task] for task in accuracy]
+        assert row["normalized"] == pytest.approx(sum(ratios) / 2)
+    assert rows["task_arithmetic_best"]["oracle"] is True
+    assert rows["task_arithmetic_best"]["average"] >= rows["task_arithmetic"]["average"]
+    assert "oracle" in (done / "results.md").read_text()
+
+
+def test_accuracies_equal_open_clip_on_the_experts_own_files(done: Path, suite: Path) -> None:
+    """An independent path: open_clip's model, transform and classifier, image by image."""
+    rows = {r["name"]: r for r in json.loads((done / "results.json").read_text())["rows"]}
+    name = f"local-dir:{suite.parent / 'model'}"
+    tokenizer = open_clip.get_tokenizer(name)
+    for task, classes in tiny.CLASSES.items():
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained_image_path=str(suite.parent / f"{task}.safetensors")
+        )
+        model.eval()
+        head = open_clip.build_zero_shot_classifier(
+            model, tokenizer, classes, ["a photo of {}.", "{}"]
+        )
+        dataset = tiny.images(task)
+        right = 0
+        for image, label in zip(dataset["image"], dataset["label"], strict=True):
+            features = model.encode_image(preprocess(image)[None], normalize=True)
+            right += int((features @ head).argmax()) == label
+        assert rows["expert"]["accuracy"][task] == pytest.approx(right / len(dataset))
+
+
+def test_metrics(done: Path) -> None:
+    with (done / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["loss"]] == [1, 3, 5]
+    for row in (row for row in rows if row["loss"]):
+        parts = [float(row[f"entropy/{task}"]) for task in tiny.CLASSES]
+        assert float(row["loss"]) == pytest.approx(sum(parts), rel=1e-5)
+        for task in tiny.CLASSES:
+            low, mean, high = (
+                float(row[f"coefficient_{kind}/{task}"]) for kind in ("min", "mean", "max")
+            )
+            assert low <= mean <= high and 0 < float(row[f"marginal_entropy/{task}"]) <= 1
+        for name in ("gradient_norm", "images_per_second", "peak_memory_mib"):
+            assert float(row[name]) > 0
+    assert [int(r["step"]) for r in rows if r.get("accuracy/dots")] == [2, 5]
+
+
+def test_exported_model_is_the_merge_by_plain_arithmetic(done: Path, suite: Path) -> None:
+    """From the inputs and `coefficients.csv` alone, with open_clip and nothing of ours."""
+    merged, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{done / 'merged'}")
+    original, _, before = open_clip.create_model_and_transforms(
+        f"local-dir:{suite.parent / 'model'}"
+    )
+    assert repr(preprocess) == repr(before)
+    weights = {name: t.clone() for name, t in original.visual.state_dict().items()}
+    with (done / "coefficients.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            with safe_open(suite.parent / f"{row['task']}.safetensors", "pt") as expert:
+                delta = expert.get_tensor(row["layer"]) - original.visual.state_dict()[row["layer"]]
+            weights[row["layer"]] += float(row["coefficient"]) * delta
+    for name, tensor in merged.visual.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-6)
+    for name, tensor in merged.state_dict().items():
+        if not name.startswith("visual."):
+            assert torch.equal(tensor, original.state_dict()[name])
+
+
+def test_provenance(done: Path, suite: Path) -> None:
+    record = json.loads((done / "merged" / "merge.json").read_text())
+    assert record["config"]["optim"]["lr"] == 1e-3 and record["protocol"] == "paper"
+    digest = subprocess.run(
+        ["sha256sum", suite.parent / "dots.safetensors"], capture_output=True, text=True
+    )
+    assert record["inputs"]["dots"]["sha256"] == digest.stdout.split()[0]
+    assert set(record["versions"]) >= {"adamerge", "torch", "open_clip_torch"}
+    assert record["largest_relative_difference"] <= 1e-5
+    assert record["metrics"] == json.loads((done / "results.json").read_text())
+    with safe_open(done / "merged" / "heads.safetensors", "pt") as heads:
+        assert json.loads(heads.metadata()["classes"]) == tiny.CLASSES
+        assert heads.get_tensor("dots").shape == (4, 16)
+
+
+def test_evaluate_gives_the_runs_accuracies(done: Path, base: list[str], capsys: Capture) -> None:
+    capsys.readouterr()
+    for target, words in ((done, []), (done / "merged", base)):
+        assert main(["evaluate", str(target), *words, "evaluate.baselines=false"]) == 0
+        row = json.loads((done / "results.json").read_text())["rows"][-1]
+        printed = capsys.readouterr().out
+        assert f"{100 * row['average']:.1f}" in printed and f"**{target.name}**" in printed
+    assert main(["evaluate", str(done / "nothing"), *base]) == 2
+    assert "is no exported model" in capsys.readouterr().err
+
+
+def test_export_again(done: Path, tmp_path: Path) -> None:
+    assert main(["export", str(done), "--to", str(tmp_path / "again")]) == 0
+    one = (done / "merged" / "open_clip_model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "open_clip_model.safetensors").read_bytes() == one
+
+
+@pytest.mark.parametrize("method", ["layer_wise", "task_wise", "block_wise", "layer_wise_pp"])
+def test_resuming_changes_nothing(base: list[str], tmp_path: Path, method: str) -> None:
+    extra = [
+        f"method={method}",
+        "scheduler={_target_: torch.optim.lr_scheduler.StepLR, step_size: 2}",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(*base, *extra, f"run_dir={whole}") == 0
+    assert train(*base, *extra, "trainer.max_steps=3", f"run_dir={cut}") == 0
+    assert train(f"resume={cut}", "trainer.max_steps=6") == 0
+    assert coefficients(cut) == coefficients(whole)
+    assert any(abs(value - 0.3) > 1e-4 for value in coefficients(whole))
+    columns = [
+        [{k: v for k, v in row.items() if k.startswith(("step", "loss", "entropy"))}
+         for row in csv.DictReader((run / "metrics.csv").open(newline=""))]
+        for run in (whole, cut)
+    ]  # fmt: skip
+    assert columns[0] == columns[1]
+
+
+def test_resuming_with_something_else_is_refused(
+    base: list[str], tmp_path: Path, suite: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "run"
+    assert train(*base, "evaluate.baselines=false", f"run_dir={run}") == 0
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    for word, message in (
+        ("seed=5", "seed was 0, is 5"),
+        ("batch_size=2", "batch_size was 4, is 2"),
+        ("method.init=0.1", r"method.init was 0.3, is 0.1"),
+        ("method=task_wise", "method=task_wise cannot be changed on resuming"),
+    ):
+        assert train(f"resume={run}", word) == 2
+        assert message in capsys.readouterr().err
+    other = suite.parent / "stripes.safetensors"
+    assert train(f"resume={run}", f"suite.tasks.dots.expert={other}") == 2
+    assert "is identical to expert of task 'stripes'" in capsys.readouterr().err
+    assert train(*base, f"run_dir={run}") == 2
+    assert "already holds files" in capsys.readouterr().err
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert train(f"resume={tmp_path / 'none'}") == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_same_seed_same_bits_other_seed_other_images(base: list[str], tmp_path: Path) -> None:
+    found = []
+    for index, seed in enumerate((1, 1, 2)):
+        run = tmp_path / str(index)
+        assert train(*base, f"seed={seed}", "evaluate.baselines=false", f"run_dir={run}") == 0
+        found.append(coefficients(run))
+    assert found[0] == found[1] != found[2]
+
+
+def test_labels_change_nothing(base: list[str], suite: Path, tmp_path: Path) -> None:
+    """Shuffled, or absent: the same coefficients to the bit."""
+    words = [word for word in base if not word.startswith("suite=")]
+    found = []
+    for kind in ("as they are", "shuffled", "absent"):
+        folder = tmp_path / kind
+        tiny.make_suite(folder)
+        for task in tiny.CLASSES:
+            dataset = tiny.images(task)
+            if kind == "shuffled":
+                labels = dataset["label"][:]
+                dataset = dataset.remove_columns("label").add_column(
+                    "label", labels[::-1], feature=dataset.features["label"]
+                )
+            elif kind == "absent":
+                dataset = dataset.remove_columns("label")
+            dataset.save_to_disk(str(folder / f"{task}-other"))
+        text = (folder / "tiny.yaml").read_text().replace("-images", "-other")
+        (folder / "tiny.yaml").write_text(text)
+        run = tmp_path / f"run {kind}"
+        assert train(*words, f"suite={folder / 'tiny.yaml'}", f"run_dir={run}") == 0
+        found.append(coefficients(run))
+        if kind == "absent":
+            assert "no task has labels" in (run / "results.md").read_text()
+            assert (run / "merged" / "open_clip_model.safetensors").is_file()
+    assert found[0] == found[1] == found[2]
+
+
+def test_heldout_reports_both_halves(base: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(*base, "protocol=heldout", f"run_dir={run}") == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["protocol"] == "heldout"
+    for row in results["rows"]:
+        assert row["accuracy_adapted"].keys() == row["accuracy"].keys()
+    table = (run / "results.md").read_text()
+    assert "one half of the test images" in table and "average, adapted half" in table
+
+
+@pytest.mark.parametrize("objective", ["entropy", "infomax"])
+def test_micro_batches_give_the_same_run(base: list[str], tmp_path: Path, objective: str) -> None:
+    words = [*base, f"objective={objective}", "evaluate.baselines=false"]
+    assert train(*words, f"run_dir={tmp_path / 'a'}") == 0
+    assert train(*words, "micro_batch=3", f"run_dir={tmp_path / 'b'}") == 0
+    assert coefficients(tmp_path / "b") == pytest.approx(coefficients(tmp_path / "a"), abs=1e-5)
+
+
+def test_bf16_mixed(base: list[str], tmp_path: Path) -> None:
+    words = [*base, "evaluate.baselines=false"]
+    assert train(*words, f"run_dir={tmp_path / 'a'}") == 0
+    assert train(*words, "trainer.precision=bf16-mixed", f"run_dir={tmp_path / 'b'}") == 0
+    moves = [torch.tensor(coefficients(tmp_path / run)) - 0.3 for run in "ab"]
+    assert torch.corrcoef(torch.stack(moves))[0, 1] > 0.9
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    base: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "run"
+    words = [*base, "trainer.max_steps=50", "optim.lr=1e30", f"run_dir={run}"]
+    assert train(*words) == 2
+    error = capsys.readouterr().err
+    assert "became NaN or infinite at step" in error and "lower optim.lr" in error
+    assert "task stripes" in error or "task dots" in error or "gradient" in error
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert torch.isfinite(saved["state_dict"]["method.coefficients"]).all()
+
+
+@pytest.fixture
+def long_run(base: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    run = tmp_path / "run"
+    words = [*base, "trainer.max_steps=100000", "checkpoint_every=100000", f"run_dir={run}"]
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 90
+        while not (run / "metrics.csv").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield process, run
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_cleanly_with_everything_saved(
+    long_run: tuple[subprocess.Popen[str], Path], number: int
+) -> None:
+    process, run = long_run
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert f"resume={run}" in errors and "Traceback" not in errors
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] > 0
+    step = saved["global_step"]
+    assert train(f"resume={run}", f"trainer.max_steps={step + 1}") == 0
+    assert (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step + 1
+    )
+
+
+def test_ddp_on_two_processes_equals_one_fed_the_same_images(
+    base: list[str], tmp_path: Path
+) -> None:
+    words = [*base, "evaluate.baselines=false", "objective=infomax"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(*words, "batch_size=4", f"run_dir={one}") == 0
+    command = [sys.executable, str(ROOT / "train.py"), *words, "batch_size=2"]
+    command += ["trainer.devices=2", "trainer.strategy=ddp", f"run_dir={two}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    assert coefficients(two) == pytest.approx(coefficients(one), abs=1e-6)
+    assert list(tmp_path.iterdir()) == [one, two] or set(tmp_path.iterdir()) == {one, two}
+
+
+def test_wandb_offline_never_asks(base: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [word for word in base if word != "wandb=off"]
+    assert train(*words, "wandb.artifact=true", "wandb=offline", f"run_dir={run}") == 0
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_an_export_that_differs_is_refused_and_leaves_nothing(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    job = deliver.load_job(config.load_run(done))
+    true_fold = type(job.module.method).fold
+
+    def wrong_fold(method: torch.nn.Module) -> torch.nn.Module:
+        encoder = true_fold(method)
+        next(encoder.parameters()).mul_(1.01)
+        return encoder
+
+    monkeypatch.setattr(type(job.module.method), "fold", wrong_fold)
+    before = (done / "merged" / "merge.json").read_bytes()
+    assert main(["export", str(done)]) == 2
+    assert "differ from the trained one by" in capsys.readouterr().err
+    assert (done / "merged" / "merge.json").read_bytes() == before
+    assert main(["export", str(done), "--to", str(tmp_path / "new")]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_the_readme_way(done: Path) -> None:
+    """The exported folder classifies with open_clip and its own heads."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{done / 'merged'}")
+    model.eval()
+    with safe_open(done / "merged" / "heads.safetensors", "pt") as file:
+        head = file.get_tensor("dots")
+    dataset = tiny.images("dots")
+    images = torch.stack([preprocess(image) for image in dataset["image"]])
+    features = model.encode_image(images, normalize=True)
+    right = ((features @ head.T).argmax(1) == torch.tensor(dataset["label"][:])).float().mean()
+    results = json.loads((done / "results.json").read_text())
+    assert results["rows"][-1]["accuracy"]["dots"] == pytest.approx(right.item())
+    assert Normalizer([0.5] * 3, [0.5] * 3)(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).min() == -1
+
+
+def test_no_place_to_write(base: list[str], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("")
+    assert train(*base, f"run_dir={tmp_path / 'file' / 'run'}") == 2
+    assert "error: cannot use" in capsys.readouterr().err
+    full = Path("/dev/full")
+    if full.exists():
+        words = [word for word in base if not word.startswith("cache_dir")]
+        assert train(*words, f"cache_dir={full}", f"run_dir={tmp_path / 'run'}") == 2
+        assert "error: cannot use" in capsys.readouterr().err
+
+
+Capture = pytest.CaptureFixture[str]

@@ -1,0 +1,51 @@
+"""TIES against entry-by-entry loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adamerge import AdamergeError, TaskVectors
+from adamerge.transforms import ties
+from tests import reference
+
+
+def random_vectors(seed: int, round_to: int | None = None) -> TaskVectors:
+    generator = torch.Generator().manual_seed(seed)
+
+    def state() -> dict[str, torch.Tensor]:
+        sizes = {"b": (5, 3), "a": (7,)}
+        made = {n: torch.randn(s, generator=generator).double() for n, s in sizes.items()}
+        return made if round_to is None else {n: (t * round_to).round() for n, t in made.items()}
+
+    zero = {name: torch.zeros_like(tensor) for name, tensor in state().items()}
+    return TaskVectors(zero, {f"t{i}": state() for i in range(4)})
+
+
+@pytest.mark.parametrize("round_to", [None, 2])  # rounding makes ties and zero sums
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_plain_loops(seed: int, density: float, round_to: int | None) -> None:
+    vectors = random_vectors(seed, round_to)
+    flat = [
+        torch.cat([delta[row].flatten() for delta in vectors.deltas.values()]) for row in range(4)
+    ]
+    expected = reference.ties(flat, density)
+    found = ties(vectors, density)
+    for row in range(4):
+        ours = torch.cat([delta[row].flatten() for delta in found.deltas.values()])
+        torch.testing.assert_close(ours, expected[row], rtol=0, atol=0)
+
+
+def test_leaves_its_input_alone_and_shares_pretrained() -> None:
+    vectors = random_vectors(0)
+    before = {name: delta.clone() for name, delta in vectors.deltas.items()}
+    found = ties(vectors)
+    assert all(torch.equal(vectors.deltas[name], before[name]) for name in before)
+    assert found.pretrained is vectors.pretrained and found.tasks == vectors.tasks
+
+
+@pytest.mark.parametrize("density", [0, -1, 1.5])
+def test_density_out_of_range(density: float) -> None:
+    with pytest.raises(AdamergeError, match=r"density is .* expected a fraction in \(0, 1\]"):
+        ties(random_vectors(0), density)
