@@ -103,7 +103,9 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
         start = file.read(64)
     try:
-        with warnings.catch_warnings():  # of an odd pickle protocol: read or refused, either is said
+        with (
+            warnings.catch_warnings()
+        ):  # of an odd pickle protocol: read or refused, either is said
             warnings.simplefilter("ignore")
             loaded = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK")

@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake prints one sentence and gives status 2."""
     options = parser().parse_args(arguments)
+    # Must be set before torch loads OpenMP: threads that spin while they wait make a run many
+    # times slower as soon as another program wants the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("adamerge").setLevel(logging.INFO)
     from adamerge.errors import AdamergeError

@@ -113,7 +113,9 @@ def baseline_rows(
     labelled = [task for task in task_vectors.tasks if task in scorer.tasks]
 
     def static(name: str, coefficients: Tensor | float, tasks: Sequence[str] | None = None) -> Row:
-        say(TITLES.get(name, name))
+        of = f" ({', '.join(tasks)})" if tasks else ""
+        at = f" ({coefficients})" if name == "task_arithmetic_best" else ""
+        say(f"{name.replace('_', ' ')}{of}{at}")
         return scorer.row(name, merged_encoder(tower, task_vectors, coefficients), tasks)
 
     pretrained = static("pretrained", 0.0)

@@ -67,7 +67,7 @@ class TaskVectors:
         for task, expert in pairs:
             _check_names(pretrained, expert, task, where)
         self.pretrained, self.deltas, self.constants = {}, {}, {}
-        promoted: set[str] = set()
+        promoted: dict[str, list[str]] = {}
         for name in pretrained:
             base = pretrained[name].detach()
             if not base.is_floating_point():
@@ -75,7 +75,7 @@ class TaskVectors:
                 continue
             dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
             if base.dtype != dtype:
-                promoted.add(f"{where('pretrained')} ({str(base.dtype).removeprefix('torch.')})")
+                _note(promoted, base, "pretrained")
             self.pretrained[name] = base.to(dtype)
             _check_finite(self.pretrained[name], "pretrained", name, where)
             deltas = torch.empty((len(pairs), *base.shape), dtype=dtype, device=base.device)
@@ -88,15 +88,15 @@ class TaskVectors:
                         "from this architecture"
                     )
                 if tensor.dtype in (torch.float16, torch.bfloat16):
-                    promoted.add(f"{where(task)} ({str(tensor.dtype).removeprefix('torch.')})")
+                    _note(promoted, tensor, task)
                 torch.sub(tensor.to(deltas), self.pretrained[name], out=row)
                 _check_finite(row, task, name, where)
             self.deltas[name] = deltas
         self.names = tuple(self.pretrained)
         if not self.names:
             raise AdamergeError(f"{where('pretrained')} holds no floating-point tensor to merge")
-        if promoted:
-            log.info("promoted to float32: %s", ", ".join(sorted(promoted)))
+        for stored, keys in promoted.items():
+            log.info("stored in %s, promoted to float32: %s", stored, ", ".join(keys))
         self._check_distinct(where)
 
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
@@ -200,6 +200,12 @@ def _check_names(pretrained: StateDict, expert: StateDict, task: str, where: _Wh
                 f"{len(pretrained)} tensors of {where('pretrained')}; use an expert of the same "
                 "architecture"
             )
+
+
+def _note(promoted: dict[str, list[str]], tensor: Tensor, key: str) -> None:
+    keys = promoted.setdefault(str(tensor.dtype).removeprefix("torch."), [])
+    if key not in keys:
+        keys.append(key)
 
 
 def _check_finite(tensor: Tensor, key: str, name: str, where: _Where) -> None:

@@ -24,20 +24,10 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 FILES = [
-    "config.yaml",
-    "metrics.csv",
-    "coefficients.csv",
-    "coefficients.png",
-    "results.json",
-    "results.md",
-    "accuracy.png",
-    "checkpoints/last.ckpt",
-    "merged/open_clip_config.json",
-    "merged/open_clip_model.safetensors",
-    "merged/heads.safetensors",
-    "merged/coefficients.csv",
-    "merged/merge.json",
-    "merged/README.md",
+    *("config.yaml", "metrics.csv", "coefficients.csv", "coefficients.png", "accuracy.png"),
+    *("results.json", "results.md", "checkpoints/last.ckpt", "merged/open_clip_config.json"),
+    *("merged/open_clip_model.safetensors", "merged/heads.safetensors", "merged/README.md"),
+    *("merged/coefficients.csv", "merged/merge.json"),
 ]
 
 
@@ -58,6 +48,15 @@ def train(*words: str) -> int:
 def coefficients(run: Path) -> list[float]:
     with (run / "coefficients.csv").open(newline="") as file:
         return [float(row["coefficient"]) for row in csv.DictReader(file)]
+
+
+def losses(run: Path) -> list[dict[str, str]]:
+    """The logged losses and entropies of a run, as written."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [
+            {key: row[key] for key in row if key.startswith(("step", "loss", "entropy"))}
+            for row in csv.DictReader(file)
+        ]
 
 
 @pytest.fixture(scope="session")
@@ -202,11 +201,7 @@ def test_resuming_changes_nothing(base: list[str], tmp_path: Path, method: str) 
     assert train(f"resume={cut}", "trainer.max_steps=6") == 0
     assert coefficients(cut) == coefficients(whole)
     assert any(abs(value - 0.3) > 1e-4 for value in coefficients(whole))
-    columns = [
-        [{k: v for k, v in row.items() if k.startswith(("step", "loss", "entropy"))}
-         for row in csv.DictReader((run / "metrics.csv").open(newline=""))]
-        for run in (whole, cut)
-    ]  # fmt: skip
+    columns = [losses(run) for run in (whole, cut)]
     assert columns[0] == columns[1]
 
 
