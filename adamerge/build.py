@@ -77,6 +77,11 @@ def check(config: Config) -> None:
         for key in config["trainer"]
         if key not in allowed
     ]
+    found += [
+        f"trainer.{key} cannot be set: adamerge gives its own"
+        for key in ("callbacks", "logger", "enable_checkpointing", "enable_progress_bar")
+        if key in config["trainer"]
+    ]
     for key, part in _targets(config):
         try:
             target, arguments = _target(key, part)
@@ -84,8 +89,26 @@ def check(config: Config) -> None:
             found.append(str(error))
             continue
         found += problems(target, arguments, key, _KINDS[key.partition("[")[0]][2])
+    found = found or _trial(config)
     if found:
         raise AdamergeError("; ".join(found))
+
+
+def _trial(config: Config) -> list[str]:
+    """Optimizer and scheduler judge their own values, on a parameter that is thrown away."""
+    key = "optim"
+    try:
+        kind, arguments = _target(key, config[key])
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **arguments)
+        if config["scheduler"] is not None:
+            key = "scheduler"
+            kind, arguments = _target(key, config[key])
+            scheduler = kind(optimizer, **arguments)
+            optimizer.step()
+            scheduler.step()
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        return [f"{key}: {error}"]
+    return []
 
 
 def _targets(config: Config) -> list[tuple[str, Any]]:
@@ -239,8 +262,8 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
     for task, images in data.tasks.items():
         flat[f"images of {task}"] = images.key
     # Where a file lies does not matter; its content does, and is in the list.
-    moved = [k for k in flat if k.endswith(".expert") or k in ("suite.pretrained",)]
-    for key in [*moved, "suite.architecture"]:
-        flat.pop(key, None)
+    places = (".expert", ".data.path", "suite.pretrained", "suite.architecture")
+    for key in [key for key in flat if key.endswith(places)]:
+        del flat[key]
     flat["model config"] = json.dumps(suite.clip.config, sort_keys=True)
     return flat

@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("adamerge").setLevel(logging.INFO)
+    from safetensors import SafetensorError
+
     from adamerge.errors import AdamergeError
 
     try:
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "place with run_dir= or cache_dir=",
             file=sys.stderr,
         )
+    except SafetensorError as error:
+        print(f"error: cannot write a weight file ({error}): free space there", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

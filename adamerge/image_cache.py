@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 import open_clip
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from adamerge.errors import AdamergeError
@@ -206,7 +206,7 @@ def _write_images(
     def convert(value: Any) -> np.ndarray | None:
         try:
             return transform(_decode(value))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError):
+        except Exception:  # decoders raise anything on a broken file; it is named by the caller
             return None
 
     good = np.zeros(len(dataset), dtype=bool)
@@ -218,11 +218,23 @@ def _write_images(
                     continue
                 if target is None:
                     shape = (len(dataset), *array.shape)
-                    target = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+                    target = _allocate(path, shape)
                 target[row], good[row] = array, True
     if target is not None:
         target.flush()
     return good
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A mapped file with its space reserved: a full disk is an error now, not a crash later."""
+    target = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+    return target
 
 
 def _raw(dataset: datasets.Dataset, column: str) -> Iterator[tuple[int, list[Any]]]:
@@ -254,7 +266,7 @@ def _origin(dataset: datasets.Dataset, column: str, row: int) -> str:
 def _drop(path: Path, good: np.ndarray) -> None:
     images = np.load(path, mmap_mode="r")
     shape = (int(good.sum()), *images.shape[1:])
-    kept = np.lib.format.open_memmap(path.with_suffix(".kept"), "w+", np.uint8, shape)
+    kept = _allocate(path.with_suffix(".kept"), shape)
     for new, old in enumerate(np.flatnonzero(good)):
         kept[new] = images[old]
     kept.flush()

@@ -72,9 +72,18 @@ def _short(name: str) -> str:
     )
 
 
+_COLOURS = {
+    "pretrained": "#d9d9d9",
+    "weight_average": "#b9c7d6",
+    "task_arithmetic": "#8fa9c4",
+    "task_arithmetic_best": "#5f83ab",
+    "expert": "#f2d29b",
+}
+
+
 def accuracy_figure(results: Mapping[str, Any]) -> Figure:
     """Bars of accuracy per task and on average, one colour per row of `results.json`."""
-    rows = results["rows"]
+    rows = sorted(results["rows"], key=lambda row: row["name"] == "expert")  # experts last
     tasks = list(rows[0]["accuracy"])
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     axis = figure.subplots()
@@ -85,7 +94,8 @@ def accuracy_figure(results: Mapping[str, Any]) -> Figure:
         heights.append(100 * row["average"])
         label = TITLES.get(row["name"], row["name"]).split(" (")[0]
         offset = (index - (len(rows) - 1) / 2) * width
-        axis.bar(places + offset, heights, width, label=label)
+        colour = _COLOURS.get(row["name"], "#c8442f")
+        axis.bar(places + offset, heights, width, label=label, color=colour)
     axis.set_xticks(places, [*tasks, "average"])
     axis.set_ylabel("accuracy, %")
     axis.set_ylim(0, 100)

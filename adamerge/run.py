@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
@@ -118,12 +120,12 @@ def _fit(
     stop = StopOnSignal(every)
 
     def look(_: int) -> dict[str, float]:
-        deliver.draw_coefficients(job, run_dir)
+        tracking.log_pictures(wandb, deliver.draw_coefficients(job, run_dir))
         found = job.scorer(job.module.device).accuracy(job.module.method.fold())
         return {f"accuracy/{task}": value for task, value in found.items()}
 
-    trainer = Trainer(
-        **settings["trainer"],
+    trainer = _trainer(
+        settings,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
             Progress(every),
@@ -133,10 +135,6 @@ def _fit(
         ],
         log_every_n_steps=every,
         default_root_dir=run_dir,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
     if 0 <= trainer.max_steps <= step:
         log.info("step %d of %d is reached already", step, trainer.max_steps)
@@ -144,3 +142,19 @@ def _fit(
     resume = checkpoint if step else None
     trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
     return stop.received
+
+
+def _trainer(settings: Config, **ours: Any) -> Trainer:
+    """Lightning's Trainer; what it refuses is a mistake in `trainer:`."""
+    try:
+        return Trainer(
+            **settings["trainer"],
+            **ours,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise AdamergeError(f"trainer: {reason}") from error

@@ -130,11 +130,18 @@ def log_results(
         accuracy = [row["accuracy"].get(task) for task in tasks]
         table.add_data(row["name"], *accuracy, row["average"], row["normalized"])
         run.summary[f"accuracy/{row['name']}"] = row["average"]
-    run.log({"results": table} | {key: wandb.Image(str(p)) for key, p in pictures.items()})
+    run.log({"results": table})
+    log_pictures(logger, pictures)
     if artifact is not None:
         item = wandb.Artifact(f"{artifact.parent.name}-merged", type="model")
         item.add_dir(str(artifact))
         run.log_artifact(item)
+
+
+def log_pictures(logger: WandbLogger | None, pictures: Mapping[str, Path]) -> None:
+    """Written pictures to Weights & Biases."""
+    if logger is not None and pictures:
+        logger.experiment.log({key: wandb.Image(str(path)) for key, path in pictures.items()})
 
 
 def finish(logger: WandbLogger | None) -> None:
