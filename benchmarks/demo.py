@@ -1,0 +1,90 @@
+"""Accuracies on the demo suite: methods and objectives over several seeds, beside the baselines.
+
+    python benchmarks/demo.py --seeds 0 1 2 --out benchmarks/results/demo.md
+
+Every cell comes from a run of `adamerge train` as a user would start it, with the suite's own
+defaults; the seed is that of the order of the unlabeled images. `least` is the lowest accuracy of
+any task in any seed, to show a collapse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from adamerge.cli import main as adamerge
+
+VARIANTS = (
+    ("task_wise", "entropy"),
+    ("layer_wise", "entropy"),
+    ("layer_wise", "infomax"),
+    ("layer_wise_pp", "entropy"),
+    ("layer_wise_pp", "infomax"),
+)
+
+
+def run(method: str, objective: str, seed: int, baselines: bool, folder: Path) -> dict[str, Any]:
+    """`results.json` of one run, and its seconds."""
+    target = folder / f"{method}-{objective}-{seed}"
+    words = [f"method={method}", f"objective={objective}", f"seed={seed}", f"run_dir={target}"]
+    words += [f"evaluate.baselines={str(baselines).lower()}", "wandb=off"]
+    start = time.perf_counter()
+    if adamerge(["train", "suite=demo", *words]) != 0:
+        sys.exit(f"the run {target.name} failed")
+    results: dict[str, Any] = json.loads((target / "results.json").read_text())
+    return {**results, "seconds": time.perf_counter() - start}
+
+
+def line(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """One line of the table from the rows of all seeds."""
+    tasks = list(rows[0]["accuracy"])
+    averages = [100 * row["average"] for row in rows]
+    spread = f" ± {statistics.stdev(averages):.1f}" if len(rows) > 1 else ""
+    cells = [f"{100 * statistics.mean(r['accuracy'][t] for r in rows):.1f}" for t in tasks]
+    least = 100 * min(min(row["accuracy"].values()) for row in rows)
+    return (
+        f"| {name} | {' | '.join(cells)} | {statistics.mean(averages):.1f}{spread} | {least:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    lines: list[str] = []
+    tasks: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method, objective in VARIANTS:
+            found = [
+                run(method, objective, seed, not lines, Path(folder)) for seed in arguments.seeds
+            ]
+            if not lines:
+                tasks = list(found[0]["rows"][0]["accuracy"])
+                for row in found[0]["rows"][:-1]:
+                    at = f" (λ = {row['coefficient']})" if "coefficient" in row else ""
+                    lines.append(line(row["name"].replace("_", " ") + at, [row]))
+            lines.append(line(f"{method}, {objective}", [f["rows"][-1] for f in found]))
+    text = (
+        f"# The demo suite\n\n{date.today()}, accuracy in %, protocol paper, mean over seeds "
+        f"{', '.join(map(str, arguments.seeds))} (± standard deviation).\n\n"
+        f"    python benchmarks/demo.py {' '.join(sys.argv[1:])}\n\n"
+        f"| | {' | '.join(tasks)} | average | least |\n|---|{'--:|' * (len(tasks) + 2)}\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
