@@ -58,6 +58,10 @@ def load(words: Sequence[str] = ()) -> Config:
     for group in GROUPS:
         loaded = _group(group, str(chosen.get(group, tree[group])))
         overrides = loaded.pop("defaults", {})
+        if not isinstance(overrides, DictConfig | dict):
+            raise AdamergeError(
+                f"{group}.defaults is {overrides!r}: expected settings of configs/train.yaml"
+            )
         tree[group] = loaded
         tree.merge_with(overrides)
     for key, value in settings:

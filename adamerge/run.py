@@ -76,7 +76,9 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
 def _refuse_used_folder(run_dir: Path) -> None:
     if not is_main_process() or not run_dir.exists():
         return
-    if not run_dir.is_dir() or any(run_dir.iterdir()):
+    # A run that failed before its first step leaves its settings alone: nothing to lose.
+    left = [p for p in run_dir.rglob("*") if p.is_file() and p.name != "config.yaml"]
+    if not run_dir.is_dir() or left:
         raise AdamergeError(
             f"run_dir {run_dir} already holds files: choose another, or go on with that run by "
             f"resume={run_dir}"

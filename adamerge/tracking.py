@@ -15,6 +15,7 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from adamerge.errors import AdamergeError
 from adamerge.files import replacing
 
 log = logging.getLogger("adamerge")
@@ -90,6 +91,11 @@ def wandb_logger(
         return None
     if mode is None:
         mode = "online" if _logged_in() else "offline"
+    elif mode == "online" and is_main_process() and not _logged_in():
+        raise AdamergeError(
+            "wandb=online, but Weights & Biases cannot be reached with credentials of yours: run "
+            "`wandb login` first, or set wandb=offline"
+        )
     id_file = run_dir / "wandb_id.txt"
     if is_main_process() and not id_file.is_file():
         id_file.write_text(uuid.uuid4().hex[:8])
