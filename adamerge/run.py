@@ -157,6 +157,6 @@ def _trainer(settings: Config, **ours: Any) -> Trainer:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise AdamergeError(f"trainer: {reason}") from error

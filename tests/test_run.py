@@ -414,6 +414,6 @@ def test_a_folder_of_a_run_that_never_started_can_be_used_again(
     base: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     words = [*base, "evaluate.baselines=false", f"run_dir={tmp_path / 'run'}"]
-    assert train(*words, "trainer.accelerator=tpu") == 2
+    assert train(*words, "trainer.accelerator=quantum") == 2
     assert "error: trainer: " in capsys.readouterr().err
     assert train(*words) == 0
