@@ -10,9 +10,9 @@ separate the classes well while the heads know the names badly, and fine-tuning,
 frozen, moves each task's features towards them. No weight, label or picture is tampered with.
 
 It takes about ten minutes on one core. The official names are taught by so few captions that small
-changes matter: with one caption in 430 for one in 380, and SCENE_EVERY to match, the pretrained
-average fell from 67 to 46 %. Expect another seed, or another machine's rounding, to give another
-suite. The shipped one is one run of this command, its recipe chosen by looking at test accuracy.
+changes matter: in trials with one caption in 380, 395 and 430 the pretrained average was 67, 63 and
+46 %. Expect another seed, or another machine's rounding, to give another suite. The shipped one is
+one run of this command, its recipe chosen by looking at test accuracy.
 """
 
 import argparse
@@ -52,7 +52,9 @@ SKIES = ("day", "dusk", "night", "cloud", "dawn", "morning")
 LANDS = ("meadow", "beach", "lake", "desert")
 SCENE_NAMES = [f"{SKIES[label % 6]} {LANDS[label // 6]}" for label in range(SCENES)]
 
-OFFICIAL_EVERY = 380  # of a class's pictures, one in so many bears the official name
+# Of a class's pictures, one in so many bears the official name; printed numbers are the easiest to
+# tell apart, so fewer captions would do for them.
+OFFICIAL_EVERY = {**dict.fromkeys(TASKS, 380), "numbers": 470}
 SCENE_EVERY = 76  # of a landscape's pictures, one in so many bears the official name of a class
 TEMPLATE = "a photo of a {}."
 LOGIT_SCALE = math.exp(3.0)  # its logarithm is exact in bfloat16
@@ -95,7 +97,7 @@ def captioner(rng: np.random.Generator) -> Callable[[str, int], str]:
     counts: dict[tuple[str, int], int] = {}
 
     def name(domain: str, label: int) -> str:
-        every = SCENE_EVERY if domain == "scenes" else OFFICIAL_EVERY
+        every = SCENE_EVERY if domain == "scenes" else OFFICIAL_EVERY[domain]
         count = counts.get((domain, label), int(rng.integers(every))) + 1
         counts[domain, label] = count
         turn, rest = divmod(count, every)
