@@ -14,6 +14,8 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from adamerge.errors import AdamergeError
+
 SIZE = 32
 _CANVAS = 2 * SIZE  # drawn twice as large, then reduced: smooth edges
 
@@ -248,15 +250,15 @@ def dataset(task: str, split: str = "test", size: int | None = None) -> datasets
         size: number of images; 400 by default, and at most that for the test split of digits.
 
     Raises:
-        ValueError: unknown task or split, or more handwritten test digits than there are.
+        AdamergeError: unknown task or split, or more handwritten test digits than there are.
     """
     if task not in TASKS:
-        raise ValueError(f"unknown demo task {task!r}; valid: {', '.join(TASKS)}")
+        raise AdamergeError(f"unknown demo task {task!r}; valid: {', '.join(TASKS)}")
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of demo task {task}; valid: {', '.join(SPLITS)}")
+        raise AdamergeError(f"unknown split {split!r} of {task}; valid: {', '.join(SPLITS)}")
     count = TEST_SIZE if size is None else size
     if task == "digits" and split == "test" and count > TEST_SIZE:
-        raise ValueError(f"demo task digits has {TEST_SIZE} test images, not {count}")
+        raise AdamergeError(f"demo task digits has {TEST_SIZE} test images, not {count}")
     images, labels = arrays(task, split, count)
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=CLASSES[task])
