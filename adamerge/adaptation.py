@@ -156,6 +156,8 @@ class Adaptation(pl.LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.micro_batch, self.log_every = micro_batch, log_every
         self._values: Tensor | None = None
+        self._good: dict[str, Tensor] | None = None  # parameters whose loss was finite
+        self._failed = self._bad = torch.zeros((), dtype=torch.bool)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
@@ -184,42 +186,55 @@ class Adaptation(pl.LightningModule):
         for row, task in enumerate(self.heads.tasks if table is not None else ()):
             assert table is not None
             for reduce in ("mean", "min", "max"):
-                metrics[f"coefficient_{reduce}/{task}"] = getattr(table[1][row], reduce)()
+                value = getattr(table[1][row], reduce)()
+                metrics[f"coefficient_{reduce}/{task}"] = value.to(loss.device)
         self.log_dict(metrics, sync_dist=self.trainer.world_size > 1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuses to take a step on a loss, gradient or parameter that is not finite.
+        """Notes whether loss and gradient are finite, and keeps the parameters while they are.
 
-        On a GPU the check waits for the device, so it is made at log steps only; in between a bad
-        gradient is zeroed on the device, which keeps the learned state finite.
+        On a CPU a step that is not finite is refused at once. On a GPU asking would wait for the
+        device, so the note stays there and is read at log steps and before every checkpoint.
         """
-        parameters = [p for p in self.method.parameters() if p.grad is not None]
-        grads = [p.grad for p in parameters if p.grad is not None]
         assert self._values is not None
+        parameters = dict(self.method.named_parameters())
+        grads = [p.grad.norm() for p in parameters.values() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(grads))
         log_step = (self.global_step + 1) % self.log_every == 0
-        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))
         if log_step:
             self.log("gradient_norm", norm)
         finite = torch.isfinite(norm) & torch.isfinite(self._values).all()
-        for parameter in parameters:
-            finite = finite & torch.isfinite(parameter).all()
-        if self.device.type != "cpu":
-            for grad in grads:
-                grad.copy_(torch.where(finite, grad, torch.zeros_like(grad)))
-            if not log_step:
-                return
-        if not bool(finite):
-            raise AdamergeError(self._describe_failure())
+        now = {name: parameter.detach() for name, parameter in parameters.items()}
+        if self._good is None:
+            self._good = {name: tensor.clone() for name, tensor in now.items()}
+            self._failed, self._bad = torch.zeros_like(finite), self._values
+        self._bad = torch.where(self._failed, self._bad, self._values)  # of the first failure
+        self._failed = self._failed | ~finite
+        for name, kept in self._good.items():
+            kept.copy_(torch.where(self._failed, kept, now[name]))
+        if log_step or self.device.type == "cpu":
+            self.refuse_failure()
+
+    def refuse_failure(self) -> None:
+        """Puts the last good parameters back and raises, if a step was not finite.
+
+        Raises:
+            AdamergeError: naming the tasks whose loss it was.
+        """
+        if self._good is None or not bool(self._failed):
+            return
+        self.method.load_state_dict(self._good)
+        self._failed = torch.zeros_like(self._failed)
+        raise AdamergeError(self._describe_failure())
 
     def _describe_failure(self) -> str:
-        assert self._values is not None
-        flags = torch.isfinite(self._values).tolist()
+        flags = torch.isfinite(self._bad).tolist()
         bad = [task for task, fine in zip(self.heads.tasks, flags, strict=True) if not fine]
         what = f"the loss of task {', '.join(bad)}" if bad else "the gradient of the coefficients"
         return (
-            f"{what} became NaN or infinite at step {self.global_step}; stopped before it was "
-            "applied, the last good state is kept: lower optim.lr, or look at that task's expert "
-            "and images"
+            f"{what} became NaN or infinite by step {self.global_step}; stopped, and the last "
+            "parameters with a finite loss are kept: lower optim.lr in a new run, or look at that "
+            "task's expert and images"
         )
 
     def configure_optimizers(self) -> Any:

@@ -16,8 +16,8 @@ Kind = Callable[[Any], bool]
 
 
 def subclass_of(base: type) -> Kind:
-    """Accepts classes derived from `base`."""
-    return lambda found: inspect.isclass(found) and issubclass(found, base)
+    """Accepts classes derived from `base`, itself excluded."""
+    return lambda found: inspect.isclass(found) and issubclass(found, base) and found is not base
 
 
 def function_to(result: type) -> Kind:
@@ -49,7 +49,7 @@ def find(path: str, key: str, kind: Kind, expected: str) -> Any:
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name) if module_name else None
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise AdamergeError(f"{key}._target_: cannot import {path!r} ({error})") from error
     found = getattr(module, name, None)
     if found is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,7 +12,6 @@ from typing import Any
 
 import open_clip
 import torch
-from lightning.pytorch import Trainer
 
 from adamerge.adaptation import Adaptation
 from adamerge.binding import call, find, function_to, nearest, problems, subclass_of
@@ -27,9 +25,15 @@ from adamerge.heads import Heads, Prompts, zero_shot_heads
 from adamerge.image_cache import cache_images
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
-from adamerge.sources import open_dataset
+from adamerge.sources import data_problems, open_dataset
 from adamerge.task_vectors import TaskVectors
 
+# Arguments of Lightning's Trainer that make sense here: others would be set twice, cut the endless
+# stream of batches into epochs, or count steps in another way.
+_TRAINER = (
+    *("max_steps", "max_time", "accelerator", "devices", "num_nodes", "strategy", "precision"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "plugins"),
+)
 SUPPLIED = ("backbone", "task_vectors", "heads")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "method": (subclass_of(MergeMethod), "a MergeMethod class", SUPPLIED),
@@ -71,17 +75,15 @@ def check(config: Config) -> None:
             that lead nowhere or do not fit their arguments.
     """
     found = problems_of_config(config)
-    allowed = inspect.signature(Trainer).parameters
-    found += [
-        f"trainer.{key} is unknown{nearest(key, allowed)}"
-        for key in config["trainer"]
-        if key not in allowed
-    ]
-    found += [
-        f"trainer.{key} cannot be set: adamerge gives its own"
-        for key in ("callbacks", "logger", "enable_checkpointing", "enable_progress_bar")
-        if key in config["trainer"]
-    ]
+    if isinstance(config["trainer"], Mapping):
+        found += [
+            f"trainer.{key} is unknown or not for adamerge{nearest(key, _TRAINER)}"
+            for key in config["trainer"]
+            if key not in _TRAINER
+        ]
+    for task, entry in _tasks(config).items():
+        if isinstance(entry, Mapping) and entry.get("data") is not None:
+            found += data_problems(f"suite.tasks.{task}.data", entry["data"])
     for key, part in _targets(config):
         try:
             target, arguments = _target(key, part)
@@ -92,6 +94,11 @@ def check(config: Config) -> None:
     found = found or _trial(config)
     if found:
         raise AdamergeError("; ".join(found))
+
+
+def _tasks(config: Config) -> Mapping[str, Any]:
+    tasks = config["suite"].get("tasks")
+    return tasks if isinstance(tasks, Mapping) else {}
 
 
 def _trial(config: Config) -> list[str]:
@@ -106,15 +113,18 @@ def _trial(config: Config) -> list[str]:
             scheduler = kind(optimizer, **arguments)
             optimizer.step()
             scheduler.step()
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        return [f"{key}: {error}"]
+    except AdamergeError as error:
+        return [str(error)]
+    except Exception as error:  # whatever an optimizer says of its arguments
+        return [f"{key}: {' '.join(str(error).split())}"]
     return []
 
 
 def _targets(config: Config) -> list[tuple[str, Any]]:
     parts = [(key, config[key]) for key in ("method", "objective", "optim")]
     parts += [("scheduler", config["scheduler"])] if config["scheduler"] is not None else []
-    return parts + [(f"transform[{i}]", part) for i, part in enumerate(config["transform"] or [])]
+    transforms = config["transform"] if isinstance(config["transform"], list) else []
+    return parts + [(f"transform[{i}]", part) for i, part in enumerate(transforms)]
 
 
 def _target(key: str, part: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -137,7 +147,9 @@ def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
     """The pretrained CLIP of a suite and the hash of its file (none for an open_clip tag)."""
     source = str(suite["pretrained"])
     if open_clip.get_pretrained_cfg(suite["architecture"], source):
-        return build_clip(suite["architecture"], source), {}
+        clip = build_clip(suite["architecture"], source)
+        assert clip.weights is not None  # a tag was given
+        return clip, {"pretrained": {"path": source, "sha256": sha256(clip.weights)}}
     clip = build_clip(suite["architecture"])
     load_pretrained(clip, source)
     return clip, {"pretrained": _file(source)}
@@ -175,8 +187,6 @@ def load_data(config: Config, clip: Clip) -> TaskData:
     images = {}
     for task, entry in config["suite"]["tasks"].items():
         source = entry["data"]
-        if not isinstance(source, Mapping):
-            raise AdamergeError(f"suite.tasks.{task}.data is {source!r}: expected path or _target_")
         images[task] = cache_images(
             task,
             open_dataset(task, source),
@@ -186,6 +196,7 @@ def load_data(config: Config, clip: Clip) -> TaskData:
             config["on_bad_image"],
             str(source.get("image", "image")),
             source.get("label", "label"),
+            "label" in source and source["label"] is not None,
         )
     return TaskData(
         images, config["batch_size"], config["seed"], config["protocol"], config["num_workers"]
@@ -198,11 +209,22 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     for key, part in _targets(config):
         if key.startswith("transform"):
             target, arguments = _target(key, part)
-            vectors = call(target, arguments, {"task_vectors": vectors})
+            vectors = _construct(key, target, arguments, {"task_vectors": vectors})
     target, arguments = _target("method", config["method"])
     supplied = {"backbone": suite.clip.backbone, "task_vectors": vectors, "heads": suite.heads}
-    method: MergeMethod = call(target, arguments, supplied)
+    method: MergeMethod = _construct("method", target, arguments, supplied)
     return method
+
+
+def _construct(
+    key: str, target: Callable[..., Any], arguments: Mapping[str, Any], supplied: Mapping[str, Any]
+) -> Any:
+    try:
+        return call(target, arguments, supplied)
+    except AdamergeError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise AdamergeError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adaptation:
@@ -213,7 +235,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         "task_vectors": suite.task_vectors,
         "heads": suite.heads,
     }
-    objective: Objective = call(target, arguments, supplied)
+    objective: Objective = _construct("objective", target, arguments, supplied)
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None
     if config["scheduler"] is not None:
@@ -255,8 +277,10 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
 
     for key in _DECISIVE:
         add(key, config[key])
-    for key in ("precision", "devices"):
-        add(f"trainer.{key}", config["trainer"].get(key))
+    for key in _TRAINER:
+        if key not in ("max_steps", "max_time", "accelerator", "strategy"):
+            add(f"trainer.{key}", config["trainer"].get(key))
+    flat["order of tasks"] = ", ".join(config["suite"]["tasks"])
     for name, file in suite.files.items():
         flat[f"sha256 of {name}"] = file["sha256"]
     for task, images in data.tasks.items():

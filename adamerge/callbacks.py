@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +18,9 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm.auto import tqdm
+
+from adamerge.adaptation import Adaptation
+from adamerge.errors import AdamergeError
 
 Fingerprint = Mapping[str, str]
 
@@ -41,28 +46,40 @@ class Checkpoints(Callback):
     ) -> None:
         _set_random_state(checkpoint["adamerge"]["rng"])
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
         if trainer.global_step % self.every == 0:
+            _refuse_failure(pl_module)
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _refuse_failure(pl_module)
         self.save(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if trainer.world_size == 1 and not isinstance(exception, OSError):
-            self.save(trainer)
+        # Saving waits for all processes, so they must all have come here for the same reason.
+        together = trainer.world_size == 1 or isinstance(exception, AdamergeError)
+        with contextlib.suppress(OSError):  # the exception under way is the one to report
+            if together:
+                self.save(trainer, again=isinstance(exception, AdamergeError))
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Saves now, unless this step is saved already."""
-        if trainer.global_step == self._saved:
+    def save(self, trainer: pl.Trainer, again: bool = False) -> None:
+        """Saves now, unless this step is saved already and nothing changed since."""
+        if trainer.global_step == self._saved and not again:
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
         trainer.save_checkpoint(temporary, weights_only=False)
         if trainer.is_global_zero:
             temporary.replace(self.path)
         self._saved = trainer.global_step
+
+
+def _refuse_failure(pl_module: pl.LightningModule) -> None:
+    if isinstance(pl_module, Adaptation):
+        pl_module.refuse_failure()
 
 
 def _random_state() -> dict[str, Any]:
@@ -160,7 +177,8 @@ class Progress(Callback):
         if pl_module.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         pl_module.log("images_per_second", self._images / (now - self._since))
         pl_module.log("peak_memory_mib", peak)
         self._since, self._images = now, 0

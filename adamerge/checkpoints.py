@@ -93,10 +93,9 @@ def read(source: str | Path) -> Mapping[str, Tensor]:
     state: Any = SafetensorsFile(path) if path.suffix == ".safetensors" else _read_torch(path)
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    names = {name.removeprefix("module."): name for name in state}
-    if not names or not all(isinstance(name, str) for name in names):
+    if not state or not all(isinstance(name, str) for name in state):
         raise AdamergeError(f"{path} holds no tensors by name: expected a state dict")
-    return Renamed(state, names)
+    return Renamed(state, {name.removeprefix("module."): name for name in state})
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
@@ -164,7 +163,8 @@ def load_pretrained(clip: Clip, source: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             loaded = state[name]
-            if loaded.shape != tensor.shape and loaded.numel() != 1:
+            scalar = loaded.numel() == tensor.numel() == 1  # logit_scale is [] or [1]
+            if loaded.shape != tensor.shape and not scalar:
                 raise AdamergeError(
                     f"pretrained ({path}) has tensor {name!r} of shape {list(loaded.shape)}, the "
                     f"architecture has {list(tensor.shape)}: set suite.architecture to the one it "

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         help="score a run or an exported folder",
         description="Score an exported folder on a suite, beside the suite's own baselines.",
     )
+    evaluate.add_argument("--to", type=Path, default=None, help="default: TARGET/evaluation")
     evaluate.add_argument("target", type=Path, help="a run folder, or an exported folder")
     evaluate.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
     export = commands.add_parser(
@@ -104,19 +105,18 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "train":
         return run.train(options.settings)
     if options.command == "evaluate":
-        return deliver.evaluate(options.target, options.settings)
+        return deliver.evaluate(options.target, options.settings, options.to)
     return deliver.export_run(options.run, options.to)
 
 
 def _show(what: str, settings: Sequence[str]) -> int:
     from adamerge import config
-    from adamerge.errors import AdamergeError
 
     if what == "config":
         loaded = config.load(settings)
-        found = config.problems(loaded)
-        if found:
-            raise AdamergeError("; ".join(found))
+        from adamerge import build
+
+        build.check(loaded)
         print(config.text(loaded))
         return 0
     for group in config.GROUPS:

@@ -203,8 +203,10 @@ _CHOICES = {
     "protocol": ("paper", "heldout"),
     "on_bad_image": ("error", "skip"),
     "mode": ("auto", "online", "offline", "off"),
+    "precision": ("32-true", "bf16-mixed"),
 }
 _LEAST = {
+    "seed": 0,
     "batch_size": 1,
     "micro_batch": 1,
     "num_workers": 0,
@@ -220,7 +222,10 @@ def _mistyped(config: Config, defaults: Config, prefix: str = "") -> Iterable[st
         value, where = config.get(key), prefix + key
         if key not in config:
             yield f"{where} is missing"
-        elif key in ("optim", "scheduler", "transform", *GROUPS):
+        elif key == "transform":
+            if not isinstance(value, list):
+                yield f"transform is {value!r}: expected a list of {{_target_: ...}}"
+        elif key in ("optim", "scheduler", *GROUPS):
             continue
         elif isinstance(default, dict):
             if isinstance(value, dict):
@@ -245,6 +250,9 @@ def _mistyped(config: Config, defaults: Config, prefix: str = "") -> Iterable[st
 def _suite_problems(config: Config) -> Iterable[str]:
     suite = config["suite"]
     yield from _keys(suite, ("name", *_SUITE), _SUITE, "suite")
+    for key in ("architecture", "pretrained"):
+        if suite.get(key) is not None and not isinstance(suite[key], str):
+            yield f"suite.{key} is {suite[key]!r}: expected a name or a path"
     tasks = suite.get("tasks")
     if not isinstance(tasks, Mapping) or not tasks:
         yield "suite.tasks is empty: expected at least one task with its expert"
@@ -259,9 +267,22 @@ def _suite_problems(config: Config) -> Iterable[str]:
             value = task.get(key)
             if key in task and not (isinstance(value, list) and value):
                 yield f"{where}.{key} is {value!r}: expected a list of texts"
-        for template in task.get("templates") or []:
-            if "{}" not in str(template):
-                yield f"{where}.templates: {template!r} has no {{}} for the class name"
+        templates = task.get("templates")
+        for template in templates if isinstance(templates, list) else []:
+            if not _takes_a_name(str(template)):
+                yield f"{where}.templates: {template!r} has no single {{}} for the class name"
+        classes = task.get("classes")
+        listed = [str(name) for name in classes] if isinstance(classes, list) else []
+        for name in dict.fromkeys(listed):
+            if listed.count(name) > 1:
+                yield f"{where}.classes: {name!r} is listed twice"
+
+
+def _takes_a_name(template: str) -> bool:
+    try:
+        return template.format("a name") == template.replace("{}", "a name") != template
+    except (IndexError, KeyError, ValueError):
+        return False
 
 
 def _keys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -128,6 +129,7 @@ class TaskData(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals,
         )
 
     def batches(self, first_step: int = 0, rank: int = 0, ranks: int = 1) -> UnlabeledBatches:
@@ -158,6 +160,12 @@ class TaskData(pl.LightningDataModule):
     def sample(self, task: str, count: int) -> Tensor:
         """The first few scored images of a task, uint8 `[≤ count, 3, H, W]`."""
         return torch.from_numpy(self.tasks[task].images[self.score_rows[task][:count]])
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; only the main one may answer it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _split(task: str, size: int, protocol: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,8 +143,8 @@ def export_run(run_dir: Path, folder: Path | None) -> int:
     return 0
 
 
-def evaluate(target: Path, words: Sequence[str]) -> int:
-    """Scores an exported folder, or a run's, on a suite (`adamerge evaluate`)."""
+def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
+    """Scores an exported folder, or a run's, on a suite; writes results (`adamerge evaluate`)."""
     is_run = (target / "config.yaml").is_file()
     folder = target / "merged" if is_run else target
     if not (folder / "open_clip_config.json").is_file():
@@ -153,11 +154,27 @@ def evaluate(target: Path, words: Sequence[str]) -> int:
         )
     own_suite = any(word.startswith("suite=") for word in words)
     settings = config.load_run(target, words) if is_run and not own_suite else config.load(words)
+    settings["protocol"] = _protocol(folder, settings["protocol"])
     job = load_job(settings)
     clip, _ = build.load_clip({"architecture": str(folder), "pretrained": str(folder)})
+    if clip.config["model_cfg"] != job.suite.clip.config["model_cfg"]:
+        raise AdamergeError(
+            f"{folder} is of another architecture than suite {settings['suite']['name']}: evaluate "
+            "it on a suite it was merged from, or of the same model"
+        )
     encoder = FoldedEncoder(Tower(clip.backbone), clip.backbone.state_dict())
-    name = target.resolve().name
     rows = score(job, encoder)
-    rows[-1].name = name
-    print(f"\n{evaluation.as_markdown(_results(job, rows, name))}")
+    rows[-1].name = target.resolve().name
+    results = _results(job, rows, rows[-1].name)
+    (to or target / "evaluation").mkdir(parents=True, exist_ok=True)
+    print(f"\n{evaluation.write_results(results, to or target / 'evaluation')}")
     return 0
+
+
+def _protocol(folder: Path, otherwise: str) -> str:
+    """What the merge in a folder was adapted on: its images must not be scored as if unseen."""
+    record = folder / "merge.json"
+    try:
+        return str(json.loads(record.read_text())["protocol"]) if record.is_file() else otherwise
+    except (ValueError, KeyError):
+        return otherwise

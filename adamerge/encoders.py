@@ -29,11 +29,13 @@ class Clip:
         model: the CLIP; its image tower is `model.visual`, the backbone of every method.
         config: `{"model_cfg": …, "preprocess_cfg": …}` as in an `open_clip_config.json`.
         tokenizer: texts -> token ids `[n, context]`.
+        weights: the file an open_clip tag was read from, if one was named.
     """
 
     model: nn.Module
     config: dict[str, Any]
     tokenizer: Callable[..., Tensor]
+    weights: Path | None = None
 
     @property
     def backbone(self) -> nn.Module:
@@ -61,24 +63,47 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     with tempfile.TemporaryDirectory() as folder:
         # One path for built-in, folder and file alike: open_clip reads configs from a folder.
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
+        # A tokenizer's own files lie beside the folder's config, or come with the built-in name.
+        source = f"local-dir:{architecture if Path(architecture).is_dir() else folder}"
         try:
             with _quiet():
                 model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
+            built_in = open_clip.get_model_config(architecture) if ":" not in architecture else None
+            tokenizer = open_clip.get_tokenizer(architecture if built_in else source)
+        except (TypeError, ValueError, RuntimeError, KeyError, AssertionError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise AdamergeError(
                 f"architecture {architecture!r} is not a model open_clip can build "
-                f"({error}): expected model_cfg with embed_dim, vision_cfg and text_cfg"
+                f"({reason}): expected model_cfg with embed_dim, vision_cfg and text_cfg"
             ) from error
+        except ImportError as error:
+            raise AdamergeError(
+                f"architecture {architecture!r} needs a package that is not installed ({error}): "
+                "install it, as with `pip install transformers`"
+            ) from error
+    weights = None
     if pretrained_tag is not None:
-        path = open_clip.pretrained.download_pretrained(
-            open_clip.get_pretrained_cfg(architecture, pretrained_tag)
-        )
-        open_clip.load_checkpoint(model, path, weights_only=True)
+        weights = _download(architecture, pretrained_tag)
+        open_clip.load_checkpoint(model, str(weights), weights_only=True)
     model.eval().requires_grad_(False)
     size = getattr(model.visual, "image_size", None) or 224
     config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
-    return Clip(model, config, tokenizer)
+    return Clip(model, config, tokenizer, weights)
+
+
+def _download(architecture: str, tag: str) -> Path:
+    try:
+        return Path(
+            open_clip.pretrained.download_pretrained(
+                open_clip.get_pretrained_cfg(architecture, tag)
+            )
+        )
+    except Exception as error:  # of the hub, the network, the cache: one thing to the user
+        reason = " ".join(str(error).split())[:200]
+        raise AdamergeError(
+            f"pretrained {tag!r} of {architecture} cannot be downloaded ({reason}): connect, or "
+            "name a local checkpoint as suite.pretrained"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -127,6 +152,14 @@ def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any
                 raise AdamergeError(
                     f"pretrained {pretrained_tag!r} is neither a file nor a weight tag of "
                     f"{architecture}: its tags are {tags}"
+                )
+            if bool(tag_cfg.get("quick_gelu")) != bool(model_cfg.get("quick_gelu")):
+                other = architecture.removesuffix("-quickgelu")
+                other += "-quickgelu" if tag_cfg.get("quick_gelu") else ""
+                raise AdamergeError(
+                    f"pretrained {pretrained_tag!r} was trained with another activation than "
+                    f"{architecture} has (QuickGELU or not), which silently costs accuracy: set "
+                    f"suite.architecture to {other}"
                 )
             keys = open_clip.transform.PreprocessCfg.__dataclass_fields__
             preprocess = {key: value for key, value in tag_cfg.items() if key in keys}

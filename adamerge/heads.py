@@ -11,6 +11,7 @@ from typing import cast
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -54,9 +55,14 @@ class Heads(nn.Module):
         return cast(Tensor, getattr(self, f"weight_{self.tasks.index(task)}"))
 
     def logits(self, features: Tensor, task: str) -> Tensor:
-        """`[B, D]` features (normalised here) -> `[B, C]` logits of a task."""
+        """`[B, D]` features (normalised here) -> `[B, C]` logits of a task.
+
+        In the heads' own precision, also under autocast: logits of magnitude 100 do not survive
+        bfloat16.
+        """
         weight = self.weight(task)
-        return nn.functional.normalize(features.to(weight.dtype), dim=-1) @ weight.T
+        with torch.autocast(features.device.type, enabled=False):
+            return nn.functional.normalize(features.to(weight.dtype), dim=-1) @ weight.T
 
 
 def zero_shot_heads(
@@ -81,14 +87,28 @@ def zero_shot_heads(
             continue
         key = hashlib.sha256(json.dumps([tower, prompt.classes, prompt.templates]).encode())
         path = cache_dir / "heads" / f"{key.hexdigest()[:32]}.safetensors"
-        if path.is_file():
-            weights[task] = load_file(path)["weight"]
+        known = _cached(path)
+        if known is not None:
+            weights[task] = known
         else:
             weights[task] = _encode(clip, prompt)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 save_file({"weight": weights[task]}, temporary)
+    for task, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise AdamergeError(
+                f"head of task {task!r} has NaN or infinite values: the text tower of the "
+                "pretrained checkpoint is damaged; use another one"
+            )
     return Heads(weights, {task: prompt.classes for task, prompt in prompts.items()})
+
+
+def _cached(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["weight"]
+    except (SafetensorError, OSError, KeyError):  # absent or damaged: made again
+        return None
 
 
 def _encode(clip: Clip, prompt: Prompts) -> Tensor:

@@ -25,6 +25,8 @@ from adamerge.errors import AdamergeError
 
 log = logging.getLogger("adamerge")
 
+_FORMAT = 1  # of a cache folder; another number makes new folders
+
 
 @dataclass
 class TaskImages:
@@ -33,7 +35,7 @@ class TaskImages:
     Attributes:
         images: uint8 `[N, 3, H, W]`, memory-mapped.
         labels: int64 `[N]`, or None for unlabeled data.
-        key: hash of the content, the transform and the library versions.
+        key: sha256 of the preprocessed images, wherever they came from.
         skipped: how many broken images were left out.
     """
 
@@ -67,6 +69,7 @@ def cache_images(
     on_bad_image: str = "error",
     image: str = "image",
     label: str | None = "label",
+    labelled: bool = False,
 ) -> TaskImages:
     """The task's images as the backbone wants them, made on first use and mapped afterwards.
 
@@ -79,6 +82,7 @@ def cache_images(
             under its name only when it is complete.
         on_bad_image: `error`, or `skip` to leave broken images out and count them.
         image, label: column names; a label column that is absent means unlabeled.
+        labelled: the label column was asked for by name, so its absence is an error.
 
     Raises:
         AdamergeError: an empty data set, missing image column, broken image, or labels that do
@@ -88,6 +92,11 @@ def cache_images(
         raise AdamergeError(
             f"data of task {task!r} has no image column {image!r}: its columns are "
             f"{', '.join(dataset.column_names)}; set data.image"
+        )
+    if labelled and label not in dataset.column_names:
+        raise AdamergeError(
+            f"data of task {task!r} has no label column {label!r}: its columns are "
+            f"{', '.join(dataset.column_names)}; mend data.label, or leave it out"
         )
     if len(dataset) == 0:
         raise AdamergeError(f"data of task {task!r} is empty: expected at least one image")
@@ -104,7 +113,7 @@ def cache_images(
     if meta["skipped"]:
         log.warning("task %s: %d broken images were skipped", task, meta["skipped"])
     return TaskImages(
-        np.load(folder / "images.npy", mmap_mode="r"), kept, key, int(meta["skipped"])
+        np.load(folder / "images.npy", mmap_mode="r"), kept, meta["sha256"], int(meta["skipped"])
     )
 
 
@@ -121,7 +130,10 @@ def _labels(
             "give the suite the data set's own class names, in its order"
         )
     try:
-        labels = np.asarray(dataset[column][:], dtype=np.int64)
+        given = np.asarray(dataset[column][:])
+        labels = given.astype(np.int64)
+        if not np.array_equal(labels, given):
+            raise ValueError("not whole numbers")
     except (TypeError, ValueError) as error:
         raise AdamergeError(
             f"labels of task {task!r} (column {column!r}) are not class numbers: expected "
@@ -137,7 +149,7 @@ def _labels(
 
 def _key(dataset: datasets.Dataset, preprocess: Any, *settings: object) -> str:
     libraries = [version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
-    parts = [content_key(dataset), repr(preprocess), libraries, [str(s) for s in settings]]
+    parts = [_FORMAT, content_key(dataset), repr(preprocess), libraries, [*map(str, settings)]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -153,7 +165,13 @@ def content_key(dataset: datasets.Dataset) -> str:
         return hashlib.sha256(repr((dataset._fingerprint, stats)).encode()).hexdigest()
     digest = hashlib.sha256(repr(dataset.features).encode())
     for batch in dataset.with_format("arrow").iter(batch_size=1024):
-        digest.update(repr(batch.to_pylist()).encode())
+        for row in batch.to_pylist():
+            digest.update(repr(row).encode())
+            for value in row.values():  # a path stands for a file that may change
+                path = value.get("path") if isinstance(value, dict) else None
+                if path and not value.get("bytes") and os.path.exists(path):
+                    stat = os.stat(path)
+                    digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -183,7 +201,9 @@ def _write(
             _drop(temporary / "images.npy", good)
         if labels is not None:
             np.save(temporary / "labels.npy", labels[good])
-        meta = {"labelled": labels is not None, "skipped": len(bad)}
+        with (temporary / "images.npy").open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        meta = {"labelled": labels is not None, "skipped": len(bad), "sha256": content}
         (temporary / "meta.json").write_text(json.dumps(meta))
         try:
             temporary.rename(folder)
@@ -256,11 +276,9 @@ def _decode(value: Any) -> Image.Image:
 
 
 def _origin(dataset: datasets.Dataset, column: str, row: int) -> str:
-    try:
-        value = dataset.cast_column(column, datasets.Image(decode=False))[row][column]
-    except (TypeError, ValueError):
-        return ""
-    return f" ({value['path']})" if value.get("path") else ""
+    _, values = next(_raw(dataset.select([row]), column))
+    path = values[0].get("path") if isinstance(values[0], dict) else None
+    return f" ({path})" if path else ""
 
 
 def _drop(path: Path, good: np.ndarray) -> None:

@@ -93,9 +93,10 @@ class Objective:
                 f"{', '.join(heads.tasks)}"
             )
         for task, weight in self.weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not (number and math.isfinite(weight) and weight >= 0):
                 raise AdamergeError(
-                    f"objective.weights.{task} is {weight}: expected a finite number >= 0"
+                    f"objective.weights.{task} is {weight!r}: expected a finite number >= 0"
                 )
 
     def term(self, logits: Tensor) -> Tensor:
@@ -120,13 +121,14 @@ class Objective:
             if len(rows) == 0:
                 values.append(_promote(features.new_zeros(())))
                 continue
-            value = self.term(self.heads.logits(features[rows.to(features.device)], task))
+            value = self.term(self.heads.logits(_pick(features, rows), task))
             values.append(value if counts is None else value * (len(rows) / counts[index]))
         return torch.stack(values)
 
     def weigh(self, values: Tensor) -> Tensor:
         """The loss `Σ_t weight_t · value_t` of the `[T]` values of a call."""
-        return values @ values.new_tensor([self.weights[task] for task in self.heads.tasks])
+        terms = zip(values.unbind(), self.heads.tasks, strict=True)
+        return torch.stack([self.weights[task] * value for value, task in terms]).sum()
 
 
 class Entropy(Objective):
@@ -147,6 +149,14 @@ class InfoMax(Objective):
 
     def term(self, logits: Tensor) -> Tensor:
         return infomax(logits)
+
+
+def _pick(features: Tensor, rows: Tensor) -> Tensor:
+    """Rows of features; a run of neighbours, as in training, needs no index on the device."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows):
+        return features[first : last + 1]
+    return features[rows.to(features.device)]
 
 
 def _promote(logits: Tensor) -> Tensor:

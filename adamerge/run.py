@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
-from adamerge import config, deliver, tracking
+from adamerge import build, config, deliver, tracking
 from adamerge.callbacks import Checkpoints, Progress, StopOnSignal, Watch
 from adamerge.config import Config
 from adamerge.deliver import Job
@@ -33,6 +33,7 @@ def train(words: Sequence[str]) -> int:
     folder ready to be resumed.
     """
     settings, run_dir, resumed = _open_run(words)
+    build.check(settings)
     seed_everything(settings["seed"], verbose=False)
     if not resumed:
         _refuse_used_folder(run_dir)
@@ -65,12 +66,14 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
     if resume and resume[-1] not in ("", "null"):
         run_dir = Path(resume[-1])
         rest = [word for word in words if not word.startswith("resume=")]
+        if any(word.startswith("run_dir=") for word in rest):
+            raise AdamergeError("resume= goes on in the run's own folder: leave run_dir= out")
         return config.load_run(run_dir, rest), run_dir, True
     settings = config.load(words)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = f"{settings['suite']['name']}-{settings['method']['name']}-{stamp}"
     given = None if is_main_process() else os.environ.get(_RUN_DIR)
-    return settings, Path(given or settings["run_dir"] or Path("runs") / name), False
+    return settings, Path(str(given or settings["run_dir"] or Path("runs") / name)), False
 
 
 def _refuse_used_folder(run_dir: Path) -> None:

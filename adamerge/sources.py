@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from adamerge.binding import call, find, function_to, problems
+from adamerge.binding import call, find, function_to, nearest, problems
 from adamerge.errors import AdamergeError
 
 _KEYS = ("path", "name", "split", "revision", "image", "label")
@@ -28,22 +28,41 @@ def open_dataset(task: str, data: Mapping[str, Any]) -> datasets.Dataset:
             with a data set is ever run.
     """
     where = f"suite.tasks.{task}.data"
+    found = data_problems(where, data)
+    if found:
+        raise AdamergeError("; ".join(found))
+    if "_target_" not in data:
+        return _read(where, data)
+    try:
+        made: datasets.Dataset = call(_function(where, data), _arguments(data), {})
+    except ValueError as error:
+        raise AdamergeError(f"{where}: {error}") from error
+    return made
+
+
+def data_problems(where: str, data: Any) -> list[str]:
+    """What is wrong with a task's `data:`, before anything is read."""
+    if not isinstance(data, Mapping):
+        return [f"{where} is {data!r}: expected {', '.join(_KEYS)}, or _target_"]
     if "_target_" in data:
-        arguments = {
-            key: value for key, value in data.items() if key not in ("_target_", "image", "label")
-        }
-        expected = "a function annotated to return a datasets.Dataset"
-        target = find(str(data["_target_"]), where, function_to(datasets.Dataset), expected)
-        found = problems(target, arguments, where, ())
-        if found:
-            raise AdamergeError("; ".join(found))
-        made: datasets.Dataset = call(target, arguments, {})
-        return made
-    unknown = sorted(set(data) - set(_KEYS))
-    if unknown or "path" not in data:
-        what = f"{where}.{unknown[0]} is unknown" if unknown else f"{where}.path is missing"
-        raise AdamergeError(f"{what}: expected {', '.join(_KEYS)}, or _target_ with its arguments")
-    return _read(where, data)
+        try:
+            return problems(_function(where, data), _arguments(data), where, ())
+        except AdamergeError as error:
+            return [str(error)]
+    found = [f"{where}.{key} is unknown{nearest(key, _KEYS)}" for key in data if key not in _KEYS]
+    return found + ([] if "path" in data else [f"{where}.path is missing"])
+
+
+def _function(where: str, data: Mapping[str, Any]) -> Callable[..., Any]:
+    expected = "a function annotated to return a datasets.Dataset"
+    found: Callable[..., Any] = find(
+        str(data["_target_"]), where, function_to(datasets.Dataset), expected
+    )
+    return found
+
+
+def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in ("_target_", "image", "label")}
 
 
 def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
@@ -53,7 +72,11 @@ def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(path)
         elif folder.is_dir():
-            loaded = datasets.load_dataset("imagefolder", data_dir=path, split="train")
+            inner = folder / split
+            if not inner.is_dir() and data.get("split"):
+                raise FileNotFoundError(f"no folder {inner} for split {split!r}")
+            source = str(inner) if inner.is_dir() else path
+            loaded = datasets.load_dataset("imagefolder", data_dir=source, split="train")
         else:
             loaded = datasets.load_dataset(
                 path, data.get("name"), split=split, revision=data.get("revision")

@@ -76,7 +76,7 @@ class TaskVectors:
             dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
             if base.dtype != dtype:
                 _note(promoted, base, "pretrained")
-            self.pretrained[name] = base.to(dtype)
+            self.pretrained[name] = base.to(dtype, copy=True)  # frozen, whatever becomes of base
             _check_finite(self.pretrained[name], "pretrained", name, where)
             deltas = torch.empty((len(pairs), *base.shape), dtype=dtype, device=base.device)
             for row, (task, expert) in zip(deltas, pairs, strict=True):

@@ -86,7 +86,8 @@ def wandb_logger(
     `auto` is online where credentials are found and offline otherwise; `WANDB_MODE` in the
     environment decides where it is set. A resumed run goes on under its own id.
     """
-    mode = os.environ.get("WANDB_MODE") if settings["mode"] == "auto" else settings["mode"]
+    given = os.environ.get("WANDB_MODE") or None
+    mode = given if settings["mode"] == "auto" else settings["mode"]
     if mode in ("off", "disabled"):
         return None
     if mode is None:

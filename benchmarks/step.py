@@ -254,8 +254,8 @@ def memory_in_subprocess(
     return float(json.loads(answer.stdout.splitlines()[-1])["multiples_of_P"])
 
 
-def report(arguments: argparse.Namespace, tasks: int) -> str:
-    """The table of one number of tasks, in Markdown."""
+def report(arguments: argparse.Namespace, tasks: int, memory: Mapping[str, float]) -> str:
+    """The table of one number of tasks, in Markdown; `memory` by scheme and what is measured."""
     found = compare(
         make(arguments.architecture, tasks, arguments.batch, torch.device(arguments.device)),
         arguments.rounds,
@@ -273,16 +273,14 @@ def report(arguments: argparse.Namespace, tasks: int) -> str:
         row = phases[scheme]
         cells = [f"{row[k]:.3f} s" for k in ("merge", "forward", "backward")]
         inside = "in backward" if "contraction" not in row else f"{row['contraction']:.3f} s"
-        extra = memory_in_subprocess(arguments, tasks, scheme, "work")
-        whole = memory_in_subprocess(arguments, tasks, scheme, "step")
         cells += [
             inside,
             f"{row['step']:.3f} s",
             f"{row['step'] / phases['ours']['step']:.2f} ×",
             f"{work[scheme]:.3f} s",
             f"{work[scheme] / work['ours']:.1f} ×",
-            f"{extra:.3f} P",
-            f"{whole:.2f} P",
+            f"{memory[scheme + ' work']:.3f} P",
+            f"{memory[scheme + ' step']:.2f} P",
             f"{found['gradient_difference'][scheme]:.1e}",
         ]
         lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
@@ -312,10 +310,22 @@ def main() -> None:
         "Memory is the peak above the inputs (θ0, τ, images), in multiples of the model's size P; "
         "for the merging work, W and its gradient are not counted.\n"
     )
-    text = "\n\n".join([head, *(report(arguments, tasks) for tasks in arguments.tasks)]) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    # Memory first, while this process holds no model beside the one being measured.
+    memory = {
+        tasks: {
+            f"{scheme} {what}": memory_in_subprocess(arguments, tasks, scheme, what)
+            for scheme in SCHEMES
+            for what in ("work", "step")
+        }
+        for tasks in arguments.tasks
+    }
+    parts = [head]
+    print(head, flush=True)
+    for tasks in arguments.tasks:
+        parts.append(report(arguments, tasks, memory[tasks]))
+        print(parts[-1], flush=True)
+        if arguments.out:
+            arguments.out.write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def truncated_zip(path: Path) -> None:
         ("a.pt", lambda p: p.write_text("<html>404"), "cannot be read as a state dict"),
         ("a.pt", lambda p: torch.save([1, 2], p), "holds a list: expected a state dict"),
         ("a.pt", lambda p: torch.save({}, p), "holds no tensors by name"),
+        ("a.pt", lambda p: torch.save({1: torch.ones(1)}, p), "holds no tensors by name"),
         ("a.pt", lambda p: None, "does not exist"),
     ],
 )
@@ -116,6 +117,7 @@ def test_pretrained_that_does_not_fit(tmp_path: Path) -> None:
 
     refuse({"visual.proj": None}, r"lacks tensor 'visual\.proj' \(1 such\)")
     refuse({"odd": torch.ones(1)}, r"has the unknown tensor 'odd'")
+    refuse({"visual.proj": torch.ones(1)}, r"'visual\.proj' of shape \[1\].*\[32, 16\]")
     refuse({"visual.proj": torch.ones(2, 2)}, r"'visual\.proj' of shape \[2, 2\].*\[32, 16\]")
     save_file({k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")},
               tmp_path / "tower.safetensors")  # fmt: skip
@@ -127,6 +129,7 @@ def test_pretrained_that_does_not_fit(tmp_path: Path) -> None:
     ("architecture", "tag", "message"),
     [
         ("ViT-B-33", None, "'ViT-B-33' is neither an open_clip model name nor a folder"),
+        ("ViT-B-32", "openai", "silently costs accuracy: set suite.architecture to ViT-B-32-quick"),
         ("ViT-B-32", "opnai", r"'opnai' is neither a file nor a weight tag of ViT-B-32: .*openai"),
     ],
 )

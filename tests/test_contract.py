@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 
 import adamerge
 from adamerge.adaptation import step_loss
+from adamerge.encoders import Tower
 from adamerge.methods import AdaMerging, MergeMethod
+from adamerge.task_vectors import _Merge
 from adamerge.transforms import ties
 from tests import golden_data as golden
 
@@ -119,6 +122,37 @@ def test_micro_batches_do_not_change_the_gradient(
         results.append((loss.detach(), values, features, *grads))
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole)
+
+
+@every_method
+@pytest.mark.parametrize("objective", ["Entropy", "InfoMax"])
+def test_a_step_merges_once_contracts_once_and_bounds_its_batches(
+    name: str, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"merge": 0, "contract": 0, "largest": 0}
+    merge, contract, encode = _Merge.forward, _Merge.backward, Tower.__call__
+
+    def counted_merge(*args: Any) -> Any:
+        counts["merge"] += 1
+        return merge(*args)
+
+    def counted_contract(*args: Any) -> Any:
+        counts["contract"] += 1
+        return contract(*args)
+
+    def watched(tower: Tower, weights: Any, images: torch.Tensor) -> Any:
+        counts["largest"] = max(counts["largest"], len(images))
+        return encode(tower, weights, images)
+
+    monkeypatch.setattr(_Merge, "forward", staticmethod(counted_merge))
+    monkeypatch.setattr(_Merge, "backward", staticmethod(counted_contract))
+    monkeypatch.setattr(Tower, "__call__", watched)
+    images, ids = golden.batch(0)
+    loss_of = getattr(adamerge.objectives, objective)(golden.heads())
+    for size in (None, 4):
+        counts.update(merge=0, contract=0, largest=0)
+        step_loss(make(name), loss_of, images, ids, size)[0].backward()
+        assert counts == {"merge": 1, "contract": 1, "largest": size or len(ids)}
 
 
 @every_method

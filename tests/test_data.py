@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,7 +24,7 @@ CFG = open_clip.transform.PreprocessCfg(
 )
 
 
-def cached(tmp_path: Path, dataset: datasets.Dataset, **options: str) -> TaskImages:
+def cached(tmp_path: Path, dataset: datasets.Dataset, **options: Any) -> TaskImages:
     classes = tuple(tiny.CLASSES["dots"])
     return cache_images("dots", dataset, classes, CFG, tmp_path, **options)
 
@@ -109,16 +110,40 @@ def test_cache_and_normalizer_equal_the_open_clip_transform(tmp_path: Path) -> N
 
 
 def test_cache_is_reused_and_keyed_by_content_and_transform(tmp_path: Path) -> None:
+    def folders() -> list[Path]:
+        return sorted((tmp_path / "images").iterdir())
+
     first = cached(tmp_path, tiny.images("dots"))
-    folder = tmp_path / "images" / first.key
+    (folder,) = folders()
     before = (folder / "images.npy").stat().st_mtime_ns
     assert cached(tmp_path, tiny.images("dots")).key == first.key
-    assert (folder / "images.npy").stat().st_mtime_ns == before
+    assert folders() == [folder] and (folder / "images.npy").stat().st_mtime_ns == before
     assert cached(tmp_path, tiny.images("dots", 39)).key != first.key
     other = open_clip.transform.PreprocessCfg(size=12)
     classes = tuple(tiny.CLASSES["dots"])
     assert cache_images("dots", tiny.images("dots"), classes, other, tmp_path).key != first.key
-    assert not list((tmp_path / "images").glob("*.tmp"))
+    assert len(folders()) == 3
+
+
+def test_an_image_overwritten_in_place_is_read_again(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    features = datasets.Features(image=datasets.Image())
+    found = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (16, 16), colour).save(picture)
+        dataset = datasets.Dataset.from_dict({"image": [str(picture)]}, features=features)
+        found.append(cached(tmp_path / "cache", dataset).images[0, :, 0, 0].tolist())
+    assert found == [[255, 0, 0], [0, 0, 255]]
+
+
+def test_a_folder_of_images_with_splits(tmp_path: Path) -> None:
+    for split, colour in (("train", "red"), ("test", "green")):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (16, 16), colour).save(tmp_path / split / "a.png")
+    image = open_dataset("t", {"path": str(tmp_path), "split": "test"})[0]["image"]
+    assert image.getpixel((0, 0)) == (0, 128, 0)
+    with pytest.raises(AdamergeError, match="no folder .* for split 'val'"):
+        open_dataset("t", {"path": str(tmp_path), "split": "val"})
 
 
 def with_broken_image(tmp_path: Path) -> datasets.Dataset:
@@ -158,6 +183,12 @@ def test_data_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         cached(tmp_path, high)
     with pytest.raises(AdamergeError, match="is empty"):
         cached(tmp_path, tiny.images("dots").select([]))
+    with pytest.raises(AdamergeError, match="no label column 'lable': its columns are image"):
+        cached(tmp_path, tiny.images("dots"), label="lable", labelled=True)
+    floats = dataset.cast_column("label", datasets.Value("float32"))
+    halves = floats.map(lambda row: {"label": row["label"] + 0.5})
+    with pytest.raises(AdamergeError, match="are not class numbers: expected integers"):
+        cached(tmp_path, halves)
     with pytest.raises(AdamergeError, match="no image column 'picture': its columns are image"):
         cached(tmp_path, tiny.images("dots"), image="picture")
 
@@ -165,7 +196,7 @@ def test_data_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_sources(tmp_path: Path) -> None:
     with pytest.raises(AdamergeError, match=r"tasks\.t\.data\.path: cannot read .*nowhere"):
         open_dataset("t", {"path": str(tmp_path / "nowhere")})
-    with pytest.raises(AdamergeError, match=r"data\.spilt is unknown: expected path, name, split"):
+    with pytest.raises(AdamergeError, match=r"data\.spilt is unknown \(did you mean 'split'\?\)"):
         open_dataset("t", {"path": "x", "spilt": "test"})
     with pytest.raises(AdamergeError, match=r"'os\.system' is not a function annotated to return"):
         open_dataset("t", {"_target_": "os.system", "command": "true"})

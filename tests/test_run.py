@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -19,7 +20,7 @@ from safetensors import safe_open
 
 from adamerge import config, deliver
 from adamerge.cli import main
-from adamerge.encoders import Normalizer
+from adamerge.encoders import Normalizer, Tower
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -172,15 +173,34 @@ def test_provenance(done: Path, suite: Path) -> None:
         assert heads.get_tensor("dots").shape == (4, 16)
 
 
-def test_evaluate_gives_the_runs_accuracies(done: Path, base: list[str], capsys: Capture) -> None:
-    capsys.readouterr()
+def test_evaluate_gives_the_runs_accuracies(
+    done: Path, base: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    row = json.loads((done / "results.json").read_text())["rows"][-1]
     for target, words in ((done, []), (done / "merged", base)):
-        assert main(["evaluate", str(target), *words, "evaluate.baselines=false"]) == 0
-        row = json.loads((done / "results.json").read_text())["rows"][-1]
-        printed = capsys.readouterr().out
-        assert f"{100 * row['average']:.1f}" in printed and f"**{target.name}**" in printed
+        to = tmp_path / target.name
+        assert main(["evaluate", "--to", str(to), str(target), *words]) == 0
+        found = json.loads((to / "results.json").read_text())["rows"]
+        assert found[-1] == {**row, "name": target.name} and found[0]["name"] == "pretrained"
+        assert f"**{target.name}**" in (to / "results.md").read_text()
+    capsys.readouterr()
     assert main(["evaluate", str(done / "nothing"), *base]) == 2
     assert "is no exported model" in capsys.readouterr().err
+    assert main(["evaluate", str(ROOT / "checkpoints" / "demo"), *base]) == 2
+    assert "is of another architecture than suite tiny" in capsys.readouterr().err
+
+
+def test_evaluating_a_heldout_merge_scores_what_it_has_not_seen(
+    base: list[str], tmp_path: Path
+) -> None:
+    words = [*base, "evaluate.baselines=false"]
+    assert train(*words, "protocol=heldout", f"run_dir={tmp_path / 'run'}") == 0
+    assert main(["evaluate", str(tmp_path / "run" / "merged"), *words]) == 0
+    written = tmp_path / "run" / "merged" / "evaluation" / "results.json"
+    own = json.loads((tmp_path / "run" / "results.json").read_text())
+    again = json.loads(written.read_text())
+    assert again["protocol"] == "heldout"
+    assert again["rows"][0]["accuracy"] == own["rows"][0]["accuracy"]
 
 
 def test_export_again(done: Path, tmp_path: Path) -> None:
@@ -214,6 +234,8 @@ def test_resuming_with_something_else_is_refused(
     for word, message in (
         ("seed=5", "seed was 0, is 5"),
         ("batch_size=2", "batch_size was 4, is 2"),
+        ("trainer.gradient_clip_val=0.1", "trainer.gradient_clip_val was None, is 0.1"),
+        (f"run_dir={tmp_path / 'x'}", "leave run_dir= out"),
         ("method.init=0.1", r"method.init was 0.3, is 0.1"),
         ("method=task_wise", "method=task_wise cannot be changed on resuming"),
     ):
@@ -285,25 +307,43 @@ def test_micro_batches_give_the_same_run(base: list[str], tmp_path: Path, object
     assert coefficients(tmp_path / "b") == pytest.approx(coefficients(tmp_path / "a"), abs=1e-5)
 
 
-def test_bf16_mixed(base: list[str], tmp_path: Path) -> None:
+def test_bf16_mixed(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tower computes in bfloat16; the merge, the logits and the loss do not."""
+    seen = set()
+    forward = Tower.__call__
+
+    def watched(tower: Tower, weights: dict[str, torch.Tensor], images: torch.Tensor) -> Any:
+        features = forward(tower, weights, images)
+        seen.add((next(iter(weights.values())).dtype, features.dtype))
+        return features
+
     words = [*base, "evaluate.baselines=false"]
     assert train(*words, f"run_dir={tmp_path / 'a'}") == 0
+    monkeypatch.setattr(Tower, "__call__", watched)
     assert train(*words, "trainer.precision=bf16-mixed", f"run_dir={tmp_path / 'b'}") == 0
+    assert (torch.float32, torch.bfloat16) in seen
+    with (tmp_path / "b" / "metrics.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    parts = sum(float(row[f"entropy/{task}"]) for task in tiny.CLASSES)
+    assert float(row["loss"]) == pytest.approx(parts, rel=1e-6), "the loss was rounded"
     moves = [torch.tensor(coefficients(tmp_path / run)) - 0.3 for run in "ab"]
     assert torch.corrcoef(torch.stack(moves))[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("every", [1, 100])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
-    base: list[str], tmp_path: Path, capsys: Capture
+    base: list[str], tmp_path: Path, capsys: Capture, every: int
 ) -> None:
     run = tmp_path / "run"
     words = [*base, "trainer.max_steps=50", "optim.lr=1e30", f"run_dir={run}"]
-    assert train(*words) == 2
+    assert train(*words, f"checkpoint_every={every}") == 2
     error = capsys.readouterr().err
-    assert "became NaN or infinite at step" in error and "lower optim.lr" in error
+    assert "became NaN or infinite by step" in error and "lower optim.lr" in error
     assert "task stripes" in error or "task dots" in error or "gradient" in error
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert torch.isfinite(saved["state_dict"]["method.coefficients"]).all()
+    kept = saved["state_dict"]["method.coefficients"]
+    assert torch.equal(kept, torch.full_like(kept, 0.3)), "the last one whose loss was finite"
+    assert main(["export", str(run)]) == 0
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ class AdaMerging(MergeMethod):
         self._tower = Tower(backbone)
         self._tower.check(task_vectors)
         first = task_vectors.pretrained[task_vectors.names[0]]
+        self._column = self._column.to(first.device)
         tasks = len(task_vectors.tasks)
         shape = (tasks,) if granularity == "task" else (tasks, len(self.groups))
         self.coefficients = nn.Parameter(
@@ -64,7 +65,7 @@ class AdaMerging(MergeMethod):
         used = self.coefficients.clamp(0, 1) if self.clamp else self.coefficients
         if used.ndim == 1:
             return used[:, None].expand(-1, len(self.task_vectors.names))
-        return used[:, self._column.to(used.device)] if self.granularity == "block" else used
+        return used[:, self._column] if self.granularity == "block" else used
 
     def weights(self) -> dict[str, Tensor]:
         """The merged weights, by layer; differentiable in `coefficients`."""
@@ -89,6 +90,7 @@ class AdaMerging(MergeMethod):
         super()._apply(fn, recurse)
         self.task_vectors = self.task_vectors.apply(fn)
         self._tower.apply_buffers(fn)
+        self._column = fn(self._column)
         return self
 
 
