@@ -49,7 +49,7 @@ def find(path: str, key: str, kind: Kind, expected: str) -> Any:
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name) if module_name else None
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise AdamergeError(f"{key}._target_: cannot import {path!r} ({error})") from error
     found = getattr(module, name, None)
     if found is None:

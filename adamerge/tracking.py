@@ -58,6 +58,8 @@ class CsvMetrics(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Writes the file; a run logs every few steps, so it stays small."""
+        if not self.rows:
+            return
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,12 @@ def test_pretrained_that_does_not_fit(tmp_path: Path) -> None:
 def test_unknown_architecture_or_tag(architecture: str, tag: str | None, message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         build_clip(architecture, tag)
+
+
+def test_a_tokenizer_of_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(AdamergeError, match="needs a package that is not installed"):
+        build_clip("ViT-B-16-SigLIP")
 
 
 def test_broken_model_configs(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_folder_of_images_with_splits(tmp_path: Path) -> None:
         Image.new("RGB", (16, 16), colour).save(tmp_path / split / "a.png")
     image = open_dataset("t", {"path": str(tmp_path), "split": "test"})[0]["image"]
     assert image.getpixel((0, 0)) == (0, 128, 0)
-    with pytest.raises(AdamergeError, match="no folder .* for split 'val'"):
+    with pytest.raises(AdamergeError, match=r"no folder .* for split 'val'"):
         open_dataset("t", {"path": str(tmp_path), "split": "val"})
 
 

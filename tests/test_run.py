@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from adamerge import config, deliver
+from adamerge import config, deliver, tracking
 from adamerge.cli import main
 from adamerge.encoders import Normalizer, Tower
 from tests import tiny
@@ -350,8 +350,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 def long_run(base: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     run = tmp_path / "run"
     words = [*base, "trainer.max_steps=100000", "checkpoint_every=100000", f"run_dir={run}"]
+    words += ["num_workers=1"]
     command = [sys.executable, str(ROOT / "train.py"), *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 90
         while not (run / "metrics.csv").is_file() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -364,7 +367,7 @@ def test_signals_stop_cleanly_with_everything_saved(
     long_run: tuple[subprocess.Popen[str], Path], number: int
 ) -> None:
     process, run = long_run
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert f"resume={run}" in errors and "Traceback" not in errors
@@ -385,13 +388,16 @@ def test_ddp_on_two_processes_equals_one_fed_the_same_images(
     assert train(*words, "batch_size=4", f"run_dir={one}") == 0
     command = [sys.executable, str(ROOT / "train.py"), *words, "batch_size=2"]
     command += ["trainer.devices=2", "trainer.strategy=ddp", f"run_dir={two}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["method._target_=tests.tiny.Recording"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     answer = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert coefficients(two) == pytest.approx(coefficients(one), abs=1e-6)
-    assert list(tmp_path.iterdir()) == [one, two] or set(tmp_path.iterdir()) == {one, two}
+    first, second = ((tmp_path / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second and len(first.splitlines()) == 6, "one line of λ per step, the same"
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "rank-0.txt", "rank-1.txt"}
 
 
 def test_wandb_offline_never_asks(base: list[str], tmp_path: Path) -> None:
@@ -434,6 +440,49 @@ def test_reading_the_readme_way(done: Path) -> None:
     results = json.loads((done / "results.json").read_text())
     assert results["rows"][-1]["accuracy"]["dots"] == pytest.approx(right.item())
     assert Normalizer([0.5] * 3, [0.5] * 3)(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).min() == -1
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(
+    base: list[str], tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the disk: the merged model does not fit."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    words = [*base, "evaluate.baselines=false", f"run_dir={tmp_path / 'run'}"]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {limit}\n"
+    code += f"from adamerge.cli import main; sys.exit(main({['train', *words]!r}))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 2
+    assert "error: cannot" in answer.stderr and "Traceback" not in answer.stderr
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert not (tmp_path / "run" / "merged").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_goes_to_wandb(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: list[str]
+) -> None:
+    logged: dict[str, Any] = {}
+
+    class Run:
+        def __init__(self) -> None:
+            self.summary: dict[str, Any] = {}
+
+        def log(self, values: dict[str, Any]) -> None:
+            logged.update(values)
+
+        def log_artifact(self, artifact: Any) -> None:
+            logged["artifact"] = sorted(artifact.manifest.entries)
+
+    class Stub:
+        experiment = Run()
+
+    results = json.loads((done / "results.json").read_text())
+    pictures = {"coefficients": done / "coefficients.png", "accuracy": done / "accuracy.png"}
+    tracking.log_results(Stub(), results, pictures, done / "merged")  # type: ignore[arg-type]
+    assert set(logged) == {"results", "coefficients", "accuracy", "artifact"}
+    assert len(logged["results"].data) == len(results["rows"])
+    assert "open_clip_model.safetensors" in logged["artifact"]
+    assert Stub.experiment.summary["accuracy/layer_wise"] == results["rows"][-1]["average"]
 
 
 def test_no_place_to_write(base: list[str], tmp_path: Path, capsys: Capture) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge.encoders import build_clip
+from adamerge.methods import AdaMerging
 
 MODEL = {
     "embed_dim": 16,
@@ -64,6 +66,17 @@ def make_suite(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(suite, sort_keys=False))
     return path
+
+
+class Recording(AdaMerging):
+    """AdaMerging that writes λ of every step to `rank-<rank>.txt` in the working folder."""
+
+    def weights(self) -> dict[str, Tensor]:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if self.training:
+            with Path(f"rank-{rank}.txt").open("a") as file:
+                file.write(f"{self.coefficients.tolist()}\n")
+        return super().weights()
 
 
 def expert(pretrained: dict[str, Tensor], task: str) -> dict[str, Tensor]:
