@@ -5,7 +5,7 @@ The only module that knows omegaconf.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from adamerge.binding import fits, nearest
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
+from adamerge.suite_check import suite_problems
 
 Config = dict[str, Any]
 
 GROUPS = ("suite", "method", "objective")
-_SUITE = ("architecture", "pretrained", "tasks")
-_TASK = ("expert", "data", "classes", "templates")
 # Dictionaries whose keys are arguments of something else, checked where that is known.
 _OPEN = ("trainer", "optim", "scheduler", "transform", *GROUPS)
 
@@ -73,7 +72,11 @@ def load(words: Sequence[str] = ()) -> Config:
 def problems(config: Config) -> list[str]:
     """Unknown keys, mistyped values and an incomplete suite; arguments of dotted paths aside."""
     defaults = _plain(_read(config_root() / "train.yaml"))
-    return [*_unknown(config, defaults), *_mistyped(config, defaults), *_suite_problems(config)]
+    return [
+        *_unknown(config, defaults),
+        *_mistyped(config, defaults),
+        *suite_problems(config["suite"]),
+    ]
 
 
 def save(config: Config, path: Path) -> None:
@@ -245,52 +248,3 @@ def _mistyped(config: Config, defaults: Config, prefix: str = "") -> Iterable[st
                 yield f"{where} is {value!r}: expected {wanted.__name__}"
         if key in _LEAST and isinstance(value, int) and value < _LEAST[key]:
             yield f"{where} is {value}: expected at least {_LEAST[key]}"
-
-
-def _suite_problems(config: Config) -> Iterable[str]:
-    suite = config["suite"]
-    yield from _keys(suite, ("name", *_SUITE), _SUITE, "suite")
-    for key in ("architecture", "pretrained"):
-        if suite.get(key) is not None and not isinstance(suite[key], str):
-            yield f"suite.{key} is {suite[key]!r}: expected a name or a path"
-    tasks = suite.get("tasks")
-    if not isinstance(tasks, Mapping) or not tasks:
-        yield "suite.tasks is empty: expected at least one task with its expert"
-        return
-    for name, task in tasks.items():
-        where = f"suite.tasks.{name}"
-        if not isinstance(task, Mapping):
-            yield f"{where} is {task!r}: expected {', '.join(_TASK)}"
-            continue
-        yield from _keys(task, _TASK, _TASK, where)
-        for key in ("classes", "templates"):
-            value = task.get(key)
-            if key in task and not (isinstance(value, list) and value):
-                yield f"{where}.{key} is {value!r}: expected a list of texts"
-        templates = task.get("templates")
-        for template in templates if isinstance(templates, list) else []:
-            if not _takes_a_name(str(template)):
-                yield f"{where}.templates: {template!r} has no single {{}} for the class name"
-        classes = task.get("classes")
-        listed = [str(name) for name in classes] if isinstance(classes, list) else []
-        for name in dict.fromkeys(listed):
-            if listed.count(name) > 1:
-                yield f"{where}.classes: {name!r} is listed twice"
-
-
-def _takes_a_name(template: str) -> bool:
-    try:
-        return template.format("a name") == template.replace("{}", "a name") != template
-    except (IndexError, KeyError, ValueError):
-        return False
-
-
-def _keys(
-    given: Mapping[str, Any], known: Sequence[str], needed: Sequence[str], where: str
-) -> Iterable[str]:
-    for key in given:
-        if key not in known:
-            yield f"{where}.{key} is unknown{nearest(key, known)}"
-    for key in needed:
-        if given.get(key) is None:
-            yield f"{where}.{key} is missing"

@@ -20,6 +20,11 @@ from torch.func import functional_call
 from adamerge.errors import AdamergeError
 from adamerge.task_vectors import TaskVectors
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
+
 
 @dataclass
 class Clip:
@@ -30,12 +35,14 @@ class Clip:
         config: `{"model_cfg": …, "preprocess_cfg": …}` as in an `open_clip_config.json`.
         tokenizer: texts -> token ids `[n, context]`.
         weights: the file an open_clip tag was read from, if one was named.
+        extras: files of a tokenizer of its own, which an export must carry along.
     """
 
     model: nn.Module
     config: dict[str, Any]
     tokenizer: Callable[..., Tensor]
     weights: Path | None = None
+    extras: tuple[Path, ...] = ()
 
     @property
     def backbone(self) -> nn.Module:
@@ -88,7 +95,8 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     model.eval().requires_grad_(False)
     size = getattr(model.visual, "image_size", None) or 224
     config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
-    return Clip(model, config, tokenizer, weights)
+    extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES)
+    return Clip(model, config, tokenizer, weights, tuple(p for p in extras if p.is_file()))
 
 
 def _download(architecture: str, tag: str) -> Path:

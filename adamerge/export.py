@@ -98,6 +98,8 @@ def _write_model(folder: Path, encoder: nn.Module, clip: Clip) -> None:
     with replacing(folder / "open_clip_model.safetensors") as path:
         save_file(plain, path, metadata={"format": "pt"})
     (folder / "open_clip_config.json").write_text(json.dumps(clip.config, indent=2))
+    for extra in clip.extras:
+        shutil.copyfile(extra, folder / extra.name)
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def wandb_logger(
         project=settings["project"],
         save_dir=run_dir,
         id=id_file.read_text().strip() if id_file.is_file() else None,
-        offline=mode == "offline",
+        mode=mode,  # not offline=: that sets a variable which wandb may have read already
         resume="allow",
     )
     logger.log_hyperparams(config)

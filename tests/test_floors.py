@@ -7,11 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding task_vectors objectives",
+    0: "errors files binding suite_check task_vectors objectives",
     1: "encoders heads transforms methods.base",
     2: "methods.adamerging",
     3: "adaptation callbacks checkpoints data demo demo_images evaluation export image_cache "
-    "pictures resume sources tracking",
+    "image_files pictures resume sources tracking",
     4: "config build",
     5: "deliver run cli",
 }

@@ -16,6 +16,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors import safe_open
 
 from adamerge import config, deliver, tracking
@@ -400,11 +401,27 @@ def test_ddp_on_two_processes_equals_one_fed_the_same_images(
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "rank-0.txt", "rank-1.txt"}
 
 
-def test_wandb_offline_never_asks(base: list[str], tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@pytest.mark.parametrize("mode", ["auto", "offline"])
+def test_wandb_never_asks(base: list[str], tmp_path: Path, mode: str) -> None:
+    """A new user: no variable, no credentials, nobody at the keyboard."""
+    run, home = tmp_path / "run", tmp_path / "home"
+    home.mkdir()
     words = [word for word in base if word != "wandb=off"]
-    assert train(*words, "wandb.artifact=true", "wandb=offline", f"run_dir={run}") == 0
+    words += ["wandb.artifact=true", f"wandb={mode}", f"run_dir={run}", "evaluate.baselines=false"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    answer = subprocess.run(
+        command,
+        env={**environment, "HOME": str(home)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert not (tmp_path / "wandb").exists()
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(
@@ -456,6 +473,35 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     assert not (tmp_path / "run" / "merged").exists()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_crash_while_saving_keeps_the_checkpoint_before(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Trainer.save_checkpoint
+
+    def crash_at_four(trainer: Trainer, path: Path, **options: Any) -> None:
+        if trainer.global_step >= 4:
+            Path(path).write_bytes(b"half a file")
+            raise OSError(28, "No space left on device", str(path))
+        save(trainer, path, **options)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", crash_at_four)
+    run = tmp_path / "run"
+    assert train(*base, "checkpoint_every=2", f"run_dir={run}") == 2
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    monkeypatch.undo()
+    assert train(f"resume={run}", "evaluate.baselines=false") == 0
+
+
+def test_an_export_carries_a_tokenizers_own_files(done: Path, tmp_path: Path) -> None:
+    job = deliver.load_job(config.load_run(done))
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text("{}")
+    job.suite.clip.extras = (vocabulary,)
+    deliver.export_merged(job, tmp_path / "merged", {}, "")
+    assert (tmp_path / "merged" / "vocab.json").read_text() == "{}"
 
 
 def test_what_goes_to_wandb(
