@@ -88,6 +88,7 @@ def wandb_logger(
     `auto` is online where credentials are found and offline otherwise; `WANDB_MODE` in the
     environment decides where it is set. A resumed run goes on under its own id.
     """
+    os.environ.setdefault("WANDB_SILENT", "true")  # before wandb first reads its environment
     given = os.environ.get("WANDB_MODE") or None
     mode = given if settings["mode"] == "auto" else settings["mode"]
     if mode in ("off", "disabled"):
@@ -99,10 +100,11 @@ def wandb_logger(
             "wandb=online, but Weights & Biases cannot be reached with credentials of yours: run "
             "`wandb login` first, or set wandb=offline"
         )
+    if is_main_process():
+        log.info("Weights & Biases: %s", mode)
     id_file = run_dir / "wandb_id.txt"
     if is_main_process() and not id_file.is_file():
         id_file.write_text(uuid.uuid4().hex[:8])
-    os.environ.setdefault("WANDB_SILENT", "true")
     logger = WandbLogger(
         name=run_dir.name,
         project=settings["project"],
