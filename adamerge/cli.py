@@ -78,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options)
     except AdamergeError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output, like `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         where = error.filename or "a file of the run or the cache"
         print(

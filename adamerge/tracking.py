@@ -58,9 +58,16 @@ class CsvMetrics(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Writes the file; a run logs every few steps, so it stays small."""
-        if not self.rows:
-            return
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        if self.rows:
+            self._write()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes the file at the end, also when nothing was logged."""
+        self._write()
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
