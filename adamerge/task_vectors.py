@@ -73,31 +73,42 @@ class TaskVectors:
             if not base.is_floating_point():
                 self.constants[name] = base.clone()
                 continue
-            dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-            if base.dtype != dtype:
-                _note(promoted, base, "pretrained")
-            self.pretrained[name] = base.to(dtype, copy=True)  # frozen, whatever becomes of base
-            _check_finite(self.pretrained[name], "pretrained", name, where)
-            deltas = torch.empty((len(pairs), *base.shape), dtype=dtype, device=base.device)
-            for row, (task, expert) in zip(deltas, pairs, strict=True):
-                tensor = expert[name].detach()
-                if tensor.shape != base.shape:
-                    raise AdamergeError(
-                        f"{where(task)} has tensor {name!r} of shape {list(tensor.shape)}, but the "
-                        f"pretrained weights have {list(base.shape)}: use an expert fine-tuned "
-                        "from this architecture"
-                    )
-                if tensor.dtype in (torch.float16, torch.bfloat16):
-                    _note(promoted, tensor, task)
-                torch.sub(tensor.to(deltas), self.pretrained[name], out=row)
-                _check_finite(row, task, name, where)
-            self.deltas[name] = deltas
+            self._read_layer(name, base, pairs, where, promoted)
         self.names = tuple(self.pretrained)
         if not self.names:
             raise AdamergeError(f"{where('pretrained')} holds no floating-point tensor to merge")
         for stored, keys in promoted.items():
             log.info("stored in %s, promoted to float32: %s", stored, ", ".join(keys))
         self._check_distinct(where)
+
+    def _read_layer(
+        self,
+        name: str,
+        base: Tensor,
+        experts: list[tuple[str, StateDict]],
+        where: _Where,
+        promoted: dict[str, list[str]],
+    ) -> None:
+        """One layer of all experts, each tensor read once and written straight to its place."""
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        if base.dtype != dtype:
+            _note(promoted, base, "pretrained")
+        self.pretrained[name] = base.to(dtype, copy=True)  # frozen, whatever becomes of base
+        _check_finite(self.pretrained[name], "pretrained", name, where)
+        deltas = torch.empty((len(experts), *base.shape), dtype=dtype, device=base.device)
+        for row, (task, expert) in zip(deltas, experts, strict=True):
+            tensor = expert[name].detach()
+            if tensor.shape != base.shape:
+                raise AdamergeError(
+                    f"{where(task)} has tensor {name!r} of shape {list(tensor.shape)}, but the "
+                    f"pretrained weights have {list(base.shape)}: use an expert fine-tuned "
+                    "from this architecture"
+                )
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                _note(promoted, tensor, task)
+            torch.sub(tensor.to(deltas), self.pretrained[name], out=row)
+            _check_finite(row, task, name, where)
+        self.deltas[name] = deltas
 
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Merged weights `W_l = θ0_l + Σ_t λ[t, l] τ[t, l]`, differentiable in `coefficients`.
