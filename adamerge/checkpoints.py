@@ -31,7 +31,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
                 f"{path} is not a readable safetensors file ({error}): it may be truncated or of "
                 "another format; download or save it again"
             ) from error
-        self._path, self._keys = path, list(self._file.keys())
+        self._keys = list(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._keys:

@@ -75,7 +75,7 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
         try:
             with _quiet():
                 model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-            built_in = open_clip.get_model_config(architecture) if ":" not in architecture else None
+            built_in = architecture in open_clip.list_models()
             tokenizer = open_clip.get_tokenizer(architecture if built_in else source)
         except (TypeError, ValueError, RuntimeError, KeyError, AssertionError, OSError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -252,6 +252,17 @@ def test_resuming_with_something_else_is_refused(
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_a_pretrained_that_is_neither_file_nor_tag(
+    base: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    words = [*base, "suite.architecture=ViT-B-32", f"run_dir={tmp_path / 'run'}"]
+    assert train(*words, "suite.pretrained=opnai") == 2
+    assert "neither a file nor a weight tag of ViT-B-32: its tags are" in capsys.readouterr().err
+    assert train(*words, "suite.pretrained=openai") == 2
+    assert "set suite.architecture to ViT-B-32-quickgelu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_same_seed_same_bits_other_seed_other_images(base: list[str], tmp_path: Path) -> None:
     found = []
     for index, seed in enumerate((1, 1, 2)):
