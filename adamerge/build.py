@@ -185,12 +185,13 @@ def prompts(config: Config) -> dict[str, Prompts]:
 def load_data(config: Config, clip: Clip) -> TaskData:
     """The cached images of every task, made on first use."""
     images = {}
+    asked = prompts(config)
     for task, entry in config["suite"]["tasks"].items():
         source = entry["data"]
         images[task] = cache_images(
             task,
             open_dataset(task, source),
-            prompts(config)[task].classes,
+            asked[task].classes,
             clip.preprocess_cfg,
             cache_root(config),
             config["on_bad_image"],
@@ -211,9 +212,14 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
             target, arguments = _target(key, part)
             vectors = _construct(key, target, arguments, {"task_vectors": vectors})
     target, arguments = _target("method", config["method"])
-    supplied = {"backbone": suite.clip.backbone, "task_vectors": vectors, "heads": suite.heads}
-    method: MergeMethod = _construct("method", target, arguments, supplied)
+    method: MergeMethod = _construct("method", target, arguments, _supplied(suite, vectors))
     return method
+
+
+def _supplied(suite: Suite, vectors: TaskVectors) -> dict[str, Any]:
+    """What constructors get by name: the values of `SUPPLIED`."""
+    values = (suite.clip.backbone, vectors, suite.heads)
+    return dict(zip(SUPPLIED, values, strict=True))
 
 
 def _construct(
@@ -230,11 +236,7 @@ def _construct(
 def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adaptation:
     """The LightningModule of a run."""
     target, arguments = _target("objective", config["objective"])
-    supplied = {
-        "backbone": suite.clip.backbone,
-        "task_vectors": suite.task_vectors,
-        "heads": suite.heads,
-    }
+    supplied = _supplied(suite, suite.task_vectors)
     objective: Objective = _construct("objective", target, arguments, supplied)
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from adamerge.adaptation import Adaptation
 from adamerge.errors import AdamergeError
+from adamerge.files import replacing
 
 Fingerprint = Mapping[str, str]
 
@@ -70,10 +72,10 @@ class Checkpoints(Callback):
         """Saves now, unless this step is saved already and nothing changed since."""
         if trainer.global_step == self._saved and not again:
             return
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        trainer.save_checkpoint(temporary, weights_only=False)
-        if trainer.is_global_zero:
-            temporary.replace(self.path)
+        # Every process takes part in saving, the main one alone writes.
+        here = replacing(self.path) if trainer.is_global_zero else nullcontext(self.path)
+        with here as path:
+            trainer.save_checkpoint(path, weights_only=False)
         self._saved = trainer.global_step
 
 

@@ -45,8 +45,7 @@ class Job:
 
 
 def load_job(settings: Config) -> Job:
-    """Checks a configuration, then loads everything it names."""
-    build.check(settings)
+    """Loads everything that a checked configuration names."""
     suite = build.load_suite(settings)
     data = build.load_data(settings, suite.clip)
     method = build.build_method(settings, suite)
@@ -133,7 +132,9 @@ def _say_exported(done: export.Exported) -> None:
 
 def export_run(run_dir: Path, folder: Path | None) -> int:
     """Exports a run's last checkpoint again (`adamerge export`)."""
-    job = load_job(config.load_run(run_dir))
+    settings = config.load_run(run_dir)
+    build.check(settings)
+    job = load_job(settings)
     saved = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     check_fingerprint(saved, job.fingerprint(), run_dir)
     job.module.load_state_dict(saved["state_dict"])
@@ -154,6 +155,7 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
         )
     own_suite = any(word.startswith("suite=") for word in words)
     settings = config.load_run(target, words) if is_run and not own_suite else config.load(words)
+    build.check(settings)
     settings["protocol"] = _protocol(folder, settings["protocol"])
     job = load_job(settings)
     clip, _ = build.load_clip({"architecture": str(folder), "pretrained": str(folder)})

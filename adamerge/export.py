@@ -91,7 +91,9 @@ def _write_model(folder: Path, encoder: nn.Module, clip: Clip) -> None:
             "encoder that folds into plain weights"
         )
     state = {
-        name: tensor for name, tensor in clip.model.state_dict().items() if "visual." not in name
+        name: tensor
+        for name, tensor in clip.model.state_dict().items()
+        if not name.startswith("visual.")
     }
     state |= {f"visual.{name}": tensor for name, tensor in encoder.backbone.state_dict().items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -28,10 +28,16 @@ def write_folder(
     transform: Callable[[Image.Image], np.ndarray],
     on_bad_image: str,
 ) -> None:
+    """Makes `images.npy`, `labels.npy` (if there are labels) and `meta.json` in a new folder.
+
+    Raises:
+        AdamergeError: a broken image (unless `on_bad_image` is `skip`), or none that can be read.
+        OSError: no space; nothing is left behind.
+    """
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     try:
-        good = _write_images(temporary / "images.npy", task, dataset, column, transform)
+        good = _write_images(temporary / "images.npy", dataset, column, transform)
         bad = np.flatnonzero(~good)
         if len(bad) and on_bad_image == "error":
             raise AdamergeError(
@@ -60,7 +66,6 @@ def write_folder(
 
 def _write_images(
     path: Path,
-    task: str,
     dataset: datasets.Dataset,
     column: str,
     transform: Callable[[Image.Image], np.ndarray],

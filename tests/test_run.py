@@ -502,6 +502,7 @@ def test_a_crash_while_saving_keeps_the_checkpoint_before(
     assert train(*base, "checkpoint_every=2", f"run_dir={run}") == 2
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 2
+    assert not list(run.rglob("*.tmp")), "the half file is gone"
     monkeypatch.undo()
     assert train(f"resume={run}", "evaluate.baselines=false") == 0
 
