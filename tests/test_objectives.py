@@ -50,6 +50,18 @@ def test_half_precision_logits_are_promoted() -> None:
     torch.testing.assert_close(objectives.entropy(half), objectives.entropy(half.float()))
 
 
+def test_logits_and_loss_keep_their_precision_under_autocast() -> None:
+    heads = golden.heads(torch.float32)
+    rows, ids = (tensor.float() if tensor.is_floating_point() else tensor for tensor in features())
+    plain = heads.logits(rows, "task_a")
+    assert plain.dtype == torch.float32
+    objective = objectives.Entropy(heads, {"task_b": 1.001})
+    loss = objective.weigh(objective(rows, ids))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(heads.logits(rows, "task_a"), plain)
+        assert torch.equal(objective.weigh(objective(rows, ids)), loss)
+
+
 def features() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     ids = torch.tensor([0, 2, 1, 0, 2, 2, 1, 0])  # any mix and order

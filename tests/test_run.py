@@ -18,6 +18,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from adamerge import config, deliver, tracking
 from adamerge.cli import main
@@ -245,6 +246,12 @@ def test_resuming_with_something_else_is_refused(
     other = suite.parent / "stripes.safetensors"
     assert train(f"resume={run}", f"suite.tasks.dots.expert={other}") == 2
     assert "is identical to expert of task 'stripes'" in capsys.readouterr().err
+    changed = {n: 1.01 * t for n, t in load_file(suite.parent / "dots.safetensors").items()}
+    save_file(changed, tmp_path / "changed.safetensors")
+    assert (
+        train(f"resume={run}", f"suite.tasks.dots.expert={tmp_path / 'changed.safetensors'}") == 2
+    )
+    assert "sha256 of dots was" in capsys.readouterr().err
     assert train(*base, f"run_dir={run}") == 2
     assert "already holds files" in capsys.readouterr().err
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
