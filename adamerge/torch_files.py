@@ -1,0 +1,264 @@
+"""Files of `torch.save`, zip and legacy: read without executing them, numbers memory-mapped."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import mmap
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from adamerge.errors import AdamergeError
+from adamerge.safe_pickle import Refused, Standin, StorageRef, TensorRef, load
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a legacy file
+LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_DEEPEST, _MOST_MODULES = 64, 100_000  # modules within modules; CLIP has 8 levels, some 200
+
+_KINDS: dict[str, torch.dtype] = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+_DTYPES = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (*_KINDS.values(), torch.uint16, torch.uint32, torch.uint64)
+}
+
+
+class TorchFile:
+    """What a `.pt`, `.pth`, `.bin` or `.ckpt` file holds.
+
+    Attributes:
+        root: the saved object; tensors are `TensorRef`, objects `Standin` (see `safe_pickle`).
+
+    Raises:
+        AdamergeError: truncated, damaged, or asking for anything but tensors and containers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise AdamergeError(f"{path} is empty: download or save it again")
+            # A private mapping: nothing is read before it is used, nothing is ever written.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._checked: set[str] = set()
+            with _blaming(path):
+                is_zip = self._map[:4] == b"PK\x03\x04"
+                self.root = self._open_zip(file) if is_zip else self._open_legacy(file)
+
+    def _open_zip(self, file: BinaryIO) -> Any:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = {info.filename: info for info in archive.infolist()}
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+            raise Refused(f"its end is missing or damaged: {error}") from error
+        found = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
+        if len(found) != 1:
+            raise Refused("a zip archive, but not one of torch.save: it has no data.pkl")
+        self._entries, self._prefix = entries, found[0].removesuffix("data.pkl")
+        self._strict = False
+        order = entries.get(f"{self._prefix}byteorder")
+        if order is not None and self._content(order) != b"little":
+            raise Refused("saved on a big-endian machine, or its byte order is damaged")
+        return load(self._content(entries[found[0]]))
+
+    def _content(self, info: zipfile.ZipInfo) -> bytes:
+        start, size = self._entry(info)
+        return self._map[start : start + size]
+
+    def _entry(self, info: zipfile.ZipInfo) -> tuple[int, int]:
+        """Where a zip entry begins and its size, held against its checksum once."""
+        start, size = info.header_offset, info.file_size
+        header = self._map[start : start + 30]
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise Refused(f"the entry {info.filename} is damaged")
+        start += 30 + int.from_bytes(header[26:28], "little")
+        start += int.from_bytes(header[28:30], "little")
+        if info.compress_type or info.flag_bits & 1 or size != info.compress_size:
+            raise Refused(f"the entry {info.filename} is compressed, which torch.save never does")
+        if start + size > len(self._map):
+            raise Refused(f"it ends inside the entry {info.filename}")
+        if info.filename not in self._checked:
+            with memoryview(self._map) as whole, whole[start : start + size] as content:
+                if zlib.crc32(content) != info.CRC:
+                    raise Refused(f"the checksum of {info.filename} is wrong: bits were flipped")
+            self._checked.add(info.filename)
+        return start, size
+
+    def _open_legacy(self, file: BinaryIO) -> Any:
+        if load(file) != _MAGIC or load(file) != 1001:
+            raise Refused("not a file of torch.save")
+        system = load(file)
+        if not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise Refused("saved on a big-endian machine")
+        root, keys = load(file), load(file)
+        if not isinstance(keys, list) or len({*map(str, keys)}) != len(keys):
+            raise Refused("its list of tensors is damaged")
+        self._places: dict[str, tuple[int, int]] = {}
+        self._strict = True  # without checksums, only what a whole file must look like
+        sizes = {ref.key: _item_size(ref) for ref in _storages(root)}
+        place = file.tell()
+        for key in map(str, keys):
+            numel = int.from_bytes(self._map[place : place + 8], "little")
+            if key not in sizes:
+                raise Refused("its list of tensors is damaged")
+            self._places[key] = (place + 8, numel)
+            place += 8 + numel * sizes[key]
+            if place > len(self._map):
+                raise Refused("it ends inside its tensors")
+        if place != len(self._map):
+            raise Refused("it goes on behind its last tensor")
+        return root
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        """The tensor a reference stands for, mapped from the file (never write into it).
+
+        Raises:
+            AdamergeError: sizes that do not fit the file, an unknown type, a wrong checksum.
+        """
+        with _blaming(self.path):
+            kind = _dtype(ref)
+            start, count = self._block(ref, kind)
+            _check_view(ref, count, self._strict)
+            if count == 0:
+                return torch.empty(ref.size, dtype=kind)
+            flat = torch.frombuffer(self._map, dtype=kind, count=count, offset=start)
+            return flat.as_strided(ref.size, ref.stride, ref.offset)
+
+    def _block(self, ref: TensorRef, kind: torch.dtype) -> tuple[int, int]:
+        """Where a storage's numbers begin in the file, and how many of type `kind` there are."""
+        storage = ref.storage
+        claimed = storage.numel * _item_size(storage)
+        if self._strict:
+            if storage.key not in self._places:
+                raise Refused("its list of tensors is damaged")
+            start, numel = self._places[storage.key]
+            size = numel * _item_size(storage)
+        else:
+            info = self._entries.get(f"{self._prefix}data/{storage.key}")
+            if info is None:
+                raise Refused(f"it lacks the tensor data {storage.key!r}")
+            start, size = self._entry(info)
+        if claimed != size or size % kind.itemsize:
+            raise Refused(f"a tensor claims {claimed} bytes where the file has {size}")
+        return start, size // kind.itemsize
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Refused as error:
+        raise AdamergeError(
+            f"{path} cannot be read safely ({error}): it is truncated, damaged, or holds objects "
+            "other than weights, which are never executed; download or save it again, best as a "
+            "state dict in .safetensors"
+        ) from error
+
+
+def _item_size(storage: StorageRef) -> int:
+    name = storage.kind.rpartition(".")[2]
+    if name not in _KINDS:
+        raise Refused(f"tensors of the unknown type {storage.kind}")
+    return _KINDS[name].itemsize
+
+
+def _dtype(ref: TensorRef) -> torch.dtype:
+    if ref.dtype is None:
+        _item_size(ref.storage)
+        return _KINDS[ref.storage.kind.rpartition(".")[2]]
+    if ref.dtype not in _DTYPES:
+        raise Refused(f"tensors of the unknown type {ref.dtype}")
+    return _DTYPES[ref.dtype]
+
+
+def _check_view(ref: TensorRef, count: int, strict: bool) -> None:
+    elements = math.prod(ref.size)
+    if elements == 0:
+        return
+    last = ref.offset + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True))
+    if last >= count or elements > count:
+        raise Refused(f"a tensor of shape {list(ref.size)} over {count} numbers")
+    if strict:
+        dense = 1
+        for step, n in sorted(zip(ref.stride, ref.size, strict=True)):
+            if n > 1 and step != dense:
+                raise Refused(f"a tensor of shape {list(ref.size)} with strides {ref.stride}")
+            dense *= n
+
+
+def _storages(root: Any) -> Iterator[StorageRef]:
+    """Every storage mentioned in an object, each object looked at once, without recursion."""
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, TensorRef):
+            yield item.storage
+        elif isinstance(item, StorageRef):
+            yield item
+        elif isinstance(item, Mapping | list | tuple | Standin) and id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, Standin):
+                waiting += [item.arguments, item.state, item.items]
+            else:
+                waiting += list(item.values() if isinstance(item, Mapping) else item)
+
+
+def module_tensors(module: Standin) -> dict[str, TensorRef]:
+    """The state dict of a pickled `nn.Module` whose class is not there: dotted name -> tensor.
+
+    Follows `_parameters`, `_buffers` (persistent ones) and `_modules`, and the plain attributes
+    of a TorchScript object.
+
+    Raises:
+        Refused: modules nested deeper than any real one, or within themselves.
+    """
+    found: dict[str, TensorRef] = {}
+    _collect(module, "", found, itertools.count())
+    return found
+
+
+def _collect(
+    module: Standin, prefix: str, found: dict[str, TensorRef], visits: Iterator[int]
+) -> None:
+    if next(visits) > _MOST_MODULES or prefix.count(".") > _DEEPEST:
+        raise Refused("modules nested deeper than in any model, or within themselves")
+    for part in _parts(module):
+        for name, value in part.items():
+            if isinstance(value, TensorRef):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, Standin):
+                _collect(value, f"{prefix}{name}.", found, visits)
+
+
+def _parts(module: Standin) -> list[Mapping[Any, Any]]:
+    state = _mapping(module.state)
+    if module.path.startswith("__torch__."):
+        return [state]
+    hidden = state.get("_non_persistent_buffers_set")
+    hidden = hidden if isinstance(hidden, list) else []
+    buffers = {k: v for k, v in _mapping(state.get("_buffers")).items() if k not in hidden}
+    return [_mapping(state.get("_parameters")), buffers, _mapping(state.get("_modules"))]
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {}
