@@ -13,9 +13,10 @@ from typing import Any
 import open_clip
 import torch
 
+from adamerge import hub
 from adamerge.adaptation import Adaptation
 from adamerge.binding import call, find, function_to, nearest, problems, subclass_of
-from adamerge.checkpoints import load_pretrained, read, resolve, sha256, tower_state
+from adamerge.checkpoints import Checkpoint, load_pretrained, read, sha256, tower_state
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
 from adamerge.data import TaskData
@@ -144,20 +145,31 @@ def cache_root(config: Config) -> Path:
 
 
 def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
-    """The pretrained CLIP of a suite and the hash of its file."""
-    source = str(suite["pretrained"])
-    if suite["architecture"] in open_clip.list_models() and not Path(source).exists():
-        clip = build_clip(suite["architecture"], source)
+    """The pretrained CLIP of a suite and the record of its file."""
+    source, architecture = str(suite["pretrained"]), suite.get("architecture")
+    if architecture in open_clip.list_models() and not (
+        Path(source).exists() or hub.is_hub(source)
+    ):
+        clip = build_clip(str(architecture), source)
         assert clip.weights is not None  # a tag was given
         return clip, {"pretrained": {"path": source, "sha256": sha256(clip.weights)}}
-    clip = build_clip(suite["architecture"])
-    load_pretrained(clip, source)
-    return clip, {"pretrained": _file(source)}
+    checkpoint = read(source)
+    clip = build_clip(_architecture(architecture, checkpoint))
+    load_pretrained(clip, checkpoint)
+    return clip, {"pretrained": checkpoint.record()}
 
 
-def _file(source: str) -> dict[str, str]:
-    path = resolve(source)
-    return {"path": str(path), "sha256": sha256(path)}
+def _architecture(given: Any, pretrained: Checkpoint) -> str:
+    """The architecture as named, fetched from the hub, or as the pretrained's folder says."""
+    if given is not None:
+        return str(hub.fetch(str(given)).path) if hub.is_hub(str(given)) else str(given)
+    folder = pretrained.files[0].parent
+    if any((folder / name).is_file() for name in ("open_clip_config.json", "config.json")):
+        return str(folder)
+    raise AdamergeError(
+        f"suite.architecture is missing, and {folder} has no open_clip_config.json or config.json "
+        "that would tell it: name an open_clip model, like ViT-B-32-quickgelu"
+    )
 
 
 def load_suite(config: Config) -> Suite:
@@ -166,9 +178,9 @@ def load_suite(config: Config) -> Suite:
     clip, files = load_clip(suite)
     experts, sources = {}, {"pretrained": str(suite["pretrained"])}
     for task, entry in suite["tasks"].items():
-        sources[task] = str(entry["expert"])
-        files[task] = _file(sources[task])
-        experts[task] = tower_state(read(sources[task]), clip.backbone)
+        expert = read(str(entry["expert"]))
+        sources[task], files[task] = expert.source, expert.record()
+        experts[task] = tower_state(expert, clip.backbone)
     vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources)
     heads = zero_shot_heads(clip, prompts(config), cache_root(config))
     return Suite(clip, vectors, heads, files)

@@ -1,164 +1,200 @@
-"""Reads checkpoints safely, one tensor at a time; never executes what is in them."""
+"""Checkpoints of every kind as one thing: tensors under open_clip's names; nothing is executed."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import pickle
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from adamerge import hub
 from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
+from adamerge.layouts import (
+    Computed,
+    clip_from_transformers,
+    renamed,
+    tower_from_transformers,
+    transformers_prefix,
+)
+from adamerge.lora import LoraConfig, lora_expert
+from adamerge.weight_files import open_weights
 
-_WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
+log = logging.getLogger("adamerge")
 
-
-class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of a .safetensors file, each read when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise AdamergeError(
-                f"{path} is not a readable safetensors file ({error}): it may be truncated or of "
-                "another format; download or save it again"
-            ) from error
-        self._keys = list(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._keys:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+# Constants that OpenAI's own files carry beside the weights.
+_LEFT_OVER = ("input_resolution", "context_length", "vocab_size", "attn_mask", "image_size")
 
 
-class Renamed(Mapping[str, Tensor]):
-    """A view of a state dict under other names, still read one tensor at a time."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source of weights, opened.
 
-    def __init__(self, source: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._source, self._names = source, dict(names)
+    Attributes:
+        source: as the user named it.
+        path: the file or folder on this disk.
+        files: every weight file.
+        tensors: raw names -> tensors, each read when asked for.
+        lora: the settings, where the tensors are a LoRA adapter's.
+        revision: the commit on the hub, where it came from there.
+    """
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._source[self._names[name]]
+    source: str
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Tensor]
+    lora: LoraConfig | None = None
+    revision: str | None = None
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+    def record(self) -> dict[str, str]:
+        """Where it came from and what it is: path, sha256 (of all files), revision on the hub.
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def resolve(source: str | Path) -> Path:
-    """The weight file a source names: the file itself, or the one in an open_clip folder."""
-    path = Path(source)
-    if path.is_dir():
-        for name in _WEIGHT_FILES:
-            if (path / name).is_file():
-                return path / name
-        raise AdamergeError(
-            f"folder {path} holds no weights: expected {' or '.join(_WEIGHT_FILES)}"
-        )
-    if not path.is_file():
-        raise AdamergeError(f"checkpoint {path} does not exist: check the path in the suite")
-    return path
+        Raises:
+            AdamergeError: the content differs from the hash under which the hub's cache keeps it.
+        """
+        digests = [_checked_sha256(path) for path in self.files]
+        joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+        found = {"path": str(self.path), "sha256": digests[0] if len(digests) == 1 else joined}
+        if self.revision:
+            found |= {"source": self.source, "revision": self.revision}
+        return found
 
 
-def read(source: str | Path) -> Mapping[str, Tensor]:
-    """The state dict in a checkpoint: `.safetensors`, or a `.pt`/`.pth`/`.bin`/`.ckpt` of tensors.
+def read(source: str | Path) -> Checkpoint:
+    """Opens a checkpoint: a file, a folder, or `hf://owner/repo[@revision][/file]`.
 
-    `.pt` files are read with torch's restricted unpickler and memory-mapped; a `state_dict` entry
-    (Lightning) is followed, and a `module.` prefix (DDP) is taken off.
+    A file is a state dict, a training checkpoint or a pickled module, in `.safetensors` or any
+    format of `torch.save`. A folder is of open_clip, of transformers (sharded or not), or a PEFT
+    LoRA adapter; or it holds one weight file.
 
     Raises:
-        AdamergeError: missing, truncated, of another format, or holding more than tensors.
+        AdamergeError: missing, damaged, of another format, or asking to execute something.
     """
-    path = resolve(source)
-    state: Any = SafetensorsFile(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not state or not all(isinstance(name, str) for name in state):
-        raise AdamergeError(f"{path} holds no tensors by name: expected a state dict")
-    return Renamed(state, {name.removeprefix("module."): name for name in state})
+    source, revision = str(source), None
+    path = Path(source)
+    if hub.is_hub(source):
+        path, revision = (fetched := hub.fetch(source)).path, fetched.revision
+    files = _weight_files(path)
+    parts = [open_weights(file) for file in files]
+    tensors = parts[0] if len(parts) == 1 else _joined(files, parts)
+    config = files[0].parent / "adapter_config.json"
+    lora = LoraConfig(config) if config.is_file() and "adapter" in files[0].name else None
+    return Checkpoint(source, path, files, tensors, lora, revision)
 
 
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    with path.open("rb") as file:
-        start = file.read(64)
-    try:
-        with (
-            warnings.catch_warnings()
-        ):  # of an odd pickle protocol: read or refused, either is said
-            warnings.simplefilter("ignore")
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK")
-            )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as e:
-        reason = str(e).split("\n")[0][:120]
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if path.is_dir():
+        path = _in_folder(path)
+    if path.name.endswith(".index.json"):
+        return tuple(path.parent / name for name in hub.shards(path))
+    return (path,)
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in hub.WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(p for p in folder.iterdir() if p.suffix in hub.SUFFIXES and p.is_file())
+    if len(found) != 1:
+        names = f"several: {', '.join(p.name for p in found[:5])}" if found else "none"
         raise AdamergeError(
-            f"{path} cannot be read as a state dict ({reason}): it is truncated, of another "
-            "format, or holds Python objects, which are never executed; save it as a state dict "
-            "in .safetensors"
-        ) from e
-    if not isinstance(loaded, Mapping):
-        raise AdamergeError(
-            f"{path} holds a {type(loaded).__name__}: expected a state dict (names -> tensors)"
+            f"folder {folder} holds no weights under a known name ({', '.join(hub.WEIGHTS[:5])} …) "
+            f"and not exactly one weight file ({names}): name the file itself"
         )
-    return loaded
+    return found[0]
 
 
-def tower_state(state: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[str, Tensor]:
-    """The image tower's part of a state dict, in the backbone's order of layers.
+def _joined(files: tuple[Path, ...], parts: list[Mapping[str, Tensor]]) -> Computed:
+    makers: dict[str, Callable[[], Tensor]] = {}
+    for file, part in zip(files, parts, strict=True):
+        for name in part:
+            if name in makers:
+                raise AdamergeError(f"{file} repeats tensor {name!r} of another shard: save again")
+            makers[name] = functools.partial(part.__getitem__, name)
+    return Computed(makers)
 
-    A full CLIP keeps its tower under `visual.`; a state dict without that prefix is taken to be a
-    tower. Unknown names stay, at the end, for `TaskVectors` to report.
+
+def tower_state(checkpoint: Checkpoint, backbone: nn.Module) -> Mapping[str, Tensor]:
+    """A checkpoint's image tower under the backbone's names, in its order.
+
+    Args:
+        backbone: the pretrained tower: its names are looked for behind any prefix (`visual.`,
+            `module.model.visual.` …); a LoRA adapter is added to its weights; a transformers tower
+            without a projection keeps its projection.
+
+    Unknown names stay, at the end, for `TaskVectors` to report.
+
+    Raises:
+        AdamergeError: no image tower in there, or several.
     """
-    if any(name.startswith("visual.") for name in state):
-        prefix = "visual."
-        state = Renamed(state, {n.removeprefix(prefix): n for n in state if n.startswith(prefix)})
-    known = [name for name in backbone.state_dict() if name in state]
-    rest = [name for name in state if name not in set(known)]
-    return Renamed(state, {name: name for name in [*known, *rest]})
+    own: dict[str, Tensor] = backbone.state_dict()
+    if checkpoint.lora is not None:
+        found: Mapping[str, Tensor] = lora_expert(checkpoint.tensors, checkpoint.lora, own)
+    elif (prefix := transformers_prefix(checkpoint.tensors)) is not None:
+        found = tower_from_transformers(checkpoint.tensors, prefix)
+        if "proj" in own and "proj" not in found:
+            log.info("%s has no projection: the pretrained one is used", checkpoint.source)
+            makers = {name: functools.partial(found.__getitem__, name) for name in found}
+            found = Computed({**makers, "proj": functools.partial(own.__getitem__, "proj")})
+    else:
+        prefix = _prefix(checkpoint, own)
+        names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+        found = renamed(checkpoint.tensors, {name[len(prefix) :]: name for name in names})
+    known = [name for name in own if name in found]
+    rest = [n for n in found if n not in own and n.rpartition(".")[2] not in _LEFT_OVER]
+    return renamed(found, {name: name for name in [*known, *rest]})
 
 
-def load_pretrained(clip: Clip, source: str | Path) -> None:
+def _prefix(checkpoint: Checkpoint, own: Mapping[str, Tensor]) -> str:
+    """What stands before the tower's names in a checkpoint of open_clip's layout."""
+    anchor = "conv1.weight" if "conv1.weight" in own else next(iter(own))
+    tails = (name for name in checkpoint.tensors if f".{name}".endswith(f".{anchor}"))
+    found = [name.removesuffix(anchor) for name in tails]
+    visual = [prefix for prefix in found if prefix.endswith("visual.")]
+    choices = visual or found
+    if len(choices) == 1:
+        return choices[0]
+    if not choices:
+        example = next(iter(checkpoint.tensors))
+        raise AdamergeError(
+            f"{checkpoint.source} holds no image tower of this architecture: expected a tensor "
+            f"named {anchor!r} behind any prefix, or transformers' names, found names like "
+            f"{example!r}; check the file and suite.architecture"
+        )
+    raise AdamergeError(
+        f"{checkpoint.source} holds {len(choices)} image towers ({', '.join(choices)}): save the "
+        "one that is meant as a state dict of its own"
+    )
+
+
+def load_pretrained(clip: Clip, checkpoint: Checkpoint) -> None:
     """Fills a CLIP, image and text tower, from a checkpoint.
 
     Raises:
         AdamergeError: names or shapes that do not fit the architecture; an image tower alone is
             not enough, because the heads come from the text tower.
     """
-    path = resolve(source)
-    state = read(path)
-    own = clip.model.state_dict()
+    where = f"pretrained ({checkpoint.path})"
+    if checkpoint.lora is not None:
+        raise AdamergeError(f"{where} is a LoRA adapter: expected the whole CLIP it was trained on")
+    state, own = _whole(checkpoint), clip.model.state_dict()
     missing = [name for name in own if name not in state]
-    extra = [name for name in state if name not in own]
-    if missing and not any(name.startswith("visual.") for name in state):
+    extra = [n for n in state if n not in own and n.rpartition(".")[2] not in _LEFT_OVER]
+    if missing and ("token_embedding.weight" in missing or len(missing) == len(own)):
         raise AdamergeError(
-            f"pretrained ({path}) lacks tensor {missing[0]!r}: expected a whole CLIP, because the "
-            "heads are made by its text tower"
+            f"{where} lacks tensor {missing[0]!r}: expected a whole CLIP, because the heads are "
+            "made by its text tower"
         )
     for names, verb in ((missing, "lacks"), (extra, "has the unknown")):
         if names:
             raise AdamergeError(
-                f"pretrained ({path}) {verb} tensor {names[0]!r} ({len(names)} such): it is not of "
-                "this architecture; set suite.architecture to the one it was trained with"
+                f"{where} {verb} tensor {names[0]!r} ({len(names)} such): it is not of this "
+                "architecture; set suite.architecture to the one it was trained with"
             )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -166,14 +202,61 @@ def load_pretrained(clip: Clip, source: str | Path) -> None:
             scalar = loaded.numel() == tensor.numel() == 1  # logit_scale is [] or [1]
             if loaded.shape != tensor.shape and not scalar:
                 raise AdamergeError(
-                    f"pretrained ({path}) has tensor {name!r} of shape {list(loaded.shape)}, the "
-                    f"architecture has {list(tensor.shape)}: set suite.architecture to the one it "
-                    "was trained with"
+                    f"{where} has tensor {name!r} of shape {list(loaded.shape)}, the architecture "
+                    f"has {list(tensor.shape)}: set suite.architecture to the one it was trained "
+                    "with"
                 )
             tensor.copy_(loaded.reshape(tensor.shape))
+
+
+def _whole(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """A whole CLIP under open_clip's names, prefixes taken off."""
+    prefix = transformers_prefix(checkpoint.tensors)
+    if prefix is not None:
+        return clip_from_transformers(checkpoint.tensors, prefix)
+    anchors = [n for n in checkpoint.tensors if f".{n}".endswith(".visual.conv1.weight")]
+    before = anchors[0].removesuffix("visual.conv1.weight") if len(anchors) == 1 else ""
+    if not before and all(name.startswith("module.") for name in checkpoint.tensors):
+        before = "module."
+    names = [name for name in checkpoint.tensors if name.startswith(before)]
+    return renamed(checkpoint.tensors, {name[len(before) :]: name for name in names})
+
+
+def read_head(source: str | Path) -> Tensor:
+    """A stored head, `[classes, features]`: a pickled `ClassificationHead` or a state dict.
+
+    Rows are used as stored, logit scale included, as the papers' scripts save them.
+
+    Raises:
+        AdamergeError: no weight matrix in there, several, or one with a bias that is not zero.
+    """
+    tensors = read(source).tensors
+    matrices = [name for name in tensors if tensors[name].ndim == 2]
+    if len(matrices) != 1:
+        raise AdamergeError(
+            f"head {source} holds {len(matrices)} matrices: expected one, [classes, features]"
+        )
+    for name in tensors:
+        if name != matrices[0] and bool(tensors[name].count_nonzero()):
+            raise AdamergeError(
+                f"head {source} has a non-zero {name!r} beside its weight: expected a zero-shot "
+                "head, which has no bias"
+            )
+    return tensors[matrices[0]].float()
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked_sha256(path: Path) -> str:
+    """The hub's cache names large files by their SHA-256: a damaged download is found by it."""
+    digest, name = sha256(path), path.resolve().name
+    if path.is_symlink() and len(name) == 64 and name != digest:
+        raise AdamergeError(
+            f"{path} differs from what the hub has (sha256 {digest[:12]}…, expected {name[:12]}…): "
+            "the download is damaged; delete that file from the cache and run again"
+        )
+    return digest

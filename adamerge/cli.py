@@ -14,7 +14,7 @@ _SETTINGS = "settings as key=value (see `adamerge show config`), like optim.lr=1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: train, evaluate, export, show."""
+    """The command line: train, evaluate, export, convert, show."""
     top = argparse.ArgumentParser(
         prog="adamerge",
         description="Merge fine-tuned experts into one model by learning how to merge, "
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--to", type=Path, default=None, help="default: RUN/merged")
+    _add_convert(commands)
     show = commands.add_parser(
         "show",
         help="list suites, methods, objectives; print a resolved config",
@@ -60,6 +61,23 @@ def parser() -> argparse.ArgumentParser:
     )
     show.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
     return top
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write any checkpoint as an open_clip or transformers folder",
+        description="Write a checkpoint of any format that can be read (open_clip, transformers, "
+        "pickled module, LoRA adapter; a path or hf://owner/repo) as a folder of another layout, "
+        "exactly, without executing anything in it.",
+    )
+    convert.add_argument("source", help="file, folder, or hf://owner/repo[@revision][/file]")
+    convert.add_argument("folder", type=Path, help="a new folder")
+    convert.add_argument("--to", default="open_clip", choices=["open_clip", "transformers"])
+    convert.add_argument(
+        "--pretrained", help="the whole CLIP a tower or adapter was fine-tuned from"
+    )
+    convert.add_argument("--architecture", help="an open_clip model name or folder, if not told")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,12 +119,17 @@ def _run(options: argparse.Namespace) -> int:
         return _show(options.what, options.settings)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker and DDP processes
     warnings.filterwarnings("ignore", module=r"(lightning|torch|open_clip|timm)\b")
-    from adamerge import deliver, run
+    from adamerge import convert, deliver, run
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it sets its own on import
 
     if options.command == "train":
         return run.train(options.settings)
+    if options.command == "convert":
+        given = (options.pretrained, options.architecture)
+        convert.convert(options.source, options.folder, options.to, *given)
+        print(f"converted, and read back with equal weights: {options.folder}")
+        return 0
     if options.command == "evaluate":
         return deliver.evaluate(options.target, options.settings, options.to)
     return deliver.export_run(options.run, options.to)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adamerge import model_configs
 from adamerge.errors import AdamergeError
 from adamerge.task_vectors import TaskVectors
 
@@ -58,8 +59,8 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     """The open_clip model of an architecture, on the CPU in float32, in evaluation mode.
 
     Args:
-        architecture: a built-in name (`ViT-B-32`), a folder with `open_clip_config.json`, or the
-            path of a model config in JSON.
+        architecture: a built-in name (`ViT-B-32`), a folder with `open_clip_config.json`, one of
+            transformers with a CLIP's `config.json`, or the path of a model config in JSON.
         pretrained_tag: an open_clip weight tag (`openai`, `laion2b_s34b_b79k`) to load; None
             leaves random weights, to be filled from a file.
 
@@ -128,7 +129,9 @@ def _quiet() -> Iterator[None]:
 def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any]:
     path = Path(architecture)
     if path.is_dir():
-        path = path / "open_clip_config.json"
+        theirs, path = path / "config.json", path / "open_clip_config.json"
+        if theirs.is_file() and not path.is_file():
+            return _transformers_config(theirs)
     preprocess: dict[str, Any] = {}
     if path.is_file():
         try:
@@ -151,7 +154,8 @@ def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any
         if model_cfg is None:
             raise AdamergeError(
                 f"architecture {architecture!r} is neither an open_clip model name nor a folder "
-                "with open_clip_config.json nor a JSON file: see open_clip.list_models()"
+                "with open_clip_config.json or a CLIP's config.json nor a JSON file: see "
+                "open_clip.list_models()"
             )
         if pretrained_tag is not None:
             tag_cfg = open_clip.get_pretrained_cfg(architecture, pretrained_tag)
@@ -172,6 +176,21 @@ def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any
             keys = open_clip.transform.PreprocessCfg.__dataclass_fields__
             preprocess = {key: value for key, value in tag_cfg.items() if key in keys}
     return {"model_cfg": copy.deepcopy(model_cfg), "preprocess_cfg": dict(preprocess)}
+
+
+def _transformers_config(path: Path) -> dict[str, Any]:
+    processor = path.with_name("preprocessor_config.json")
+    preprocess = _json(processor) if processor.is_file() else {}
+    return model_configs.from_transformers(_json(path), preprocess, str(path))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise AdamergeError(
+            f"{path} is not valid JSON ({error}): download or save it again"
+        ) from error
 
 
 class Normalizer(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adamerge.encoders import Clip, FoldedEncoder
 from adamerge.errors import AdamergeError
-from adamerge.files import replacing
+from adamerge.files import replace_folder, replacing
 from adamerge.heads import Heads
 from adamerge.methods.base import MergeMethod
 
@@ -78,7 +78,7 @@ def export(
         record = {**provenance, "largest_relative_difference": difference}
         (temporary / "merge.json").write_text(json.dumps(record, indent=2))
         (temporary / "README.md").write_text(_card(record, heads, table))
-        _replace(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(folder, difference)
@@ -96,12 +96,22 @@ def _write_model(folder: Path, encoder: nn.Module, clip: Clip) -> None:
         if not name.startswith("visual.")
     }
     state |= {f"visual.{name}": tensor for name, tensor in encoder.backbone.state_dict().items()}
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with replacing(folder / "open_clip_model.safetensors") as path:
-        save_file(plain, path, metadata={"format": "pt"})
+    write_open_clip(folder, state, clip)
+
+
+def write_open_clip(folder: Path, state: Mapping[str, Tensor], clip: Clip) -> None:
+    """Writes a whole CLIP's weights and configuration as open_clip reads them (`local-dir:`)."""
+    write_safetensors(folder / "open_clip_model.safetensors", state)
     (folder / "open_clip_config.json").write_text(json.dumps(clip.config, indent=2))
     for extra in clip.extras:
         shutil.copyfile(extra, folder / extra.name)
+
+
+def write_safetensors(target: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes tensors in the form every library reads, whole or not at all."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with replacing(target) as path:
+        save_file(plain, path, metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -171,14 +181,6 @@ def environment() -> dict[str, Any]:
         if answer.returncode == 0:
             found["git_commit"] = answer.stdout.strip()
     return found
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _card(record: Mapping[str, Any], heads: Heads, table: str) -> str:

@@ -23,7 +23,8 @@ class TaskVectors:
     Editing Models with Task Arithmetic (arXiv 2212.04089). A *layer* is one tensor; layers keep the
     order of `pretrained`. Everything is computed and stored in float32 (float64 where `pretrained`
     is float64); half-precision inputs are promoted, and a log line says so. Integer entries
-    (batch-norm counters) are taken from the pretrained weights and are not layers.
+    (batch-norm counters) and tensors that no expert changed (a projection the experts do not have,
+    what LoRA leaves alone) are constants, taken from the pretrained weights, and are not layers.
 
     Not an `nn.Module` on purpose: task vectors must appear in no checkpoint and no DDP broadcast.
 
@@ -75,6 +76,8 @@ class TaskVectors:
                 continue
             self._read_layer(name, base, pairs, where, promoted)
         self.names = tuple(self.pretrained)
+        if not self.names and any(tensor.is_floating_point() for tensor in self.constants.values()):
+            raise _identical(where, self.tasks[0])
         if not self.names:
             raise AdamergeError(f"{where('pretrained')} holds no floating-point tensor to merge")
         for stored, keys in promoted.items():
@@ -93,8 +96,8 @@ class TaskVectors:
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         if base.dtype != dtype:
             _note(promoted, base, "pretrained")
-        self.pretrained[name] = base.to(dtype, copy=True)  # frozen, whatever becomes of base
-        _check_finite(self.pretrained[name], "pretrained", name, where)
+        pretrained = base.to(dtype, copy=True)  # frozen, whatever becomes of base
+        _check_finite(pretrained, "pretrained", name, where)
         deltas = torch.empty((len(experts), *base.shape), dtype=dtype, device=base.device)
         for row, (task, expert) in zip(deltas, experts, strict=True):
             tensor = expert[name].detach()
@@ -106,9 +109,12 @@ class TaskVectors:
                 )
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 _note(promoted, tensor, task)
-            torch.sub(tensor.to(deltas), self.pretrained[name], out=row)
+            torch.sub(tensor.to(deltas), pretrained, out=row)
             _check_finite(row, task, name, where)
-        self.deltas[name] = deltas
+        if bool(deltas.count_nonzero()):
+            self.pretrained[name], self.deltas[name] = pretrained, deltas
+        else:
+            self.constants[name] = pretrained
 
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Merged weights `W_l = θ0_l + Σ_t λ[t, l] τ[t, l]`, differentiable in `coefficients`.
@@ -175,10 +181,7 @@ class TaskVectors:
         norms = self.norms().tolist()
         for row, task in enumerate(self.tasks):
             if norms[row] == 0.0:
-                raise AdamergeError(
-                    f"{where(task)} is identical to the pretrained weights: give the fine-tuned "
-                    f"checkpoint of task {task!r}"
-                )
+                raise _identical(where, task)
             for other in range(row):
                 if norms[other] == norms[row] and all(
                     torch.equal(delta[other], delta[row]) for delta in self.deltas.values()
@@ -198,6 +201,13 @@ class _Where:
     def __call__(self, key: str) -> str:
         label = "pretrained" if key == "pretrained" else f"expert of task {key!r}"
         return f"{label} ({self.sources[key]})" if key in self.sources else label
+
+
+def _identical(where: _Where, task: str) -> AdamergeError:
+    return AdamergeError(
+        f"{where(task)} is identical to the pretrained weights: give the fine-tuned checkpoint of "
+        f"task {task!r}"
+    )
 
 
 def _check_names(pretrained: StateDict, expert: StateDict, task: str, where: _Where) -> None:

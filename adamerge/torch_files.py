@@ -230,7 +230,7 @@ def module_tensors(module: Standin) -> dict[str, TensorRef]:
     of a TorchScript object.
 
     Raises:
-        Refused: modules nested deeper than any real one, or within themselves.
+        AdamergeError: modules nested deeper than any real one, or within themselves.
     """
     found: dict[str, TensorRef] = {}
     _collect(module, "", found, itertools.count())
@@ -241,7 +241,10 @@ def _collect(
     module: Standin, prefix: str, found: dict[str, TensorRef], visits: Iterator[int]
 ) -> None:
     if next(visits) > _MOST_MODULES or prefix.count(".") > _DEEPEST:
-        raise Refused("modules nested deeper than in any model, or within themselves")
+        raise AdamergeError(
+            f"a pickled {module.path} nests modules deeper than any model, or within themselves: "
+            "it is damaged or made to harm; save a state dict"
+        )
     for part in _parts(module):
         for name, value in part.items():
             if isinstance(value, TensorRef):

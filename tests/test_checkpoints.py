@@ -36,7 +36,7 @@ def save_legacy(state: object, path: Path) -> None:
 )
 def test_reads(tmp_path: Path, name: str, write: Callable[..., None]) -> None:
     write(STATE, tmp_path / name)
-    found = read(tmp_path / name)
+    found = read(tmp_path / name).tensors
     assert set(found) == set(STATE)
     assert all(torch.equal(found[key], tensor) for key, tensor in STATE.items())
 
@@ -95,7 +95,7 @@ def test_folders(tmp_path: Path) -> None:
     with pytest.raises(AdamergeError, match="holds no weights: expected open_clip_model"):
         read(tmp_path)
     save_file(STATE, tmp_path / "open_clip_model.safetensors")
-    assert set(read(tmp_path)) == set(STATE)
+    assert set(read(tmp_path).tensors) == set(STATE)
 
 
 def test_tower_of_a_full_clip_in_the_order_of_its_layers() -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding suite_check task_vectors objectives",
+    0: "errors files binding suite_check task_vectors objectives safe_pickle torch_files weight_files "
+    "layouts model_configs lora",
     1: "encoders heads transforms methods.base",
     2: "methods.adamerging",
-    3: "adaptation callbacks checkpoints data demo demo_images evaluation export image_cache "
+    3: "adaptation callbacks checkpoints hub data demo demo_images evaluation export image_cache "
     "image_files pictures resume sources tracking",
     4: "config build",
-    5: "deliver run cli",
+    5: "convert deliver run cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 HEAVY = {"lightning", "omegaconf", "wandb", "datasets"}

@@ -1,0 +1,128 @@
+"""`hf://owner/repo[@revision][/file]`: the files of a Hugging Face repository, in its cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import httpx
+import huggingface_hub
+
+from adamerge.errors import AdamergeError
+
+SCHEME = "hf://"
+_ADDRESS = re.compile(
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/pr/\d+|[\w.-]+))?(/(?P<file>[^@]+))?"
+)
+CONFIGS = (
+    *("open_clip_config.json", "config.json", "adapter_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "spiece.model", "added_tokens.json"),
+)
+# In order of preference; the first that is there is the one that is read.
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Files of a repository on this disk: a folder or one file in it, and the exact commit."""
+
+    path: Path
+    revision: str
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source is an address of the hub."""
+    return source.startswith(SCHEME)
+
+
+def fetch(source: str) -> Fetched:
+    """Downloads what is needed to read a checkpoint, or finds it in the cache.
+
+    The hub's own cache, token and `HF_HUB_OFFLINE` are honoured; of several formats of the same
+    weights, only the preferred one is downloaded.
+
+    Raises:
+        AdamergeError: not an address, or a repository, revision or file that cannot be had.
+    """
+    found = _ADDRESS.fullmatch(source)
+    if found is None:
+        raise AdamergeError(
+            f"{source!r} is not an address of the hub: expected hf://owner/repo, "
+            "hf://owner/repo@revision, or either with /path/of/file"
+        )
+    repo, revision, file = found["repo"], found["revision"], found["file"]
+    try:
+        patterns = [file] if file else _to_download(repo, revision)
+        snapshot = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns
+        )
+        folder = Path(str(snapshot))
+    except AdamergeError:
+        raise
+    except Exception as error:  # of the hub, the network or the cache: one thing to the user
+        reason = " ".join(str(error).split())[:160]
+        raise AdamergeError(
+            f"{source} cannot be fetched ({type(error).__name__}: {reason}): check the name, the "
+            "revision and the connection (a private repository needs a token: `hf auth login`), or "
+            "give a local path"
+        ) from error
+    path = folder / file if file else folder
+    if not path.exists():
+        raise AdamergeError(f"{source}: no file {file!r} in that repository; check its name")
+    return Fetched(path, folder.name)
+
+
+def _to_download(repo: str, revision: str | None) -> list[str] | None:
+    """The files that are needed, or None where the hub cannot be asked: then the cache decides."""
+    try:
+        patterns = wanted(huggingface_hub.HfApi().list_repo_files(repo, revision=revision))
+    except huggingface_hub.errors.HfHubHTTPError:  # it answered: no such repository, no access …
+        raise
+    except (OSError, httpx.TransportError):  # offline, by wish or by accident
+        return None
+    for name in [name for name in patterns if name.endswith(".index.json")]:
+        index = huggingface_hub.hf_hub_download(repo, name, revision=revision)
+        patterns += shards(Path(index))
+    return patterns
+
+
+def wanted(files: Iterable[str]) -> list[str]:
+    """The files to download: configurations, and one set of weights, at the top of a repository."""
+    top = [name for name in files if "/" not in name]
+    chosen = [name for name in top if name in CONFIGS]
+    for name in WEIGHTS:
+        if name in top:
+            return [*chosen, name]
+    return chosen + [name for name in top if PurePosixPath(name).suffix in SUFFIXES]
+
+
+def shards(index: Path) -> list[str]:
+    """The weight files a `*.index.json` names, each a plain file name.
+
+    Raises:
+        AdamergeError: an index that is none, or names files elsewhere.
+    """
+    try:
+        names: Sequence[str] = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdamergeError(
+            f"{index} is not an index of weight files ({type(error).__name__}): download it again"
+        ) from error
+    if not names or not plain:
+        raise AdamergeError(f"{index} names files outside its own folder: download it again")
+    return list(names)

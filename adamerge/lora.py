@@ -1,0 +1,207 @@
+"""LoRA experts: a PEFT adapter added to the pretrained image tower, exactly.
+
+LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685): W = W0 + s · B A, with
+s = alpha / r, or alpha / √r (rsLoRA, arXiv 2312.03732).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adamerge.errors import AdamergeError
+from adamerge.layouts import Computed, tower_from_transformers, tower_to_transformers
+
+# Settings that change what the adapter computes in ways that B A alone does not say.
+_UNSUPPORTED = (
+    *("use_dora", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("use_bdlora", "use_qalora", "arrow_config", "kasa_config", "alora_invocation_tokens"),
+    *("monteclora_config", "velora_config"),
+)
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # by what init_lora_weights says
+_WRAPPERS = ("base_model.model.", "base_layer.", "modules_to_save.default.", "default.")
+
+
+class LoraConfig:
+    """The settings of an `adapter_config.json` that matter for merging.
+
+    Raises:
+        AdamergeError: no LoRA, unreadable, or of a variant that B A alone does not describe.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            loaded = json.loads(path.read_text())
+            self.kind = str(loaded.get("peft_type"))
+            self.alpha = float(loaded.get("lora_alpha", 8))
+            self.alphas = {str(k): float(v) for k, v in (loaded.get("alpha_pattern") or {}).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise AdamergeError(
+                f"{path} is not an adapter config ({' '.join(str(error).split())[:80]}): expected "
+                "the JSON that PEFT writes; save the adapter again"
+            ) from error
+        self.rslora = bool(loaded.get("use_rslora"))
+        self.transposed = bool(loaded.get("fan_in_fan_out"))
+        self._refuse(loaded)
+
+    def _refuse(self, loaded: Mapping[str, Any]) -> None:
+        start = str(loaded.get("init_lora_weights")).lower()
+        found = [key for key in _UNSUPPORTED if loaded.get(key)]
+        found += ["init_lora_weights"] if start.startswith(_CHANGES_BASE) else []
+        if self.kind != "LORA" or found:
+            what = f"{found[0]} set" if found else f"peft_type {self.kind}"
+            raise AdamergeError(
+                f"{self.path} has {what}: only plain LoRA can be merged exactly from its files; "
+                "merge the adapter with PEFT (merge_and_unload) and give the merged checkpoint"
+            )
+        for pattern in self.alphas:
+            if not pattern.lstrip("^").rstrip("$").replace(".", "").replace("_", "").isalnum():
+                raise AdamergeError(
+                    f"{self.path} has the pattern {pattern!r} in alpha_pattern: expected (ends of) "
+                    "module names without regular expressions; merge the adapter with PEFT "
+                    "(merge_and_unload) and give the merged checkpoint"
+                )
+
+    def scale(self, module: str, rank: int) -> float:
+        """s of a module; a pattern matches a whole dotted end of its name, as in PEFT."""
+        alpha = self.alpha
+        for pattern, value in self.alphas.items():
+            name = pattern.lstrip("^").rstrip("$")
+            if module == name or (module.endswith(f".{name}") and not pattern.startswith("^")):
+                alpha = value
+                break
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def lora_expert(
+    adapter: Mapping[str, Tensor], config: LoraConfig, pretrained: Mapping[str, Tensor]
+) -> Computed:
+    """The expert of an adapter, tensor by tensor, under the pretrained tower's (open_clip) names.
+
+    Args:
+        adapter: tensors of `adapter_model.safetensors`; names in open_clip's or transformers'
+            layout, of the tower alone or of a whole CLIP (whose text part is left out).
+        config: its settings.
+        pretrained: the image tower that the adapter was trained on, open_clip's names.
+
+    Raises:
+        AdamergeError: an adapter tensor that belongs to no tensor of the tower, or does not fit.
+    """
+    theirs = tower_to_transformers(pretrained, "")
+    changes = _changes(adapter, config)
+    in_ours = all(name in pretrained for name in changes)
+    base: Mapping[str, Tensor] = pretrained if in_ours else theirs
+    if not changes:
+        raise AdamergeError(f"{config.path.parent} changes no tensor of an image tower")
+    for name in changes:
+        if name not in base:
+            raise AdamergeError(
+                f"{config.path.parent} adapts {name!r}, which this image tower does not have: set "
+                "suite.architecture and suite.pretrained to the model the adapter was trained on"
+            )
+    makers: dict[str, Callable[[], Tensor]] = {}
+    for name in base:
+        apply = changes.get(name)
+        makers[name] = (
+            functools.partial(_changed, base, name, apply, config.path.parent)
+            if apply
+            else functools.partial(base.__getitem__, name)
+        )
+    made = Computed(makers)
+    return made if in_ours else tower_from_transformers(made, "")
+
+
+_Change = Callable[[Tensor], Tensor]
+
+
+def _changed(base: Mapping[str, Tensor], name: str, apply: _Change, folder: Path) -> Tensor:
+    before = base[name]
+    try:
+        after = apply(before)
+    except RuntimeError as error:
+        raise AdamergeError(f"{folder}: {name!r} cannot be merged ({error})") from error
+    if after.shape != before.shape:
+        raise AdamergeError(
+            f"{folder} adapts {name!r} with shape {list(after.shape)}, the tower has "
+            f"{list(before.shape)}: set suite.architecture to the model it was trained on"
+        )
+    return after
+
+
+def _changes(adapter: Mapping[str, Tensor], config: LoraConfig) -> dict[str, _Change]:
+    """Tensor name of the tower -> what the adapter makes of that tensor."""
+    found: dict[str, _Change] = {}
+    for key in adapter:
+        name = _tower_name(key)
+        if name is None or ".lora_B." in f".{name}" or name.endswith("lora_embedding_B"):
+            continue  # of the text tower; or read together with its A
+        if "lora_" not in name:
+            found[name] = functools.partial(_replace, adapter, key)
+            continue
+        module, _, kind = name.partition(".lora_")
+        other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        if other == key or other not in adapter:
+            raise AdamergeError(
+                f"{config.path.parent} has {key!r}, but not the B that belongs to it: expected "
+                "plain LoRA tensors; save the adapter again"
+            )
+        target = f"{module}.in_proj_weight" if module.endswith(".attn") else f"{module}.weight"
+        embedding = kind.startswith("embedding")
+        found[target] = functools.partial(
+            _add, adapter, key, other, module, config, config.transposed or embedding
+        )
+        bias = other.replace(".weight", ".bias")
+        if bias != other and bias in adapter:
+            found[f"{module}.bias"] = functools.partial(
+                _add_bias, adapter, key, bias, module, config
+            )
+    return found
+
+
+def _tower_name(key: str) -> str | None:
+    """The name within the image tower, in either layout; None for the text tower's."""
+    name = key
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    if "text_model." in name or name.startswith(("text_projection", "logit_scale")):
+        return None
+    for tower in ("visual.", "vision_model."):
+        if f".{tower}" in f".{name}":
+            return name.rpartition(tower)[2]
+    return name.removeprefix("model.").removeprefix("image_encoder.")
+
+
+def _replace(adapter: Mapping[str, Tensor], key: str, before: Tensor) -> Tensor:
+    return adapter[key].to(before.dtype)
+
+
+def _add(
+    adapter: Mapping[str, Tensor],
+    key_a: str,
+    key_b: str,
+    module: str,
+    config: LoraConfig,
+    transposed: bool,
+    before: Tensor,
+) -> Tensor:
+    a, b = adapter[key_a].to(before.dtype), adapter[key_b].to(before.dtype)
+    delta = (b.flatten(1) @ a.flatten(1)) * config.scale(module, len(a))
+    return before + (delta.T if transposed else delta).reshape(before.shape)
+
+
+def _add_bias(
+    adapter: Mapping[str, Tensor],
+    key_a: str,
+    key_bias: str,
+    module: str,
+    config: LoraConfig,
+    before: Tensor,
+) -> Tensor:
+    return before + adapter[key_bias].to(before.dtype) * config.scale(module, len(adapter[key_a]))
