@@ -71,8 +71,9 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     with tempfile.TemporaryDirectory() as folder:
         # One path for built-in, folder and file alike: open_clip reads configs from a folder.
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
-        # A tokenizer's own files lie beside the folder's config, or come with the built-in name.
-        source = f"local-dir:{architecture if Path(architecture).is_dir() else folder}"
+        # A tokenizer's own files lie beside an open_clip config, or come with the built-in name.
+        own = (Path(architecture) / "open_clip_config.json").is_file()
+        source = f"local-dir:{architecture if own else folder}"
         try:
             with _quiet():
                 model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
@@ -96,7 +97,7 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     model.eval().requires_grad_(False)
     size = getattr(model.visual, "image_size", None) or 224
     config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
-    extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES)
+    extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES if own)
     return Clip(model, config, tokenizer, weights, tuple(p for p in extras if p.is_file()))
 
 

@@ -25,7 +25,10 @@ _UNSUPPORTED = (
     *("monteclora_config", "velora_config"),
 )
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # by what init_lora_weights says
-_WRAPPERS = ("base_model.model.", "base_layer.", "modules_to_save.default.", "default.")
+_WRAPPERS = ("base_model.model.", "base_layer.", "modules_to_save.", "default.")
+# Of an `nn.MultiheadAttention`, PEFT (to 0.21 at least) adds the output projection's B A twice
+# whenever it runs or merges the model, training included: the expert is what was trained.
+_TWICE = "base_layer.out_proj.lora_A"
 
 
 class LoraConfig:
@@ -139,9 +142,9 @@ def _changes(adapter: Mapping[str, Tensor], config: LoraConfig) -> dict[str, _Ch
     """Tensor name of the tower -> what the adapter makes of that tensor."""
     found: dict[str, _Change] = {}
     for key in adapter:
-        name = _tower_name(key)
+        name = None if ".original_module." in key else _tower_name(key)
         if name is None or ".lora_B." in f".{name}" or name.endswith("lora_embedding_B"):
-            continue  # of the text tower; or read together with its A
+            continue  # of the text tower, or replaced; or read together with its A
         if "lora_" not in name:
             found[name] = functools.partial(_replace, adapter, key)
             continue
@@ -192,7 +195,8 @@ def _add(
     before: Tensor,
 ) -> Tensor:
     a, b = adapter[key_a].to(before.dtype), adapter[key_b].to(before.dtype)
-    delta = (b.flatten(1) @ a.flatten(1)) * config.scale(module, len(a))
+    times = 2 if _TWICE in key_a else 1
+    delta = (b.flatten(1) @ a.flatten(1)) * (times * config.scale(module, len(a)))
     return before + (delta.T if transposed else delta).reshape(before.shape)
 
 

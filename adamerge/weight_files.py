@@ -79,8 +79,8 @@ def _what(head: bytes, size: int) -> str:
         return "a tar archive (also of torch before 0.4): unpack it, or save it again"
     if head[:1] == b"\x80":
         return "a pickle, but not one of torch.save, and is not executed: save a state dict"
-    text = head.decode("utf-8", "replace").strip()
-    if text.isprintable() or "\ufffd" not in text:
+    text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
+    if "\ufffd" not in text and text.replace("\n", "").replace("\r", "").isprintable():
         return f"a text that begins {text[:40]!r}, not weights: the download failed?"
     return "of no known weight format, or damaged: expected .safetensors or a file of torch.save"
 
