@@ -68,7 +68,10 @@ def fetch(source: str) -> Fetched:
     try:
         patterns = [file] if file else _to_download(repo, revision)
         snapshot = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns
+            repo,
+            revision=revision,
+            allow_patterns=patterns or list(CONFIGS),
+            local_files_only=patterns is None,
         )
         folder = Path(str(snapshot))
     except AdamergeError:
@@ -87,7 +90,7 @@ def fetch(source: str) -> Fetched:
 
 
 def _to_download(repo: str, revision: str | None) -> list[str] | None:
-    """The files that are needed, or None where the hub cannot be asked: then the cache decides."""
+    """The files that are needed; None where the hub cannot be asked: the cache has what it has."""
     try:
         patterns = wanted(huggingface_hub.HfApi().list_repo_files(repo, revision=revision))
     except huggingface_hub.errors.HfHubHTTPError:  # it answered: no such repository, no access …

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class TorchFile:
             self._checked: set[str] = set()
             with _blaming(path):
                 is_zip = self._map[:4] == b"PK\x03\x04"
-                self.root = self._open_zip(file) if is_zip else self._open_legacy(file)
+                self.root = self._open_zip(file) if is_zip else self._open_legacy()
 
     def _open_zip(self, file: BinaryIO) -> Any:
         try:
@@ -103,7 +103,9 @@ class TorchFile:
             self._checked.add(info.filename)
         return start, size
 
-    def _open_legacy(self, file: BinaryIO) -> Any:
+    def _open_legacy(self) -> Any:
+        # Unlike a file, a mapping makes no room for more bytes than there are.
+        file = cast(BinaryIO, self._map)
         if load(file) != _MAGIC or load(file) != 1001:
             raise Refused("not a file of torch.save")
         system = load(file)
