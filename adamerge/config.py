@@ -17,6 +17,7 @@ from adamerge.binding import fits, nearest
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
 from adamerge.suite_check import suite_problems
+from adamerge.suite_files import HUB, entries, take_task_files
 
 Config = dict[str, Any]
 
@@ -44,8 +45,9 @@ def load(words: Sequence[str] = ()) -> Config:
         words: `key=value`, later ones win; keys are dotted.
 
     Returns:
-        A plain dictionary; `suite`, `method` and `objective` are dictionaries with a `name`, and
-        the suite's paths are absolute where the files exist.
+        A plain dictionary; `suite`, `method` and `objective` are dictionaries with a `name`. The
+        suite is whole: its task files are read, its `${vars.…}` resolved, and its paths absolute
+        where the files exist.
 
     Raises:
         AdamergeError: a file that is missing or no YAML, or a word that is no `key=value`.
@@ -54,8 +56,11 @@ def load(words: Sequence[str] = ()) -> Config:
     defaults = _plain(tree)
     settings = [_word(word) for word in words]
     chosen = {key: value for key, value in settings if key in GROUPS}
+    own = [
+        (key.removeprefix("suite."), value) for key, value in settings if key.startswith("suite.")
+    ]
     for group in GROUPS:
-        loaded = _group(group, str(chosen.get(group, tree[group])))
+        loaded = _group(group, str(chosen.get(group, tree[group])), own if group == "suite" else ())
         overrides = loaded.pop("defaults", {})
         if not isinstance(overrides, DictConfig | dict):
             raise AdamergeError(
@@ -64,7 +69,7 @@ def load(words: Sequence[str] = ()) -> Config:
         tree[group] = loaded
         tree.merge_with(overrides)
     for key, value in settings:
-        if key not in GROUPS:
+        if key not in GROUPS and not key.startswith("suite."):
             OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
     return _plain(tree)
 
@@ -75,7 +80,7 @@ def problems(config: Config) -> list[str]:
     return [
         *_unknown(config, defaults),
         *_mistyped(config, defaults),
-        *suite_problems(config["suite"]),
+        *suite_problems(config["suite"], names("task")),
     ]
 
 
@@ -103,6 +108,11 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
                 f"{key}={value} cannot be changed on resuming: a run keeps its suite, method and "
                 "objective; start a new one"
             )
+        if key == "suite.root" or key.startswith("suite.vars"):
+            raise AdamergeError(
+                f"{key} cannot be changed in a run: its paths and splits are resolved already; "
+                f"start a new one, or give suite=… along with {key}="
+            )
         OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
     return _plain(tree)
 
@@ -123,16 +133,17 @@ def _read(path: Path) -> DictConfig:
     return tree
 
 
-def _plain(tree: Any) -> Config:
+def _plain(tree: Any, where: str = "configuration") -> Config:
     try:
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise AdamergeError(f"configuration: {' '.join(str(error).split())}") from error
+        raise AdamergeError(f"{where}: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)  # `_read` and `create` give dictionaries only
     return {str(key): value for key, value in plain.items()}
 
 
-def _group(group: str, name: str) -> DictConfig:
+def _group(group: str, name: str, words: Sequence[tuple[str, Any]] = ()) -> DictConfig:
+    """A group's file with its `key=value` words on top, resolved."""
     shipped = config_root() / group / f"{name}.yaml"
     path = shipped if shipped.is_file() else Path(name)
     if not path.is_file():
@@ -141,34 +152,63 @@ def _group(group: str, name: str) -> DictConfig:
             f"of {', '.join(names(group))}"
         )
     tree = _read(path)
-    plain = {"name": path.stem, **_plain(tree)}
+    for key, value in words:
+        OmegaConf.update(tree, key, value, force_add=True, merge=False)
+    plain = {"name": path.stem, **_plain(tree, f"{group} {name}")}
     if group == "suite":
-        _locate(plain, path.resolve().parent)
+        folder = path.resolve().parent
+        take_task_files(plain, lambda where, source: _task(where, source, folder))
+        _locate(plain, folder)
     return OmegaConf.create(plain)
 
 
+def _task(where: str, source: str, folder: Path) -> Config:
+    """The keys of a shipped task file, or of one beside the suite or in the working folder."""
+    for path in (config_root() / "task" / f"{source}.yaml", folder / source, Path(source)):
+        if path.is_file():
+            task = _plain(_read(path), f"task {source}")
+            _locate_data(task, path.resolve().parent)
+            return task
+    raise AdamergeError(
+        f"{where}: no such task {source!r}{nearest(source, names('task'))}; expected a file or one "
+        f"of {', '.join(names('task'))}"
+    )
+
+
 def _locate(suite: Config, folder: Path) -> None:
-    """Makes a suite's paths absolute: relative to its own file, else to the working folder."""
+    """Makes a suite's paths absolute: relative to its own file, else to the working folder.
 
-    def found(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        for base in (folder, Path.cwd()):
-            if (base / value).exists():
-                return str((base / value).resolve())
+    Experts and pretrained are looked for in `root` before. An expert that is nowhere is one that
+    `root` lacks.
+    """
+    here = (folder, Path.cwd())
+    if isinstance(suite.get("root"), str):
+        suite["root"] = _found(suite["root"], *here)
+    root = Path(suite["root"]) if isinstance(suite.get("root"), str) else None
+    first = [root] if root is not None and root.is_dir() else []
+    suite["architecture"] = _found(suite.get("architecture"), *here)
+    suite["pretrained"] = _found(suite.get("pretrained"), *first, *here)
+    for _, task in entries(suite):
+        _locate_data(task, *here)
+        expert = _found(task.get("expert"), *first, *here)
+        if isinstance(expert, str):
+            lost = first and not expert.startswith(HUB) and not Path(expert).exists()
+            task["expert"] = str(first[0] / expert) if lost else expert
+
+
+def _locate_data(task: Config, *bases: Path) -> None:
+    data = task.get("data")
+    if isinstance(data, dict) and "path" in data:
+        data["path"] = _found(data["path"], *bases)
+    elif isinstance(data, str):
+        task["data"] = {"path": _found(data, *bases)}
+
+
+def _found(value: Any, *bases: Path) -> Any:
+    """The absolute path of what lies at `value` in the first base that has it, or `value`."""
+    if not isinstance(value, str) or value.startswith(HUB):
         return value
-
-    for key in ("architecture", "pretrained"):
-        suite[key] = found(suite.get(key))
-    tasks = suite.get("tasks")
-    for task in tasks.values() if isinstance(tasks, dict) else ():
-        if isinstance(task, dict):
-            task["expert"] = found(task.get("expert"))
-            data = task.get("data")
-            if isinstance(data, dict) and "path" in data:
-                data["path"] = found(data["path"])
-            elif isinstance(data, str):
-                task["data"] = {"path": found(data)}
+    return next((str((b / value).resolve()) for b in bases if (b / value).exists()), value)
 
 
 def _word(word: str) -> tuple[str, Any]:

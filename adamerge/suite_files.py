@@ -1,0 +1,84 @@
+"""What a suite takes from elsewhere: task files, and the folder of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from adamerge.binding import nearest
+from adamerge.errors import AdamergeError
+
+HUB = "hf://"  # a checkpoint on the Hugging Face hub: never a path
+TASK_FILE = ("data", "classes", "templates")
+
+Entry = dict[str, Any]
+
+
+def entries(suite: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
+    """`(where, entry)` of every task, merged or unseen; what is no mapping is left to the check."""
+    for part in ("tasks", "unseen"):
+        tasks = suite.get(part)
+        for name, entry in tasks.items() if isinstance(tasks, dict) else ():
+            if isinstance(entry, dict):
+                yield f"suite.{part}.{name}", entry
+
+
+def take_task_files(suite: Mapping[str, Any], read: Callable[[str, str], Entry]) -> None:
+    """Replaces every entry's `task:` by what that file says, under the entry's own keys.
+
+    Args:
+        suite: changed in place.
+        read: `(where, value of task:)` -> the keys of that task file.
+
+    Raises:
+        AdamergeError: a task file with a key that is not one of `TASK_FILE`.
+    """
+    for where, entry in entries(suite):
+        if "task" not in entry:
+            continue
+        source = str(entry.pop("task"))
+        below = read(f"{where}.task", source)
+        for key in below:
+            if key not in TASK_FILE:
+                raise AdamergeError(
+                    f"task file {source} has the unknown key {key!r}{nearest(key, TASK_FILE)}: "
+                    f"expected {', '.join(TASK_FILE)}; an expert belongs in the suite"
+                )
+        own = {key: value for key, value in entry.items() if value is not None}
+        entry |= {**below, **own}
+        if "data" in below and "data" in own:
+            entry["data"] = _over(own["data"], below["data"])
+
+
+def _over(own: Any, below: Any) -> Any:
+    """An entry's `data:` over its task file's, key by key.
+
+    A function and a place take different keys: where one is given and not the other, the entry's
+    own stands alone.
+    """
+    own, below = ({"path": data} if isinstance(data, str) else data for data in (own, below))
+    if not isinstance(own, dict) or not isinstance(below, dict):
+        return own
+    if ("_target_" in own and "path" in below) or ("path" in own and "_target_" in below):
+        return own
+    return {**below, **own}
+
+
+def require_root(suite: Mapping[str, Any]) -> None:
+    """Checks that a suite which looks for its checkpoints in `root` has that folder.
+
+    Raises:
+        AdamergeError: no such folder, and an expert that was found nowhere else.
+    """
+    if "root" not in suite:
+        return
+    root = suite["root"]
+    experts = [str(entry["expert"]) for entry in suite["tasks"].values()]
+    lost = [path for path in experts if not path.startswith(HUB) and not Path(path).exists()]
+    if lost and not (root and Path(root).is_dir()):
+        said = f"is {root!r}, which is no folder" if root else "is not set"
+        raise AdamergeError(
+            f"suite.root {said}: {lost[0]} and the other checkpoints of suite {suite['name']} are "
+            "looked for in it; set suite.root=/path/to/their/folder"
+        )
