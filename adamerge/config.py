@@ -17,7 +17,7 @@ from adamerge.binding import fits, nearest
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
 from adamerge.suite_check import suite_problems
-from adamerge.suite_files import HUB, entries, take_task_files
+from adamerge.suite_files import locate, locate_data, take_task_files
 
 Config = dict[str, Any]
 
@@ -158,7 +158,7 @@ def _group(group: str, name: str, words: Sequence[tuple[str, Any]] = ()) -> Dict
     if group == "suite":
         folder = path.resolve().parent
         take_task_files(plain, lambda where, source: _task(where, source, folder))
-        _locate(plain, folder)
+        locate(plain, folder)
     return OmegaConf.create(plain)
 
 
@@ -167,48 +167,12 @@ def _task(where: str, source: str, folder: Path) -> Config:
     for path in (config_root() / "task" / f"{source}.yaml", folder / source, Path(source)):
         if path.is_file():
             task = _plain(_read(path), f"task {source}")
-            _locate_data(task, path.resolve().parent)
+            locate_data(task, path.resolve().parent)
             return task
     raise AdamergeError(
         f"{where}: no such task {source!r}{nearest(source, names('task'))}; expected a file or one "
         f"of {', '.join(names('task'))}"
     )
-
-
-def _locate(suite: Config, folder: Path) -> None:
-    """Makes a suite's paths absolute: relative to its own file, else to the working folder.
-
-    Experts and pretrained are looked for in `root` before. An expert that is nowhere is one that
-    `root` lacks.
-    """
-    here = (folder, Path.cwd())
-    if isinstance(suite.get("root"), str):
-        suite["root"] = _found(suite["root"], *here)
-    root = Path(suite["root"]) if isinstance(suite.get("root"), str) else None
-    first = [root] if root is not None and root.is_dir() else []
-    suite["architecture"] = _found(suite.get("architecture"), *here)
-    suite["pretrained"] = _found(suite.get("pretrained"), *first, *here)
-    for _, task in entries(suite):
-        _locate_data(task, *here)
-        expert = _found(task.get("expert"), *first, *here)
-        if isinstance(expert, str):
-            lost = first and not expert.startswith(HUB) and not Path(expert).exists()
-            task["expert"] = str(first[0] / expert) if lost else expert
-
-
-def _locate_data(task: Config, *bases: Path) -> None:
-    data = task.get("data")
-    if isinstance(data, dict) and "path" in data:
-        data["path"] = _found(data["path"], *bases)
-    elif isinstance(data, str):
-        task["data"] = {"path": _found(data, *bases)}
-
-
-def _found(value: Any, *bases: Path) -> Any:
-    """The absolute path of what lies at `value` in the first base that has it, or `value`."""
-    if not isinstance(value, str) or value.startswith(HUB):
-        return value
-    return next((str((b / value).resolve()) for b in bases if (b / value).exists()), value)
 
 
 def _word(word: str) -> tuple[str, Any]:

@@ -60,7 +60,7 @@ def _task_problems(where: str, task: Any, keys: Sequence[str], shipped: bool) ->
         yield f"{where} is {task!r}: expected {', '.join(keys)}"
         return
     name = where.rpartition(".")[2]
-    for problem in _keys(task, keys, keys, where):
+    for problem in _keys(task, (*keys, "task"), keys, where):
         lacks = shipped and problem.endswith(" is missing") and "expert" not in problem
         yield f"{problem} (add task: {name})" if lacks else problem
     for key in ("classes", "templates"):

@@ -65,6 +65,43 @@ def _over(own: Any, below: Any) -> Any:
     return {**below, **own}
 
 
+def locate(suite: Entry, folder: Path) -> None:
+    """Makes a suite's paths absolute: relative to its own file, else to the working folder.
+
+    Experts and pretrained are looked for in `root` before. An expert that is nowhere is one that
+    `root` lacks.
+    """
+    here = (folder, Path.cwd())
+    if isinstance(suite.get("root"), str):
+        suite["root"] = _found(str(Path(suite["root"]).expanduser()), *here)
+    root = Path(suite["root"]) if isinstance(suite.get("root"), str) else None
+    first = [root] if root is not None and root.is_dir() else []
+    suite["architecture"] = _found(suite.get("architecture"), *here)
+    suite["pretrained"] = _found(suite.get("pretrained"), *first, *here)
+    for _, task in entries(suite):
+        locate_data(task, *here)
+        expert = _found(task.get("expert"), *first, *here)
+        if isinstance(expert, str):
+            lost = first and not expert.startswith(HUB) and not Path(expert).exists()
+            task["expert"] = str(first[0] / expert) if lost else expert
+
+
+def locate_data(task: Entry, *bases: Path) -> None:
+    """Makes the path of an entry's `data:` absolute; a bare text is a path."""
+    data = task.get("data")
+    if isinstance(data, dict) and "path" in data:
+        data["path"] = _found(data["path"], *bases)
+    elif isinstance(data, str):
+        task["data"] = {"path": _found(data, *bases)}
+
+
+def _found(value: Any, *bases: Path) -> Any:
+    """The absolute path of what lies at `value` in the first base that has it, or `value`."""
+    if not isinstance(value, str) or value.startswith(HUB):
+        return value
+    return next((str((b / value).resolve()) for b in bases if (b / value).exists()), value)
+
+
 def require_root(suite: Mapping[str, Any]) -> None:
     """Checks that a suite which looks for its checkpoints in `root` has that folder.
 
