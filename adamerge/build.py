@@ -206,7 +206,7 @@ def _load_images(config: Config, clip: Clip, part: str) -> dict[str, TaskImages]
         source = config["suite"][part][task]["data"]
         images[task] = cache_images(
             task,
-            open_dataset(task, source),
+            open_dataset(task, source, part),
             asked.classes,
             clip.preprocess_cfg,
             cache_root(config),

@@ -70,7 +70,7 @@ def load(words: Sequence[str] = ()) -> Config:
         tree.merge_with(overrides)
     for key, value in settings:
         if key not in GROUPS and not key.startswith("suite."):
-            OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
+            _set(tree, *_sugar(key, value, defaults))
     return _plain(tree)
 
 
@@ -113,7 +113,7 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
                 f"{key} cannot be changed in a run: its paths and splits are resolved already; "
                 f"start a new one, or give suite=… along with {key}="
             )
-        OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
+        _set(tree, *_sugar(key, value, defaults))
     return _plain(tree)
 
 
@@ -137,7 +137,11 @@ def _plain(tree: Any, where: str = "configuration") -> Config:
     try:
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise AdamergeError(f"{where}: {' '.join(str(error).split())}") from error
+        what = " ".join(str(error).split("\n    ")[0].split())
+        at = f" (in {error.full_key})" if error.full_key else ""
+        raise AdamergeError(
+            f"{where}: {what}{at}: write another value there, or set what it names"
+        ) from error
     assert isinstance(plain, dict)  # `_read` and `create` give dictionaries only
     return {str(key): value for key, value in plain.items()}
 
@@ -153,7 +157,7 @@ def _group(group: str, name: str, words: Sequence[tuple[str, Any]] = ()) -> Dict
         )
     tree = _read(path)
     for key, value in words:
-        OmegaConf.update(tree, key, value, force_add=True, merge=False)
+        _set(tree, key, value)
     plain = {"name": path.stem, **_plain(tree, f"{group} {name}")}
     if group == "suite":
         folder = path.resolve().parent
@@ -184,6 +188,16 @@ def _word(word: str) -> tuple[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise AdamergeError(f"{word!r}: the value is not valid YAML; quote it") from error
     return key, value if key in GROUPS else _plain(parsed)["value"]
+
+
+def _set(tree: DictConfig, key: str, value: Any) -> None:
+    try:
+        OmegaConf.update(tree, key, value, force_add=True, merge=False)
+    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+        raise AdamergeError(
+            f"{key} cannot be set ({' '.join(str(error).split())}): a part of it holds a list or a "
+            "value that has no keys; set that part whole"
+        ) from error
 
 
 def _sugar(key: str, value: Any, defaults: Config) -> tuple[str, Any]:
