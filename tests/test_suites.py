@@ -362,3 +362,14 @@ def test_the_template_runs_once_it_is_filled(suite: Path, tmp_path: Path) -> Non
     words += ["wandb=off", "trainer.max_steps=1", "trainer.accelerator=cpu", "batch_size=2"]
     assert main(["train", *words]) == 0
     assert (tmp_path / "run" / "merged" / "open_clip_model.safetensors").is_file()
+
+
+def test_the_page_on_suites_has_all_of_them() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "suites.md").read_text()
+    for name in (*config.names("suite"), *config.names("task")):
+        assert f"`{name}`" in page, name
+    for name, (classes, templates, path, split, *_) in TABLE.items():
+        (row,) = [line for line in page.splitlines() if f"| `{name}` |" in line]
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[3].split(" ")[0] == path
+        assert cells[4:7] == [split, str(classes), str(templates)]
