@@ -156,9 +156,7 @@ def test_a_run_keeps_its_root_and_variables(suite: Path, tmp_path: Path) -> None
 def test_the_template_runs_once_it_is_filled(suite: Path, tmp_path: Path) -> None:
     text = (config.config_root() / "my_suite.yaml").read_text()
     assert "my_suite" not in config.names("suite")
-    load_suite(
-        f"suite={config.config_root() / 'my_suite.yaml'}"
-    )  # as it stands it says what it means
+    load_suite(f"suite={config.config_root() / 'my_suite.yaml'}")  # binds as it stands
     here = suite.parent
     for given, real in (
         ("architecture: ViT-B-32-quickgelu", f"architecture: {here / 'model'}"),
