@@ -16,17 +16,18 @@ import torch
 from adamerge import hub
 from adamerge.adaptation import Adaptation
 from adamerge.binding import call, find, function_to, nearest, problems, subclass_of
-from adamerge.checkpoints import Checkpoint, load_pretrained, read, sha256, tower_state
+from adamerge.checkpoints import Checkpoint, load_pretrained, read, read_head, sha256, tower_state
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
 from adamerge.data import TaskData
 from adamerge.encoders import Clip, Normalizer, build_clip
 from adamerge.errors import AdamergeError
 from adamerge.heads import Heads, Prompts, zero_shot_heads
-from adamerge.image_cache import cache_images
+from adamerge.image_cache import TaskImages, cache_images
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
 from adamerge.sources import data_problems, open_dataset
+from adamerge.suite_files import entries, require_root
 from adamerge.task_vectors import TaskVectors
 
 # Arguments of Lightning's Trainer that make sense here: others would be set twice, cut the endless
@@ -82,9 +83,9 @@ def check(config: Config) -> None:
             for key in config["trainer"]
             if key not in _TRAINER
         ]
-    for task, entry in _tasks(config).items():
-        if isinstance(entry, Mapping) and entry.get("data") is not None:
-            found += data_problems(f"suite.tasks.{task}.data", entry["data"])
+    for where, entry in entries(config["suite"]):
+        if entry.get("data") is not None:
+            found += data_problems(f"{where}.data", entry["data"])
     for key, part in _targets(config):
         try:
             target, arguments = _target(key, part)
@@ -95,11 +96,6 @@ def check(config: Config) -> None:
     found = found or _trial(config)
     if found:
         raise AdamergeError("; ".join(found))
-
-
-def _tasks(config: Config) -> Mapping[str, Any]:
-    tasks = config["suite"].get("tasks")
-    return tasks if isinstance(tasks, Mapping) else {}
 
 
 def _trial(config: Config) -> list[str]:
@@ -175,6 +171,7 @@ def _architecture(given: Any, pretrained: Checkpoint) -> str:
 def load_suite(config: Config) -> Suite:
     """Pretrained model, task vectors and heads; experts are read tensor by tensor."""
     suite = config["suite"]
+    require_root(suite)
     clip, files = load_clip(suite)
     experts, sources = {}, {"pretrained": str(suite["pretrained"])}
     for task, entry in suite["tasks"].items():
@@ -182,28 +179,56 @@ def load_suite(config: Config) -> Suite:
         sources[task], files[task] = expert.source, expert.record()
         experts[task] = tower_state(expert, clip.backbone)
     vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources)
-    heads = zero_shot_heads(clip, prompts(config), cache_root(config))
-    return Suite(clip, vectors, heads, files)
+    return Suite(clip, vectors, load_heads(config, clip), files)
 
 
-def prompts(config: Config) -> dict[str, Prompts]:
-    """Class names and templates per task."""
+def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:
+    """Zero-shot heads, but for tasks whose `head:` names a stored one."""
+    stored = {
+        task: read_head(entry["head"])
+        for task, entry in config["suite"][part].items()
+        if entry.get("head") is not None
+    }
+    return zero_shot_heads(clip, prompts(config, part), cache_root(config), stored)
+
+
+def prompts(config: Config, part: str = "tasks") -> dict[str, Prompts]:
+    """Class names and templates per task; `part` is `tasks` or `unseen`."""
     return {
         task: Prompts(tuple(map(str, entry["classes"])), tuple(map(str, entry["templates"])))
-        for task, entry in config["suite"]["tasks"].items()
+        for task, entry in (config["suite"].get(part) or {}).items()
     }
 
 
 def load_data(config: Config, clip: Clip) -> TaskData:
-    """The cached images of every task, made on first use."""
+    """The cached images of every merged task, made on first use."""
+    images = _load_images(config, clip, "tasks")
+    return TaskData(
+        images, config["batch_size"], config["seed"], config["protocol"], config["num_workers"]
+    )
+
+
+def load_unseen(config: Config, clip: Clip) -> tuple[Heads, TaskData] | None:
+    """Heads and images of the tasks that are only scored, all of their images; None without any.
+
+    They are kept apart from those of the merged tasks, which is all that a method, an objective
+    and the batches get.
+    """
+    asked = prompts(config, "unseen")
+    if not asked:
+        return None
+    images = _load_images(config, clip, "unseen")
+    return load_heads(config, clip, "unseen"), TaskData(images)
+
+
+def _load_images(config: Config, clip: Clip, part: str) -> dict[str, TaskImages]:
     images = {}
-    asked = prompts(config)
-    for task, entry in config["suite"]["tasks"].items():
-        source = entry["data"]
+    for task, asked in prompts(config, part).items():
+        source = config["suite"][part][task]["data"]
         images[task] = cache_images(
             task,
-            open_dataset(task, source),
-            asked[task].classes,
+            open_dataset(task, source, part),
+            asked.classes,
             clip.preprocess_cfg,
             cache_root(config),
             config["on_bad_image"],
@@ -211,9 +236,7 @@ def load_data(config: Config, clip: Clip) -> TaskData:
             source.get("label", "label"),
             "label" in source and source["label"] is not None,
         )
-    return TaskData(
-        images, config["batch_size"], config["seed"], config["protocol"], config["num_workers"]
-    )
+    return images
 
 
 def build_method(config: Config, suite: Suite) -> MergeMethod:
@@ -300,8 +323,9 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
     for task, images in data.tasks.items():
         flat[f"images of {task}"] = images.key
     # Where a file lies does not matter; its content does, and is in the list.
-    places = (".expert", ".data.path", "suite.pretrained", "suite.architecture")
-    for key in [key for key in flat if key.endswith(places)]:
+    places = (".expert", ".data.path", "suite.pretrained", "suite.architecture", "suite.root")
+    aside = ("suite.unseen", "suite.vars.")  # only scored; already in what they stand in
+    for key in [key for key in flat if key.endswith(places) or key.startswith(aside)]:
         del flat[key]
     flat["model config"] = json.dumps(suite.clip.config, sort_keys=True)
     return flat

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     show = commands.add_parser(
         "show",
-        help="list suites, methods, objectives; print a resolved config",
+        help="list suites, methods, objectives, tasks; print a resolved config",
         description="List what can be named on the command line, or print the resolved "
         "configuration of a set of settings.",
     )
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="?",
         default="all",
-        choices=["all", "suites", "methods", "objectives", "config"],
+        choices=["all", "suites", "methods", "objectives", "tasks", "config"],
     )
     show.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
     return top
@@ -145,12 +145,15 @@ def _show(what: str, settings: Sequence[str]) -> int:
         build.check(loaded)
         print(config.text(loaded))
         return 0
-    for group in config.GROUPS:
+    for group in (*config.GROUPS, "task"):
         if what in ("all", f"{group}s"):
             print(f"{group}s ({config.config_root() / group}):")
+            width = max(map(len, config.names(group))) + 2
             for name in config.names(group):
-                first = (config.config_root() / group / f"{name}.yaml").read_text().split("\n")[0]
-                print(f"  {name:<16}{first.removeprefix('#').strip() if first[:1] == '#' else ''}")
+                file = config.config_root() / group / f"{name}.yaml"
+                first = file.read_text(encoding="utf-8").split("\n")[0]
+                said = first.removeprefix("#").strip() if first[:1] == "#" else ""
+                print(f"  {name:<{width}}{said}")
     return 0
 
 

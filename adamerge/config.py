@@ -17,6 +17,7 @@ from adamerge.binding import fits, nearest
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
 from adamerge.suite_check import suite_problems
+from adamerge.suite_files import locate, locate_data, take_task_files
 
 Config = dict[str, Any]
 
@@ -44,8 +45,9 @@ def load(words: Sequence[str] = ()) -> Config:
         words: `key=value`, later ones win; keys are dotted.
 
     Returns:
-        A plain dictionary; `suite`, `method` and `objective` are dictionaries with a `name`, and
-        the suite's paths are absolute where the files exist.
+        A plain dictionary; `suite`, `method` and `objective` are dictionaries with a `name`. The
+        suite is whole: its task files are read, its `${vars.…}` resolved, and its paths absolute
+        where the files exist.
 
     Raises:
         AdamergeError: a file that is missing or no YAML, or a word that is no `key=value`.
@@ -54,8 +56,11 @@ def load(words: Sequence[str] = ()) -> Config:
     defaults = _plain(tree)
     settings = [_word(word) for word in words]
     chosen = {key: value for key, value in settings if key in GROUPS}
+    own = [
+        (key.removeprefix("suite."), value) for key, value in settings if key.startswith("suite.")
+    ]
     for group in GROUPS:
-        loaded = _group(group, str(chosen.get(group, tree[group])))
+        loaded = _group(group, str(chosen.get(group, tree[group])), own if group == "suite" else ())
         overrides = loaded.pop("defaults", {})
         if not isinstance(overrides, DictConfig | dict):
             raise AdamergeError(
@@ -64,8 +69,8 @@ def load(words: Sequence[str] = ()) -> Config:
         tree[group] = loaded
         tree.merge_with(overrides)
     for key, value in settings:
-        if key not in GROUPS:
-            OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
+        if key not in GROUPS and not key.startswith("suite."):
+            _set(tree, *_sugar(key, value, defaults))
     return _plain(tree)
 
 
@@ -75,7 +80,7 @@ def problems(config: Config) -> list[str]:
     return [
         *_unknown(config, defaults),
         *_mistyped(config, defaults),
-        *suite_problems(config["suite"]),
+        *suite_problems(config["suite"], names("task")),
     ]
 
 
@@ -103,7 +108,12 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
                 f"{key}={value} cannot be changed on resuming: a run keeps its suite, method and "
                 "objective; start a new one"
             )
-        OmegaConf.update(tree, *_sugar(key, value, defaults), force_add=True, merge=False)
+        if key == "suite.root" or key.startswith("suite.vars"):
+            raise AdamergeError(
+                f"{key} cannot be changed in a run: its paths and splits are resolved already; "
+                f"start a new one, or give suite=… along with {key}="
+            )
+        _set(tree, *_sugar(key, value, defaults))
     return _plain(tree)
 
 
@@ -123,16 +133,21 @@ def _read(path: Path) -> DictConfig:
     return tree
 
 
-def _plain(tree: Any) -> Config:
+def _plain(tree: Any, where: str = "configuration") -> Config:
     try:
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise AdamergeError(f"configuration: {' '.join(str(error).split())}") from error
+        what = " ".join(str(error).split("\n    ")[0].split())
+        at = f" (in {error.full_key})" if error.full_key else ""
+        raise AdamergeError(
+            f"{where}: {what}{at}: write another value there, or set what it names"
+        ) from error
     assert isinstance(plain, dict)  # `_read` and `create` give dictionaries only
     return {str(key): value for key, value in plain.items()}
 
 
-def _group(group: str, name: str) -> DictConfig:
+def _group(group: str, name: str, words: Sequence[tuple[str, Any]] = ()) -> DictConfig:
+    """A group's file with its `key=value` words on top, resolved."""
     shipped = config_root() / group / f"{name}.yaml"
     path = shipped if shipped.is_file() else Path(name)
     if not path.is_file():
@@ -141,34 +156,27 @@ def _group(group: str, name: str) -> DictConfig:
             f"of {', '.join(names(group))}"
         )
     tree = _read(path)
-    plain = {"name": path.stem, **_plain(tree)}
+    for key, value in words:
+        _set(tree, key, value)
+    plain = {"name": path.stem, **_plain(tree, f"{group} {name}")}
     if group == "suite":
-        _locate(plain, path.resolve().parent)
+        folder = path.resolve().parent
+        take_task_files(plain, lambda where, source: _task(where, source, folder))
+        locate(plain, folder)
     return OmegaConf.create(plain)
 
 
-def _locate(suite: Config, folder: Path) -> None:
-    """Makes a suite's paths absolute: relative to its own file, else to the working folder."""
-
-    def found(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        for base in (folder, Path.cwd()):
-            if (base / value).exists():
-                return str((base / value).resolve())
-        return value
-
-    for key in ("architecture", "pretrained"):
-        suite[key] = found(suite.get(key))
-    tasks = suite.get("tasks")
-    for task in tasks.values() if isinstance(tasks, dict) else ():
-        if isinstance(task, dict):
-            task["expert"] = found(task.get("expert"))
-            data = task.get("data")
-            if isinstance(data, dict) and "path" in data:
-                data["path"] = found(data["path"])
-            elif isinstance(data, str):
-                task["data"] = {"path": found(data)}
+def _task(where: str, source: str, folder: Path) -> Config:
+    """The keys of a shipped task file, or of one beside the suite or in the working folder."""
+    for path in (config_root() / "task" / f"{source}.yaml", folder / source, Path(source)):
+        if path.is_file():
+            task = _plain(_read(path), f"task {source}")
+            locate_data(task, path.resolve().parent)
+            return task
+    raise AdamergeError(
+        f"{where}: no such task {source!r}{nearest(source, names('task'))}; expected a file or one "
+        f"of {', '.join(names('task'))}"
+    )
 
 
 def _word(word: str) -> tuple[str, Any]:
@@ -180,6 +188,16 @@ def _word(word: str) -> tuple[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise AdamergeError(f"{word!r}: the value is not valid YAML; quote it") from error
     return key, value if key in GROUPS else _plain(parsed)["value"]
+
+
+def _set(tree: DictConfig, key: str, value: Any) -> None:
+    try:
+        OmegaConf.update(tree, key, value, force_add=True, merge=False)
+    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+        raise AdamergeError(
+            f"{key} cannot be set ({' '.join(str(error).split())}): a part of it holds a list or a "
+            "value that has no keys; set that part whole"
+        ) from error
 
 
 def _sugar(key: str, value: Any, defaults: Config) -> tuple[str, Any]:

@@ -20,6 +20,7 @@ from adamerge.data import TaskData
 from adamerge.encoders import FoldedEncoder, Tower
 from adamerge.errors import AdamergeError
 from adamerge.evaluation import Row, Scorer
+from adamerge.heads import Heads
 from adamerge.resume import check_fingerprint, read_checkpoint
 
 log = logging.getLogger("adamerge")
@@ -27,29 +28,40 @@ log = logging.getLogger("adamerge")
 
 @dataclass
 class Job:
-    """One run's objects: settings, inputs, and the module that learns."""
+    """One run's objects: settings, inputs, and the module that learns.
+
+    Attributes:
+        unseen: heads and images of the tasks that are only scored; the module has no part in them.
+    """
 
     settings: Config
     suite: Suite
     data: TaskData
     module: Adaptation
+    unseen: tuple[Heads, TaskData] | None = None
 
     def fingerprint(self) -> dict[str, str]:
         """What the run's result depends on."""
         return build.fingerprint(self.settings, self.suite, self.data)
 
     def scorer(self, device: torch.device) -> Scorer:
-        """Measures encoders on the suite's scored images."""
+        """Measures encoders on the suite's scored images, those of unseen tasks included."""
         size = self.settings["evaluate"]["batch_size"]
-        return Scorer(self.suite.heads, build.normalizer(self.suite.clip), self.data, device, size)
+        normalizer = build.normalizer(self.suite.clip)
+        unseen = None
+        if self.unseen is not None:
+            heads, data = self.unseen
+            unseen = Scorer(heads, normalizer, data, device, size, merged=False)
+        return Scorer(self.suite.heads, normalizer, self.data, device, size, unseen=unseen)
 
 
 def load_job(settings: Config) -> Job:
     """Loads everything that a checked configuration names."""
     suite = build.load_suite(settings)
     data = build.load_data(settings, suite.clip)
+    unseen = build.load_unseen(settings, suite.clip)
     method = build.build_method(settings, suite)
-    return Job(settings, suite, data, build.build_adaptation(settings, suite, method))
+    return Job(settings, suite, data, build.build_adaptation(settings, suite, method), unseen)
 
 
 def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
@@ -86,7 +98,7 @@ def score(job: Job, encoder: torch.nn.Module) -> list[Row]:
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     scorer = job.scorer(torch.device("cuda" if on_gpu else "cpu"))
     rows = []
-    if job.settings["evaluate"]["baselines"] and scorer.tasks:
+    if job.settings["evaluate"]["baselines"] and scorer.measures:
         rows = evaluation.baseline_rows(
             scorer,
             Tower(job.suite.clip.backbone),
@@ -114,15 +126,20 @@ def export_merged(job: Job, folder: Path, results: dict[str, Any], table: str) -
         "protocol": settings["protocol"],
         "config": settings,
         "inputs": suite.files,
-        "images": {
-            task: {"key": found.key, "count": len(found.images), "skipped": found.skipped}
-            for task, found in job.data.tasks.items()
-        },
+        "images": _images(job.data),
+        "unseen_images": _images(job.unseen[1]) if job.unseen is not None else {},
         "metrics": results,
         **export.environment(),
     }
     method = job.module.method.float()
     return export.export(folder, method, suite.clip, suite.heads, images, provenance, table)
+
+
+def _images(data: TaskData) -> dict[str, dict[str, Any]]:
+    return {
+        task: {"key": found.key, "count": len(found.images), "skipped": found.skipped}
+        for task, found in data.tasks.items()
+    }
 
 
 def _say_exported(done: export.Exported) -> None:

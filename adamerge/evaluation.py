@@ -36,6 +36,7 @@ class Row:
         name: what was scored.
         accuracy: fraction right per labelled task, on the images that count.
         adapted: the same on the images adapted on, where these are others (`heldout`).
+        unseen: the same per unseen task, where a suite has any; an expert has none.
         notes: anything more, such as the oracle's coefficient.
     """
 
@@ -43,6 +44,7 @@ class Row:
     accuracy: dict[str, float]
     adapted: dict[str, float] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    unseen: dict[str, float] | None = None
 
 
 @dataclass
@@ -51,6 +53,9 @@ class Scorer:
 
     Attributes:
         device: where encoders run; they are moved there and back to the CPU.
+        merged: whether the tasks are those that were merged. An encoder is told of an image of
+            another task by −1 as its task.
+        unseen: a second one, for the tasks that are only scored.
     """
 
     heads: Heads
@@ -58,11 +63,18 @@ class Scorer:
     data: TaskData
     device: torch.device
     batch_size: int = 256
+    merged: bool = True
+    unseen: Scorer | None = None
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that have labels."""
         return [task for task, images in self.data.tasks.items() if images.labels is not None]
+
+    @property
+    def measures(self) -> bool:
+        """Whether any task, unseen ones included, has labels."""
+        return bool(self.tasks) or (self.unseen is not None and self.unseen.measures)
 
     @torch.no_grad()
     def accuracy(
@@ -80,7 +92,7 @@ class Scorer:
                 self.device
             )
             for images, labels in self.data.labelled(task, part, self.batch_size):
-                ids = torch.full((len(images),), index)
+                ids = torch.full((len(images),), index if self.merged else -1)
                 features = encoder(normalizer(images.to(self.device)), ids)
                 predicted = heads.logits(features, task).argmax(-1)
                 metric.update(predicted, labels.to(self.device))
@@ -88,8 +100,13 @@ class Scorer:
         return found
 
     def row(self, name: str, encoder: nn.Module, tasks: Sequence[str] | None = None) -> Row:
-        """Scores an encoder; under `heldout` also on the half it was adapted on."""
+        """Scores an encoder; under `heldout` also on the half it was adapted on.
+
+        Without `tasks` it is also scored on the unseen ones.
+        """
         row = Row(name, self.accuracy(encoder, tasks))
+        if self.unseen is not None:
+            row.unseen = self.unseen.accuracy(encoder) if tasks is None else {}
         if self.data.protocol == "heldout":
             row.adapted = self.accuracy(encoder, tasks, part="adapt")
         encoder.to("cpu")
@@ -120,6 +137,7 @@ def baseline_rows(
 
     pretrained = static("pretrained", 0.0)
     experts = Row("expert", {}, {} if pretrained.adapted is not None else None)
+    experts.unseen = {} if scorer.unseen is not None else None
     for task in labelled:
         one_hot = torch.zeros(len(task_vectors.tasks))
         one_hot[task_vectors.index(task)] = 1
@@ -139,7 +157,8 @@ def baseline_rows(
         best = max(grid, key=lambda λ: average(grid[λ].accuracy) or 0.0)
         notes = {"coefficient": best, "oracle": True}
         found = grid[best]
-        rows.append(Row("task_arithmetic_best", found.accuracy, found.adapted, notes))
+        best_row = Row("task_arithmetic_best", found.accuracy, found.adapted, notes, found.unseen)
+        rows.append(best_row)
     return rows
 
 
@@ -170,6 +189,9 @@ def as_json(
         if row.adapted is not None:
             line["accuracy_adapted"] = row.adapted
             line["average_adapted"] = average(row.adapted)
+        if row.unseen is not None:
+            line["unseen"] = row.unseen
+            line["average_unseen"] = average(row.unseen)
         lines.append(line | row.notes)
     head = {"suite": suite, "method": method, "protocol": protocol, "seed": seed}
     return {**head, "rows": lines}
@@ -182,32 +204,43 @@ _PROTOCOL = {
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """`results.json` as a table in percent."""
-    tasks = list(results["rows"][0]["accuracy"]) if results["rows"] else []
-    if not tasks:
-        return f"Suite {results['suite']}: no task has labels, so no accuracy was measured.\n"
+    """`results.json` as tables in percent: the merged tasks, then the unseen ones if there are."""
     rows = results["rows"]
-    head = ["", *tasks, "average", "normalized"]
-    heldout = any("average_adapted" in row for row in rows)
-    head += ["average, adapted half"] if heldout else []
-    lines = []
+    tasks, unseen = (list(rows[0].get(key, ())) if rows else [] for key in ("accuracy", "unseen"))
+    if not tasks and not unseen:
+        return f"Suite {results['suite']}: no task has labels, so no accuracy was measured.\n"
+    setting = _PROTOCOL.get(results["protocol"], results["protocol"])
+    blocks = [
+        f"Suite {results['suite']}, accuracy in %; protocol {results['protocol']}: {setting}; "
+        f"seed {results['seed']}."
+    ]
+    if tasks:
+        heads = {"average": "average", "normalized": "normalized"}
+        if any("average_adapted" in row for row in rows):
+            heads["average_adapted"] = "average, adapted half"
+        blocks.append(_table(rows, "accuracy", tasks, heads))
+    if unseen:
+        blocks.append("Unseen tasks: neither merged nor adapted on, all of their images scored.")
+        blocks.append(_table(rows, "unseen", unseen, {"average_unseen": "average"}))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _table(
+    rows: Sequence[Mapping[str, Any]], key: str, tasks: Sequence[str], heads: Mapping[str, str]
+) -> str:
+    """Accuracies of `row[key]` per task, then the values of `heads` under their titles."""
+    lines = [["", *tasks, *heads.values()]]
     for row in rows:
         title = TITLES.get(row["name"], f"**{row['name']}**")
         if "coefficient" in row:
             title = title.replace("best λ", f"best λ = {row['coefficient']}")
-        values = [*(row["accuracy"].get(task) for task in tasks), row["average"], row["normalized"]]
-        values += [row.get("average_adapted")] if heldout else []
+        values = [*(row[key].get(task) for task in tasks), *(row.get(head) for head in heads)]
         lines.append([title, *(f"{100 * v:.1f}" if v is not None else "–" for v in values)])
-    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    table = "\n".join(
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in [head, rule, *lines]
-    )
-    setting = _PROTOCOL.get(results["protocol"], results["protocol"])
-    return (
-        f"Suite {results['suite']}, accuracy in %; protocol {results['protocol']}: {setting}; "
-        f"seed {results['seed']}.\n\n{table}\n"
+        for line in lines
     )
 
 

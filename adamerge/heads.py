@@ -66,7 +66,10 @@ class Heads(nn.Module):
 
 
 def zero_shot_heads(
-    clip: Clip, prompts: Mapping[str, Prompts], cache_dir: Path | None = None
+    clip: Clip,
+    prompts: Mapping[str, Prompts],
+    cache_dir: Path | None = None,
+    stored: Mapping[str, Tensor] | None = None,
 ) -> Heads:
     """Heads from class names and templates, times `logit_scale.exp()`.
 
@@ -78,10 +81,18 @@ def zero_shot_heads(
         prompts: class names and templates per task.
         cache_dir: heads are kept here under a hash of the text tower, the prompts and open_clip's
             version, and read from here when that hash is known.
+        stored: heads `[C, D]` that are given and not made, by task.
+
+    Raises:
+        AdamergeError: a head with NaN, or a stored one that does not fit the tower's features.
     """
     tower = _text_hash(clip) if cache_dir is not None else ""
     weights = {}
+    stored = stored or {}
     for task, prompt in prompts.items():
+        if task in stored:
+            weights[task] = stored[task]
+            continue
         if cache_dir is None:
             weights[task] = _encode(clip, prompt)
             continue
@@ -96,6 +107,12 @@ def zero_shot_heads(
             with replacing(path) as temporary:
                 save_file({"weight": weights[task]}, temporary)
     for task, weight in weights.items():
+        dim = clip.config["model_cfg"]["embed_dim"]
+        if weight.shape[1] != dim:
+            raise AdamergeError(
+                f"head of task {task!r} is for {weight.shape[1]} features, the image tower has "
+                f"{dim}: give the head of the same architecture, or leave head out to make it anew"
+            )
         if not bool(torch.isfinite(weight).all()):
             raise AdamergeError(
                 f"head of task {task!r} has NaN or infinite values: the text tower of the "

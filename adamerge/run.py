@@ -114,6 +114,8 @@ def _announce(job: Job, run_dir: Path) -> None:
             len(job.suite.heads.classes[task]),
             norm / base,
         )
+    for task, found in job.unseen[1].tasks.items() if job.unseen is not None else ():
+        log.info("  %s: %d images, unseen: only scored", task, len(found.images))
     log.info("run folder: %s", run_dir)
 
 

@@ -14,7 +14,7 @@ from adamerge.errors import AdamergeError
 _KEYS = ("path", "name", "split", "revision", "image", "label")
 
 
-def open_dataset(task: str, data: Mapping[str, Any]) -> datasets.Dataset:
+def open_dataset(task: str, data: Mapping[str, Any], part: str = "tasks") -> datasets.Dataset:
     """The images (and labels, if any) of one task, undecoded.
 
     Args:
@@ -22,12 +22,13 @@ def open_dataset(task: str, data: Mapping[str, Any]) -> datasets.Dataset:
         data: `path` is a hub name (with `name`, `split`, `revision`), a folder saved by
             `datasets`, or a folder of images with or without class subfolders; or `_target_` is
             the dotted path of a function that returns a `datasets.Dataset`, with its arguments.
+        part: where the task stands in the suite, `tasks` or `unseen`; for messages.
 
     Raises:
         AdamergeError: nothing there, or nothing that can be read as images. No code that comes
             with a data set is ever run.
     """
-    where = f"suite.tasks.{task}.data"
+    where = f"suite.{part}.{task}.data"
     found = data_problems(where, data)
     if found:
         raise AdamergeError("; ".join(found))

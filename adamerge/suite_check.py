@@ -2,44 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from adamerge.binding import nearest
 
-_SUITE = ("architecture", "pretrained", "tasks")
-_TASK = ("expert", "data", "classes", "templates")
+_SUITE = ("pretrained", "tasks")
+_OPTIONAL = ("name", "architecture", "root", "vars", "unseen")
+_UNSEEN = ("data", "classes", "templates")
+_TASK = ("expert", *_UNSEEN)
 
 
-def suite_problems(suite: Mapping[str, Any]) -> Iterable[str]:
-    """Unknown and missing keys, and what no suite can mean; files are not looked at."""
-    yield from _keys(suite, ("name", *_SUITE), _SUITE, "suite")
-    for key in ("architecture", "pretrained"):
+def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> Iterable[str]:
+    """Unknown and missing keys, and what no suite can mean; files are not looked at.
+
+    Args:
+        shipped: the names of the task files there are, to be told of.
+    """
+    yield from _keys(suite, (*_OPTIONAL, *_SUITE), _SUITE, "suite")
+    for key in ("architecture", "pretrained", "root"):
         if suite.get(key) is not None and not isinstance(suite[key], str):
             yield f"suite.{key} is {suite[key]!r}: expected a name or a path"
+    yield from _variables(suite.get("vars"))
     tasks = suite.get("tasks")
     if not isinstance(tasks, Mapping) or not tasks:
         yield "suite.tasks is empty: expected at least one task with its expert"
         return
     for name, task in tasks.items():
-        where = f"suite.tasks.{name}"
-        if not isinstance(task, Mapping):
-            yield f"{where} is {task!r}: expected {', '.join(_TASK)}"
-            continue
-        yield from _keys(task, _TASK, _TASK, where)
-        for key in ("classes", "templates"):
-            value = task.get(key)
-            if key in task and not (isinstance(value, list) and value):
-                yield f"{where}.{key} is {value!r}: expected a list of texts"
-        templates = task.get("templates")
-        for template in templates if isinstance(templates, list) else []:
-            if not _takes_a_name(str(template)):
-                yield f"{where}.templates: {template!r} has no single {{}} for the class name"
-        classes = task.get("classes")
-        listed = [str(name) for name in classes] if isinstance(classes, list) else []
-        for name in dict.fromkeys(listed):
-            if listed.count(name) > 1:
-                yield f"{where}.classes: {name!r} is listed twice"
+        yield from _task_problems(f"suite.tasks.{name}", task, _TASK, name in shipped)
+    unseen = suite.get("unseen")
+    if unseen is not None and not isinstance(unseen, Mapping):
+        yield f"suite.unseen is {unseen!r}: expected tasks by name, without experts"
+        return
+    for name, task in (unseen or {}).items():
+        where = f"suite.unseen.{name}"
+        if name in tasks:
+            yield f"{where} is in suite.tasks too: a task is merged or unseen; leave one out"
+        if isinstance(task, Mapping) and "expert" in task:
+            yield f"{where}.expert: an unseen task is only scored; move it to suite.tasks to merge"
+            task = {key: value for key, value in task.items() if key != "expert"}
+        yield from _task_problems(where, task, _UNSEEN, name in shipped)
+
+
+def _variables(given: Any) -> Iterable[str]:
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        yield f"suite.vars is {given!r}: expected names and values"
+        return
+    for key, value in given.items():
+        if isinstance(value, Mapping | list):
+            yield f"suite.vars.{key} is {value!r}: expected a single value"
+
+
+def _task_problems(where: str, task: Any, keys: Sequence[str], shipped: bool) -> Iterable[str]:
+    if not isinstance(task, Mapping):
+        yield f"{where} is {task!r}: expected {', '.join(keys)}"
+        return
+    name = where.rpartition(".")[2]
+    for problem in _keys(task, (*keys, "head", "task"), keys, where):
+        lacks = shipped and problem.endswith(" is missing") and "expert" not in problem
+        yield f"{problem} (add task: {name})" if lacks else problem
+    if not isinstance(task.get("head"), str | None):
+        yield f"{where}.head is {task['head']!r}: expected the path of a stored head"
+    for key in ("classes", "templates"):
+        value = task.get(key)
+        if key in task and not (isinstance(value, list) and value):
+            yield f"{where}.{key} is {value!r}: expected a list of texts"
+    templates = task.get("templates")
+    for template in templates if isinstance(templates, list) else []:
+        if not _takes_a_name(str(template)):
+            yield f"{where}.templates: {template!r} has no single {{}} for the class name"
+    classes = task.get("classes")
+    listed = [str(name) for name in classes] if isinstance(classes, list) else []
+    for one in dict.fromkeys(listed):
+        if listed.count(one) > 1:
+            yield f"{where}.classes: {one!r} is listed twice"
 
 
 def _takes_a_name(template: str) -> bool:

@@ -142,12 +142,17 @@ def log_results(
     if logger is None:
         return
     run = logger.experiment
-    tasks = list(results["rows"][0]["accuracy"]) if results["rows"] else []
-    table = wandb.Table(columns=["model", *tasks, "average", "normalized"])
+    first = results["rows"][0] if results["rows"] else {"accuracy": {}}
+    tasks, unseen = list(first["accuracy"]), list(first.get("unseen", ()))
+    columns = ["model", *tasks, "average", "normalized", *(f"unseen {task}" for task in unseen)]
+    table = wandb.Table(columns=columns)
     for row in results["rows"]:
         accuracy = [row["accuracy"].get(task) for task in tasks]
-        table.add_data(row["name"], *accuracy, row["average"], row["normalized"])
+        others = [row["unseen"].get(task) for task in unseen]
+        table.add_data(row["name"], *accuracy, row["average"], row["normalized"], *others)
         run.summary[f"accuracy/{row['name']}"] = row["average"]
+        if unseen:
+            run.summary[f"accuracy_unseen/{row['name']}"] = row["average_unseen"]
     run.log({"results": table})
     log_pictures(logger, pictures)
     if artifact is not None:

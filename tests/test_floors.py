@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding suite_check task_vectors objectives safe_pickle torch_files "
+    0: "errors files binding suite_check suite_files task_vectors objectives safe_pickle torch_files "
     "weight_files layouts model_configs lora",
     1: "encoders heads transforms methods.base",
     2: "methods.adamerging",

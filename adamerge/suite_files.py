@@ -1,0 +1,123 @@
+"""What a suite takes from elsewhere: task files, and the folder of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from adamerge.binding import nearest
+from adamerge.errors import AdamergeError
+
+HUB = "hf://"  # a checkpoint on the Hugging Face hub: never a path
+TASK_FILE = ("data", "classes", "templates")
+
+Entry = dict[str, Any]
+
+
+def entries(suite: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
+    """`(where, entry)` of every task, merged or unseen; what is no mapping is left to the check."""
+    for part in ("tasks", "unseen"):
+        tasks = suite.get(part)
+        for name, entry in tasks.items() if isinstance(tasks, dict) else ():
+            if isinstance(entry, dict):
+                yield f"suite.{part}.{name}", entry
+
+
+def take_task_files(suite: Mapping[str, Any], read: Callable[[str, str], Entry]) -> None:
+    """Replaces every entry's `task:` by what that file says, under the entry's own keys.
+
+    Args:
+        suite: changed in place.
+        read: `(where, value of task:)` -> the keys of that task file.
+
+    Raises:
+        AdamergeError: a task file with a key that is not one of `TASK_FILE`.
+    """
+    for where, entry in entries(suite):
+        if "task" not in entry:
+            continue
+        source = str(entry.pop("task"))
+        below = read(f"{where}.task", source)
+        for key in below:
+            if key not in TASK_FILE:
+                raise AdamergeError(
+                    f"task file {source} has the unknown key {key!r}{nearest(key, TASK_FILE)}: "
+                    f"expected {', '.join(TASK_FILE)}; an expert belongs in the suite"
+                )
+        own = {key: value for key, value in entry.items() if value is not None}
+        entry |= {**below, **own}
+        if "data" in below and "data" in own:
+            entry["data"] = _over(own["data"], below["data"])
+
+
+def _over(own: Any, below: Any) -> Any:
+    """An entry's `data:` over its task file's, key by key.
+
+    A function and a place take different keys: where one is given and not the other, the entry's
+    own stands alone.
+    """
+    own, below = ({"path": data} if isinstance(data, str) else data for data in (own, below))
+    if not isinstance(own, dict) or not isinstance(below, dict):
+        return own
+    if ("_target_" in own and "path" in below) or ("path" in own and "_target_" in below):
+        return own
+    return {**below, **own}
+
+
+def locate(suite: Entry, folder: Path) -> None:
+    """Makes a suite's paths absolute: relative to its own file, else to the working folder.
+
+    Experts and pretrained are looked for in `root` before. An expert that is nowhere is one that
+    `root` lacks.
+    """
+    here = (folder, Path.cwd())
+    if isinstance(suite.get("root"), str):
+        suite["root"] = _found(str(Path(suite["root"]).expanduser()), *here)
+    root = Path(suite["root"]) if isinstance(suite.get("root"), str) else None
+    first = [root] if root is not None and root.is_dir() else []
+    suite["architecture"] = _found(suite.get("architecture"), *here)
+    suite["pretrained"] = _found(suite.get("pretrained"), *first, *here)
+    for _, task in entries(suite):
+        locate_data(task, *here)
+        if task.get("head") is not None:
+            task["head"] = _found(task["head"], *first, *here)
+        expert = _found(task.get("expert"), *first, *here)
+        if isinstance(expert, str):
+            lost = first and not expert.startswith(HUB) and not Path(expert).exists()
+            task["expert"] = str(first[0] / expert) if lost else expert
+
+
+def locate_data(task: Entry, *bases: Path) -> None:
+    """Makes the path of an entry's `data:` absolute; a bare text is a path."""
+    data = task.get("data")
+    if isinstance(data, dict) and "path" in data:
+        data["path"] = _found(data["path"], *bases)
+    elif isinstance(data, str):
+        task["data"] = {"path": _found(data, *bases)}
+
+
+def _found(value: Any, *bases: Path) -> Any:
+    """The absolute path of what lies at `value` in the first base that has it, or `value`."""
+    if not isinstance(value, str) or value.startswith(HUB):
+        return value
+    return next((str((b / value).resolve()) for b in bases if (b / value).exists()), value)
+
+
+def require_root(suite: Mapping[str, Any]) -> None:
+    """Checks that a suite which looks for its checkpoints in `root` has that folder.
+
+    Raises:
+        AdamergeError: no such folder, and an expert that was found nowhere else.
+    """
+    if "root" not in suite:
+        return
+    root = suite["root"]
+    experts = [str(entry["expert"]) for entry in suite["tasks"].values()]
+    lost = [path for path in experts if not path.startswith(HUB) and not Path(path).exists()]
+    if lost and not (root and Path(root).is_dir()):
+        said = f"is {root!r}, which is no folder" if root else "is not set"
+        raise AdamergeError(
+            f"suite.root {said}: {lost[0]} and the other checkpoints of suite {suite['name']} are "
+            "looked for in it; set suite.root=/path/to/their/folder"
+        )
