@@ -178,6 +178,8 @@ def load_suite(config: Config) -> Suite:
         expert = read(str(entry["expert"]))
         sources[task], files[task] = expert.source, expert.record()
         experts[task] = tower_state(expert, clip.backbone)
+        if entry.get("head") is not None:
+            files[f"head of {task}"] = read(entry["head"]).record()
     vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources)
     return Suite(clip, vectors, load_heads(config, clip), files)
 
@@ -323,7 +325,14 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
     for task, images in data.tasks.items():
         flat[f"images of {task}"] = images.key
     # Where a file lies does not matter; its content does, and is in the list.
-    places = (".expert", ".data.path", "suite.pretrained", "suite.architecture", "suite.root")
+    places = (
+        ".expert",
+        ".head",
+        ".data.path",
+        "suite.pretrained",
+        "suite.architecture",
+        "suite.root",
+    )
     aside = ("suite.unseen", "suite.vars.")  # only scored; already in what they stand in
     for key in [key for key in flat if key.endswith(places) or key.startswith(aside)]:
         del flat[key]

@@ -119,7 +119,7 @@ def test_words_and_names(suite: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tasks: {a: {}}", r"suite\.architecture is missing; .*suite\.tasks\.a\.expert is missing"),
+        ("tasks: {a: {}}", r"suite\.pretrained is missing; .*suite\.tasks\.a\.expert is missing"),
         ("tasks: {}", r"suite\.tasks is empty"),
         ("tasks: {a: {exprt: x}}", r"suite\.tasks\.a\.exprt is unknown \(did you mean 'expert'"),
         ("tasks: {a: {templates: [x]}}", r"'x' has no single \{\} for the class name"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding suite_check suite_files task_vectors objectives safe_pickle torch_files "
-    "weight_files layouts model_configs lora",
+    0: "errors files binding suite_check suite_files task_vectors objectives safe_pickle "
+    "torch_files weight_files layouts model_configs lora",
     1: "encoders heads transforms methods.base",
     2: "methods.adamerging",
     3: "adaptation callbacks checkpoints hub data demo demo_images evaluation export image_cache "
