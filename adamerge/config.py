@@ -5,6 +5,8 @@ The only module that knows omegaconf.
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,9 @@ def _locate(suite: Config, folder: Path) -> None:
         for base in (folder, Path.cwd()):
             if (base / value).exists():
                 return str((base / value).resolve())
+            pattern = os.path.join(glob.escape(str(base)), value)
+            if glob.has_magic(value) and any(glob.iglob(pattern, recursive=True)):
+                return pattern
         return value
 
     for key in ("architecture", "pretrained"):
