@@ -61,7 +61,8 @@ def _missing(value: Any) -> bool:
 def _integers(task: str, column: str, values: Sequence[Any], count: int) -> np.ndarray:
     try:
         given = np.asarray(values)
-        numbers = given.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # of numbers too large, found out below
+            numbers = given.astype(np.int64)
         if given.ndim != 1 or given.dtype.kind not in "biuf" or not np.array_equal(numbers, given):
             raise ValueError("not whole numbers")
     except (TypeError, ValueError, OverflowError) as error:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+from datasets.table import InMemoryTable
 
 from adamerge.errors import AdamergeError
 from adamerge.image_source import file_stats
@@ -44,7 +46,7 @@ def read_shards(kind: str, files: Sequence[Path]) -> datasets.Dataset:
     paths = [str(file.resolve()) for file in files]
     stamp = hashlib.sha256(repr(file_stats(paths)).encode()).hexdigest()[:32]
     loaded: datasets.Dataset = datasets.load_dataset(
-        kind, name=stamp, data_files={"all": [_escaped(path) for path in paths]}, split="all"
+        kind, name=stamp, data_files=[_escaped(path) for path in paths], split="train"
     )
     return loaded
 
@@ -134,14 +136,21 @@ def image_folder(folder: Path) -> datasets.Dataset:
             f"path: {folder} holds no images: expected files such as .jpg or .png, or parquet, "
             "arrow or .tar files"
         )
-    columns: dict[str, list[str]] = {"image": [str(file) for file in files]}
+    paths = pa.array([str(file) for file in files])
+    columns = {
+        "image": pa.StructArray.from_arrays(
+            [pa.nulls(len(files), pa.binary()), paths], ["bytes", "path"]
+        )
+    }
     features = datasets.Features(image=datasets.Image())
     depths = {len(file.parts) for file in files}
     names = sorted({file.parent.name for file in files})
     if len(depths) == 1 and len(names) > 1:
-        columns["label"] = [file.parent.name for file in files]
+        places = {name: place for place, name in enumerate(names)}
+        columns["label"] = pa.array([places[file.parent.name] for file in files], pa.int64())
         features["label"] = datasets.ClassLabel(names=names)
-    return datasets.Dataset.from_dict(columns, features=features)
+    # Straight from Arrow: `from_dict` would look at every file.
+    return datasets.Dataset(InMemoryTable(pa.table(columns, schema=features.arrow_schema)))
 
 
 def _files(folder: Path) -> list[Path]:
