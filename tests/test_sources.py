@@ -23,8 +23,10 @@ import yaml
 from PIL import Image
 
 from adamerge import AdamergeError, config
+from adamerge.cli import main
 from adamerge.image_cache import TaskImages, cache_images
 from adamerge.sources import open_dataset
+from tests import tiny
 
 CFG = open_clip.transform.PreprocessCfg(size=16)
 CLASSES = ("red", "green", "blue", "grey")
@@ -261,6 +263,29 @@ def test_relative_globs_of_a_suite(suite: Path, tmp_path: Path) -> None:
         loaded = config.load([f"suite={tmp_path / 'mine.yaml'}"])
         data = loaded["suite"]["tasks"][task]["data"]
         assert Path(data["path"]).is_absolute() and len(cached(tmp_path, data).images) == 12
+
+
+def test_a_run_learns_the_same_from_other_files(suite: Path, tmp_path: Path) -> None:
+    """Parquet shards and an unlabeled folder, against the same images saved by `datasets`."""
+    tree = yaml.safe_load(suite.read_text())
+    tree["architecture"] = tree["pretrained"] = str(suite.parent / "model")
+    (tmp_path / "folder").mkdir()
+    for task, entry in tree["tasks"].items():
+        entry["expert"] = str(suite.parent / entry["expert"])
+        tiny.images(task).to_parquet(tmp_path / f"{task}-0.parquet")
+    for row, image in enumerate(tiny.images("dots")["image"]):
+        image.save(tmp_path / "folder" / f"{row:03}.png")
+    tree["tasks"]["stripes"]["data"] = {"path": "stripes-*.parquet"}
+    tree["tasks"]["dots"]["data"] = {"path": "folder"}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    found = []
+    for source in (suite, tmp_path / "mixed.yaml"):
+        run = tmp_path / f"run-{source.stem}"
+        words = [f"suite={source}", f"cache_dir={tmp_path / 'cache'}", "wandb=off", "batch_size=4"]
+        words += ["trainer.max_steps=3", "trainer.accelerator=cpu", "evaluate.baselines=false"]
+        assert main(["train", *words, f"run_dir={run}"]) == 0
+        found.append((run / "coefficients.csv").read_text())
+    assert found[0] == found[1]
 
 
 class Trap:
