@@ -119,10 +119,12 @@ class DatasetSource:
         on_disk = [Path(entry["filename"]) for entry in self.dataset.cache_files]
         if on_disk:
             digest.update(repr((self.dataset._fingerprint, column, file_stats(on_disk))).encode())
+            paths = _paths(self.dataset.data.column(column))
+            digest.update(repr(file_stats(paths)).encode())
+            return digest.hexdigest()
         for batch in images.with_format("arrow").iter(batch_size=1024):
             values = batch.column(column)
-            if not on_disk:
-                _hash_values(digest, values)
+            _hash_values(digest, values)
             digest.update(repr(file_stats(_paths(values))).encode())
         return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from adamerge.errors import AdamergeError
 from adamerge.image_source import ImageSource
 from adamerge.local_files import image_folder, read_shards, shard_kind, shards_in, subfolder
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # told as what it is, not as unreadable data
 _KEYS = ("path", "name", "split", "revision", "image", "label")
 _EXPECTED = (
     "a hub name, a folder saved by `datasets`, parquet, arrow or webdataset (.tar) files, a folder "
@@ -142,9 +144,6 @@ def _globbed(pattern: str) -> datasets.Dataset:
             "parquet, arrow or webdataset (.tar)"
         )
     return read_shards(str(kinds.pop()), files)
-
-
-_FULL = (28, 122)  # ENOSPC, EDQUOT: a full disk is told as such
 
 
 def _root(error: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
@@ -12,59 +13,28 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from adamerge import AdamergeError, image_files, staging
 from adamerge.arrays import ArraySource
 from adamerge.image_cache import TaskImages, cache_images
-from adamerge.image_files import write_folder
+from tests.cache_child import build, count_decodes
 
 CFG = open_clip.transform.PreprocessCfg(size=16)
 COUNT = 150
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from adamerge import image_files
-from tests.test_image_cache import build
-
-decode, count, kill_at = image_files._decode, 0, int(sys.argv[2])
-
-def counting(value):
-    global count
-    count += 1
-    if count == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return decode(value)
-
-image_files._decode = counting
-if len(sys.argv) > 3:  # wait for the other process
-    print("ready", flush=True)
-    sys.stdin.readline()
-print(build(Path(sys.argv[1]))["sha256"], count)
-"""
 
 
 def picture(index: int) -> np.ndarray:
     return np.random.default_rng(index).integers(0, 256, (8, 8, 3)).astype(np.uint8)
-
-
-def build(folder: Path, on_bad_image: str = "error") -> dict[str, Any]:
-    """Writes a cache folder from `x.npy`, a few rows at a time."""
-    image_files._CHUNK = 16
-    source = ArraySource("data", folder / "x.npy", "test")
-    transform = channels_first
-    return write_folder(folder / "cache" / "k", "t", source, "image", transform, on_bad_image)
-
-
-def channels_first(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).transpose(2, 0, 1)
 
 
 @pytest.fixture
@@ -74,40 +44,36 @@ def pictures(tmp_path: Path) -> np.ndarray:
     return made
 
 
-def child(folder: Path, *words: str) -> subprocess.Popen[str]:
+def child(folder: Path, kill_at: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder), *words],
+        [sys.executable, "-m", "tests.cache_child", str(folder), str(kill_at)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
 
 
+def start(process: subprocess.Popen[str]) -> None:
+    assert process.stdin and process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
 @pytest.fixture(autouse=True)
-def chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_files, "_CHUNK", image_files._CHUNK)  # `build` changes it
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images between two records; what `count_decodes` replaces comes back."""
+    monkeypatch.setattr(image_files, "_CHUNK", 16)
+    monkeypatch.setattr(image_files, "_decode", image_files._decode)
 
 
-def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    decoded: list[Any] = []
-    decode = image_files._decode
-
-    def counting(value: Any) -> Image.Image:
-        decoded.append(value)
-        return decode(value)
-
-    monkeypatch.setattr(image_files, "_decode", counting)
-    return decoded
-
-
-def test_a_killed_build_goes_on_where_its_record_ends(
-    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with child(tmp_path, "100") as process:
+def test_a_killed_build_goes_on_where_its_record_ends(tmp_path: Path, pictures: np.ndarray) -> None:
+    with child(tmp_path, 100) as process:
+        start(process)
         assert process.wait() == -signal.SIGKILL
     cache = tmp_path / "cache"
     assert sorted(path.name for path in cache.iterdir()) == ["k.lock", "k.part"]
     done = json.loads((cache / "k.part" / "progress.json").read_text())["done"]
     assert 48 <= done < 100
-    decoded = count_decodes(monkeypatch)
+    decoded = count_decodes()
     meta = build(tmp_path)
     assert len(decoded) == COUNT - done  # nothing that was done is done again
     assert [path.name for path in cache.iterdir()] == ["k"]
@@ -134,18 +100,30 @@ def test_a_record_that_cannot_be_relied_on_starts_anew(
 
 
 def test_two_processes_build_once(tmp_path: Path, pictures: np.ndarray) -> None:
-    with child(tmp_path, "0", "wait") as one, child(tmp_path, "0", "wait") as other:
-        both = (one, other)
-        for process in both:
-            assert process.stdout and process.stdout.readline() == "ready\n"
-        for process in both:
-            assert process.stdin
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        said = [process.communicate()[0].split() for process in both]
-    assert said[0][0] == said[1][0]
-    assert sorted(int(count) for _, count in said) == [0, COUNT]
+    with child(tmp_path, 0) as other:
+        start(other)
+        decoded = count_decodes()
+        meta = build(tmp_path)
+        key, count = other.communicate()[0].split()
+    assert key == meta["sha256"]
+    assert sorted([int(count), len(decoded)]) == [0, COUNT]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["k"]
+
+
+def test_a_held_lock_is_waited_for(
+    tmp_path: Path, pictures: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "adamerge")
+    (tmp_path / "cache").mkdir()
+    decoded = count_decodes()
+    with ThreadPoolExecutor(1) as pool, (tmp_path / "cache" / "k.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = pool.submit(build, tmp_path)
+        while "waiting for another process" not in caplog.text:
+            assert not waiting.done()
+        assert not decoded
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert waiting.result()["bad"] == {} and len(decoded) == COUNT
 
 
 def cached(tmp_path: Path, **options: Any) -> TaskImages:
@@ -187,7 +165,7 @@ def png(index: int) -> bytes:
 
 
 def test_after_an_error_only_the_broken_image_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     dataset = pictures_on_disk(tmp_path, a=png(0), b=b"broken", c=png(2))
     classes = ("x", "y", "z")
@@ -199,7 +177,7 @@ def test_after_an_error_only_the_broken_image_is_tried_again(
         AdamergeError, match=r"image 1 of task 't' .*b\.png: not in an image format"
     ):
         run("error")
-    decoded = count_decodes(monkeypatch)
+    decoded = count_decodes()
     found = run("skip")
     assert len(decoded) == 1 and found.skipped == 1
     assert found.labels is not None and found.labels.tolist() == [0, 2]
@@ -266,3 +244,16 @@ def test_forgotten_leftovers_are_removed(tmp_path: Path, pictures: np.ndarray) -
         os.utime(part / "progress.json", (time.time() - age * 24 * 3600,) * 2)
     build(tmp_path)
     assert not weeks.exists() and days.exists()
+
+
+def test_images_of_a_data_set_on_disk_that_are_files_elsewhere(tmp_path: Path) -> None:
+    """The Arrow file holds paths; a picture overwritten in place is seen all the same."""
+    table = pictures_on_disk(tmp_path, a=png(0), b=png(1)).with_format("arrow")[:]
+    with pa.ipc.new_stream(str(tmp_path / "paths.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    keys = []
+    for index in (0, 5):
+        (tmp_path / "pictures" / "a.png").write_bytes(png(index))
+        dataset = datasets.Dataset.from_file(str(tmp_path / "paths.arrow"))
+        keys.append(cache_images("t", dataset, ("x", "y"), CFG, tmp_path / "c").key)
+    assert keys[0] != keys[1]
