@@ -114,10 +114,10 @@ def refuse(task: str, source: ImageSource, column: str, bad: dict[int, str]) -> 
 
 def _sweep(folder: Path) -> None:
     """Removes what killed runs left behind and no run has gone on with for a week."""
-    for record in folder.glob("*.part/progress.json"):
+    for part in folder.glob("*.part"):  # every record touches the folder
         with contextlib.suppress(OSError):
-            if time.time() - record.stat().st_mtime > 7 * 24 * 3600:
-                shutil.rmtree(record.parent)
+            if time.time() - part.stat().st_mtime > 7 * 24 * 3600:
+                shutil.rmtree(part)
 
 
 @contextlib.contextmanager

@@ -108,7 +108,8 @@ def _translation(task: str, names: Sequence[str], classes: Sequence[str]) -> np.
         return np.array(known, dtype=np.int64)
     if len(names) != len(classes):
         raise AdamergeError(
-            f"head of task {task!r} has {len(classes)} classes, but its data set has {len(names)}: "
+            f"head of task {task!r} has {len(classes)} classes, but its data set has {len(names)} "
+            f"({', '.join(names[:3])}{', …' * (len(names) > 3)}): "
             "give the suite the data set's own class names, in its order"
         )
     astray = [i for i, place in enumerate(found) if place is not None and place != i]

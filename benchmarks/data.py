@@ -16,6 +16,7 @@ from the second pass over a data set that fits there. Building the cache is wall
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -140,7 +141,8 @@ def report(arguments: argparse.Namespace, scratch: Path) -> str:
         "",
         f"Building the cache ({images.images.nbytes / 1e6:,.0f} MB) takes {built:.1f} s of wall "
         f"time with {_cores()} threads, {arguments.images / built:,.0f} images/s; opening it again "
-        f"takes {opened:.3f} s.",
+        f"takes {opened:.3f} s (load average of the {_cores()} cores meanwhile: "
+        f"{os.getloadavg()[0]:.1f}).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -240,8 +240,7 @@ def test_forgotten_leftovers_are_removed(tmp_path: Path, pictures: np.ndarray) -
     weeks, days = tmp_path / "cache" / "weeks.part", tmp_path / "cache" / "days.part"
     for part, age in ((weeks, 8), (days, 6)):
         part.mkdir(parents=True)
-        (part / "progress.json").write_text("{}")
-        os.utime(part / "progress.json", (time.time() - age * 24 * 3600,) * 2)
+        os.utime(part, (time.time() - age * 24 * 3600,) * 2)
     build(tmp_path)
     assert not weeks.exists() and days.exists()
 

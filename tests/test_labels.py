@@ -59,7 +59,9 @@ def test_named_numbers_in_other_words_keep_their_order(caplog: pytest.LogCapture
     assert not caplog.text
     assert numbers([0, 2], ["crops", "water", "forest"]) == [0, 2]
     assert "class 2 is 'forest', the suite's is 'sea or lake': labels keep" in caplog.text
-    with pytest.raises(AdamergeError, match="has 3 classes, but its data set has 2: give"):
+    with pytest.raises(
+        AdamergeError, match=r"has 3 classes, but its data set has 2 \(crops, water\): give"
+    ):
         numbers([0, 1], ["crops", "water"])
 
 
