@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,11 +18,13 @@ from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from adamerge.errors import AdamergeError
-from adamerge.image_files import write_folder
+from adamerge.image_files import complete, refuse, write_folder
+from adamerge.image_source import ImageSource, as_source
+from adamerge.labels import class_numbers
 
 log = logging.getLogger("adamerge")
 
-_FORMAT = 1  # of a cache folder; another number makes new folders
+_FORMAT = 2  # of a cache folder; another number makes new folders
 
 
 @dataclass
@@ -60,7 +61,7 @@ def uint8_transform(cfg: open_clip.transform.PreprocessCfg) -> Callable[[Image.I
 
 def cache_images(
     task: str,
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | ImageSource,
     classes: tuple[str, ...],
     preprocess: open_clip.transform.PreprocessCfg,
     cache_dir: Path,
@@ -79,95 +80,95 @@ def cache_images(
         cache_dir: holds one folder per content, transform and library version; a folder appears
             under its name only when it is complete.
         on_bad_image: `error`, or `skip` to leave broken images out and count them.
-        image, label: column names; a label column that is absent means unlabeled.
+        image, label: column names; the default names stand for the only image column, and for
+            webdataset's `cls`, where no column is named so. No label column means unlabeled.
         labelled: the label column was asked for by name, so its absence is an error.
 
     Raises:
         AdamergeError: an empty data set, missing image column, broken image, or labels that do
             not fit the classes.
     """
-    if image not in dataset.column_names:
-        raise AdamergeError(
-            f"data of task {task!r} has no image column {image!r}: its columns are "
-            f"{', '.join(dataset.column_names)}; set data.image"
-        )
-    if labelled and label not in dataset.column_names:
-        raise AdamergeError(
-            f"data of task {task!r} has no label column {label!r}: its columns are "
-            f"{', '.join(dataset.column_names)}; mend data.label, or leave it out"
-        )
-    if len(dataset) == 0:
-        raise AdamergeError(f"data of task {task!r} is empty: expected at least one image")
     if on_bad_image not in ("error", "skip"):
         raise AdamergeError(f"on_bad_image is {on_bad_image!r}: expected 'error' or 'skip'")
-    labels = _labels(task, dataset, label, classes)
-    key = _key(dataset, preprocess, image, label, on_bad_image)
-    folder = cache_dir / "images" / key
-    if not folder.is_dir():
+    source = as_source(dataset)
+    image = _image_column(task, source, image)
+    if source.rows(image) == 0:
+        raise AdamergeError(f"data of task {task!r} is empty: expected at least one image")
+    labels = _labels(task, source, image, _label_column(task, source, label, labelled), classes)
+    folder = cache_dir / "images" / _key(source, image, preprocess)
+    meta = complete(folder)
+    if meta is None:
         transform = uint8_transform(preprocess)
-        write_folder(folder, task, dataset, image, labels, transform, on_bad_image)
-    meta = json.loads((folder / "meta.json").read_text())
-    kept = np.load(folder / "labels.npy") if meta["labelled"] else None
-    if meta["skipped"]:
-        log.warning("task %s: %d broken images were skipped", task, meta["skipped"])
-    return TaskImages(
-        np.load(folder / "images.npy", mmap_mode="r"), kept, meta["sha256"], int(meta["skipped"])
-    )
+        meta = write_folder(folder, task, source, image, transform, on_bad_image)
+    bad = {int(row): reason for row, reason in meta["bad"].items()}
+    if bad and on_bad_image == "error":
+        refuse(task, source, image, bad)
+    if bad:
+        log.warning("task %s: %d broken images were skipped", task, len(bad))
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    size = meta["bytes"] / 1e6
+    log.info("task %s: %d images, %.0f MB in %s", task, len(images), size, folder)
+    kept = None if labels is None else np.delete(labels, sorted(bad))
+    return TaskImages(images, kept, meta["sha256"], len(bad))
+
+
+def _image_column(task: str, source: ImageSource, column: str) -> str:
+    if column not in source.columns and column == "image":
+        usual = source.usual("image")
+        if len(usual) == 1:
+            log.info("task %s: images from column %r", task, usual[0])
+            column = usual[0]
+    if column not in source.columns:
+        raise AdamergeError(
+            f"data of task {task!r} has no image column {column!r}: its columns are "
+            f"{', '.join(source.columns)}; set data.image"
+        )
+    if not source.holds_images(column):
+        raise AdamergeError(
+            f"column {column!r} of task {task!r} holds no images: expected image files or uint8 "
+            f"arrays; its columns are {', '.join(source.columns)}; mend data.image"
+        )
+    return column
+
+
+def _label_column(task: str, source: ImageSource, column: str | None, asked: bool) -> str | None:
+    if column is None:
+        return None
+    if column not in source.columns and not asked:
+        usual = source.usual("label")
+        if len(usual) != 1:
+            return None
+        log.info("task %s: labels from column %r", task, usual[0])
+        return usual[0]
+    if column not in source.columns:
+        raise AdamergeError(
+            f"data of task {task!r} has no label column {column!r}: its columns are "
+            f"{', '.join(source.columns)}; mend data.label, or leave it out"
+        )
+    fields = [name for name in source.columns if name.startswith(f"{column}.")]
+    if fields:
+        raise AdamergeError(
+            f"label column {column!r} of task {task!r} has several fields: set data.label to one "
+            f"of {', '.join(fields)}"
+        )
+    return column
 
 
 def _labels(
-    task: str, dataset: datasets.Dataset, column: str | None, classes: tuple[str, ...]
+    task: str, source: ImageSource, image: str, column: str | None, classes: tuple[str, ...]
 ) -> np.ndarray | None:
-    if column is None or column not in dataset.column_names:
+    if column is None:
         return None
-    feature = dataset.features[column]
-    known = getattr(feature, "num_classes", None)
-    if known is not None and known != len(classes):
+    values, names = source.labels(column)
+    if len(values) != source.rows(image):
         raise AdamergeError(
-            f"head of task {task!r} has {len(classes)} classes, but its data set has {known}: "
-            "give the suite the data set's own class names, in its order"
+            f"data of task {task!r} has {source.rows(image)} images in {image!r} but "
+            f"{len(values)} labels in {column!r}: expected one for each; mend data.label"
         )
-    try:
-        given = np.asarray(dataset[column][:])
-        labels = given.astype(np.int64)
-        if not np.array_equal(labels, given):
-            raise ValueError("not whole numbers")
-    except (TypeError, ValueError) as error:
-        raise AdamergeError(
-            f"labels of task {task!r} (column {column!r}) are not class numbers: expected "
-            f"integers from 0 to {len(classes) - 1}"
-        ) from error
-    if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(classes):
-        raise AdamergeError(
-            f"labels of task {task!r} run from {labels.min()} to {labels.max()}, but its head has "
-            f"{len(classes)} classes: expected labels from 0 to {len(classes) - 1}"
-        )
-    return labels
+    return class_numbers(task, column, values, names, classes)
 
 
-def _key(dataset: datasets.Dataset, preprocess: Any, *settings: object) -> str:
+def _key(source: ImageSource, column: str, preprocess: Any) -> str:
     libraries = [version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
-    parts = [_FORMAT, content_key(dataset), repr(preprocess), libraries, [*map(str, settings)]]
+    parts = [_FORMAT, source.key(column), repr(preprocess), libraries]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def content_key(dataset: datasets.Dataset) -> str:
-    """A hash of a data set's content.
-
-    A data set on disk has the fingerprint `datasets` gives it and its files' sizes and times; one
-    in memory is hashed whole.
-    """
-    if dataset.cache_files:
-        files = [Path(entry["filename"]) for entry in dataset.cache_files]
-        stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return hashlib.sha256(repr((dataset._fingerprint, stats)).encode()).hexdigest()
-    digest = hashlib.sha256(repr(dataset.features).encode())
-    for batch in dataset.with_format("arrow").iter(batch_size=1024):
-        for row in batch.to_pylist():
-            digest.update(repr(row).encode())
-            for value in row.values():  # a path stands for a file that may change
-                path = value.get("path") if isinstance(value, dict) else None
-                if path and not value.get("bytes") and os.path.exists(path):
-                    stat = os.stat(path)
-                    digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()

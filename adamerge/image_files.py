@@ -1,142 +1,229 @@
-"""Writes a task's images into a cache folder: decoded in parallel, all of them or none."""
+"""Writes a task's images into a cache folder: in parallel, in one process at a time, resumably."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from adamerge.errors import AdamergeError
+from adamerge.image_source import ImageSource, pixels
+from adamerge.staging import Staging, allocate
+
+log = logging.getLogger("adamerge")
+
+Transform = Callable[[Image.Image], np.ndarray]
+Meta = dict[str, Any]
+
+_CHUNK = 256  # images between two entries of the record: what a kill can cost
+# What is opened, out of all that Pillow knows: its EPS reader starts Ghostscript.
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"),
+    *("TGA", "PCX", "SGI", "ICO"),
+)
 
 
 def write_folder(
     folder: Path,
     task: str,
-    dataset: datasets.Dataset,
+    source: ImageSource,
     column: str,
-    labels: np.ndarray | None,
-    transform: Callable[[Image.Image], np.ndarray],
+    transform: Transform,
     on_bad_image: str,
-) -> None:
-    """Makes `images.npy`, `labels.npy` (if there are labels) and `meta.json` in a new folder.
+) -> Meta:
+    """Makes `images.npy` and `meta.json` in a new folder and returns the latter's content.
+
+    Images go to `<folder>.part` first, with a record of how many are safely on the disk; a killed
+    run leaves it there and the next one goes on from it. The folder gets its name when it is
+    complete. Only one process writes; others wait for it.
 
     Raises:
         AdamergeError: a broken image (unless `on_bad_image` is `skip`), or none that can be read.
         OSError: no space; nothing is left behind.
     """
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        good = _write_images(temporary / "images.npy", dataset, column, transform)
-        bad = np.flatnonzero(~good)
-        if len(bad) and on_bad_image == "error":
-            raise AdamergeError(
-                f"image {bad[0]} of task {task!r} cannot be decoded"
-                f"{_origin(dataset, column, int(bad[0]))} ({len(bad)} such in all): mend the data "
-                "or set on_bad_image=skip"
-            )
-        if not good.any():
-            raise AdamergeError(f"no image of task {task!r} can be decoded: expected image files")
-        if len(bad):
-            _drop(temporary / "images.npy", good)
-        if labels is not None:
-            np.save(temporary / "labels.npy", labels[good])
-        with (temporary / "images.npy").open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        meta = {"labelled": labels is not None, "skipped": len(bad), "sha256": content}
-        (temporary / "meta.json").write_text(json.dumps(meta))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{folder.name}.part")
+    with _locked(folder.with_name(f"{folder.name}.lock"), task):
+        meta = complete(folder)
+        if meta is not None:  # another process has just made it
+            return meta
+        if folder.exists():
+            log.warning("task %s: cache folder %s is damaged and made again", task, folder)
+            shutil.rmtree(folder)
+        _sweep(folder.parent)
         try:
-            temporary.rename(folder)
+            shape = transform(Image.new("RGB", (8, 8))).shape
+            staging = Staging.open(part, (source.rows(column), *shape))
+            _fill(staging, task, source, column, transform)
+            if staging.bad and on_bad_image == "error":
+                refuse(task, source, column, staging.bad)
+            if len(staging.bad) == source.rows(column):
+                shutil.rmtree(part)
+                refuse(task, source, column, staging.bad)
+            meta = _finish(staging)
+            part.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process finished it first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_images(
-    path: Path,
-    dataset: datasets.Dataset,
-    column: str,
-    transform: Callable[[Image.Image], np.ndarray],
-) -> np.ndarray:
-    """Fills an .npy file in parallel; returns which images could be decoded, `[N]` bool."""
-
-    def convert(value: Any) -> np.ndarray | None:
-        try:
-            return transform(_decode(value))
-        except MemoryError:
+            shutil.rmtree(part, ignore_errors=True)
             raise
-        except Exception:  # decoders raise anything on a broken file; it is named by the caller
-            return None
-
-    good = np.zeros(len(dataset), dtype=bool)
-    target: np.memmap | None = None
-    with ThreadPoolExecutor() as pool:
-        for start, values in _raw(dataset, column):
-            for row, array in enumerate(pool.map(convert, values), start):
-                if array is None:
-                    continue
-                if target is None:
-                    shape = (len(dataset), *array.shape)
-                    target = _allocate(path, shape)
-                target[row], good[row] = array, True
-    if target is not None:
-        target.flush()
-    return good
+    return meta
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A mapped file with its space reserved: a full disk is an error now, not a crash later."""
-    target = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from error
-    return target
+def complete(folder: Path) -> Meta | None:
+    """The meta.json of a finished cache folder, or None if it is missing or damaged."""
+    try:
+        meta: Meta = json.loads((folder / "meta.json").read_text())
+        size = (folder / "images.npy").stat().st_size
+        return meta if size == meta["bytes"] and "sha256" in meta and "bad" in meta else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
-def _raw(dataset: datasets.Dataset, column: str) -> Iterator[tuple[int, list[Any]]]:
-    """Undecoded values, some hundreds at a time, so that one broken image breaks nothing else."""
-    images = dataset.select_columns([column])
-    if isinstance(images.features[column], datasets.Image):
-        images = images.cast_column(column, datasets.Image(decode=False))
-    for start in range(0, len(images), 256):
-        yield start, images[start : start + 256][column]
+def refuse(task: str, source: ImageSource, column: str, bad: dict[int, str]) -> None:
+    """Raises the error that names the first broken image.
+
+    Raises:
+        AdamergeError: always.
+    """
+    row = min(bad)
+    value = source.images(column, row, row + 1)[0]
+    path = value.get("path") if isinstance(value, dict) else None
+    if len(bad) == source.rows(column):
+        raise AdamergeError(
+            f"no image of task {task!r} can be decoded ({bad[row]}): expected image files"
+        )
+    raise AdamergeError(
+        f"image {row} of task {task!r} cannot be decoded ({f'{path}: ' if path else ''}{bad[row]}; "
+        f"{len(bad)} such in all): mend the data or set on_bad_image=skip"
+    )
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed runs left behind and no run has gone on with for a week."""
+    for part in folder.glob("*.part"):  # every record touches the folder
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > 7 * 24 * 3600:
+                shutil.rmtree(part)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, task: str) -> Iterator[None]:
+    """Holds an advisory lock; the system frees that of a killed process."""
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("task %s: waiting for another process that prepares its images", task)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Whoever held it before has removed the file: what we hold then is no one else's lock.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _fill(
+    staging: Staging, task: str, source: ImageSource, column: str, transform: Transform
+) -> None:
+    """Decodes what the record does not have yet, and tries the broken ones again."""
+    total, first = source.rows(column), staging.done
+    if first:
+        log.info("task %s: going on from image %d of %d", task, first, total)
+    convert = functools.partial(_convert, transform)
+    began = said = time.monotonic()
+    with ThreadPoolExecutor(_cores()) as pool:
+        for row in list(staging.bad):
+            staging.mend(row, convert(source.images(column, row, row + 1)[0]))
+        waiting: deque[Iterator[np.ndarray | str]] = deque()
+        for start in range(first, total + _CHUNK, _CHUNK):  # read one chunk ahead of the writing
+            if start < total:
+                waiting.append(pool.map(convert, source.images(column, start, start + _CHUNK)))
+            if len(waiting) > 1 or start >= total > staging.done:
+                staging.add(list(waiting.popleft()))
+            now = time.monotonic()
+            if now - said >= 10:
+                said, rate = now, (staging.done - first) / (now - began)
+                log.info(
+                    "task %s: %d of %d images prepared, %.0f/s, %.0f s left",
+                    task, staging.done, total, rate, (total - staging.done) / max(rate, 1e-9),
+                )  # fmt: skip
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _convert(transform: Transform, value: Any) -> np.ndarray | str:
+    """The preprocessed image, or why there is none."""
+    try:
+        return transform(_decode(value))
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return "not in an image format that is read"
+    except Exception as error:  # decoders raise anything on a broken file
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
 
 
 def _decode(value: Any) -> Image.Image:
+    """As `datasets` does: upright, if the file says how the camera was held."""
     if isinstance(value, dict):
-        source = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
-        image = Image.open(source)
-        image.load()
-        return image
-    return Image.fromarray(np.asarray(value, dtype=np.uint8))
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise ValueError("the row has no image")
+    if not isinstance(value, bytes | str):
+        return Image.fromarray(pixels(value))
+    image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=_known())
+    image.load()
+    return ImageOps.exif_transpose(image)
 
 
-def _origin(dataset: datasets.Dataset, column: str, row: int) -> str:
-    _, values = next(_raw(dataset.select([row]), column))
-    path = values[0].get("path") if isinstance(values[0], dict) else None
-    return f" ({path})" if path else ""
+@functools.cache
+def _known() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _drop(path: Path, good: np.ndarray) -> None:
+def _finish(staging: Staging) -> Meta:
+    path = staging.folder / "images.npy"
+    if staging.bad:
+        _drop(path, np.array(sorted(staging.bad)))
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    meta = {"bytes": path.stat().st_size, "bad": staging.bad, "sha256": content}
+    with (staging.folder / "meta.json").open("w") as file:
+        json.dump(meta, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return complete(staging.folder) or meta
+
+
+def _drop(path: Path, bad: np.ndarray) -> None:
     images = np.load(path, mmap_mode="r")
-    shape = (int(good.sum()), *images.shape[1:])
-    kept = _allocate(path.with_suffix(".kept"), shape)
-    for new, old in enumerate(np.flatnonzero(good)):
+    good = np.delete(np.arange(len(images)), bad)
+    kept = allocate(path.with_suffix(".kept"), (len(good), *images.shape[1:]))
+    for new, old in enumerate(good):
         kept[new] = images[old]
     kept.flush()
     path.with_suffix(".kept").replace(path)

@@ -1,32 +1,46 @@
-"""A task's `data:` as a data set: the hub, a saved folder, a folder of images, or a function."""
+"""A task's `data:` as a data set: the hub, local files of any usual kind, or a function."""
 
 from __future__ import annotations
 
+import errno
+import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from adamerge.arrays import ArraySource
 from adamerge.binding import call, find, function_to, nearest, problems
 from adamerge.errors import AdamergeError
+from adamerge.image_source import ImageSource
+from adamerge.local_files import image_folder, read_shards, shard_kind, shards_in, subfolder
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # told as what it is, not as unreadable data
 _KEYS = ("path", "name", "split", "revision", "image", "label")
+_EXPECTED = (
+    "a hub name, a folder saved by `datasets`, parquet, arrow or webdataset (.tar) files, a folder "
+    "of images, or a .npy or .npz file"
+)
 
 
-def open_dataset(task: str, data: Mapping[str, Any], part: str = "tasks") -> datasets.Dataset:
+def open_dataset(
+    task: str, data: Mapping[str, Any], part: str = "tasks"
+) -> datasets.Dataset | ImageSource:
     """The images (and labels, if any) of one task, undecoded.
 
     Args:
         task: for messages.
-        data: `path` is a hub name (with `name`, `split`, `revision`), a folder saved by
-            `datasets`, or a folder of images with or without class subfolders; or `_target_` is
-            the dotted path of a function that returns a `datasets.Dataset`, with its arguments.
+        data: `path` is a hub name (with `name`, `split`, `revision`); a folder saved by
+            `datasets`; a parquet, arrow or webdataset file, a folder of them or a glob; a folder
+            of images with or without class subfolders; or a `.npy` or `.npz` file. Or `_target_`
+            is the dotted path of a function that returns a `datasets.Dataset`, with its arguments.
         part: where the task stands in the suite, `tasks` or `unseen`; for messages.
 
     Raises:
         AdamergeError: nothing there, or nothing that can be read as images. No code that comes
             with a data set is ever run.
+        OSError: no space for what `datasets` prepares.
     """
     where = f"suite.{part}.{task}.data"
     found = data_problems(where, data)
@@ -66,32 +80,76 @@ def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in ("_target_", "image", "label")}
 
 
-def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
-    path, split = str(data["path"]), str(data.get("split") or "test")
-    folder = Path(path)
+def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource:
+    path, split = str(data["path"]), data.get("split")
+    local = Path(path)
+    if local.is_file() and local.suffix.lower() in (".npy", ".npz"):
+        return ArraySource(where, local, split or "test")
     try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(path)
-        elif folder.is_dir():
-            inner = folder / split
-            if not inner.is_dir() and data.get("split"):
-                raise FileNotFoundError(f"no folder {inner} for split {split!r}")
-            source = str(inner) if inner.is_dir() else path
-            loaded = datasets.load_dataset("imagefolder", data_dir=source, split="train")
-        else:
-            loaded = datasets.load_dataset(
-                path, data.get("name"), split=split, revision=data.get("revision")
-            )
+        loaded = _load(path, split, data)
+    except AdamergeError as error:
+        raise AdamergeError(f"{where}.{error}") from error
     except Exception as error:  # `datasets` raises a dozen types for one thing: not readable
-        reason = " ".join(str(error).split())[:200]
+        root = _root(error)
+        if isinstance(root, OSError) and root.errno in _FULL:
+            raise root from error
+        reason = " ".join(f"{error} {root if root is not error else ''}".split())[:300]
         raise AdamergeError(
-            f"{where}.path: cannot read {path!r} ({type(error).__name__}: {reason}): expected a "
-            "hub name, a folder saved by `datasets`, or a folder of images"
+            f"{where}.path: cannot read {path!r} ({type(error).__name__}: {reason}): expected "
+            f"{_EXPECTED}"
         ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise AdamergeError(
-                f"{where}.split: no {split!r} in {path}: it has {', '.join(loaded)}"
-            )
-        loaded = loaded[split]
     return loaded
+
+
+def _load(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dataset:
+    """Whatever is at the path; errors of ours name the key within `data`."""
+    local = Path(path)
+    if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+        return _saved(path, split)
+    if local.is_file():
+        kind = shard_kind(local)
+        if kind is None:
+            raise AdamergeError(f"path: {path} is of no kind that is read: expected {_EXPECTED}")
+        return read_shards(kind, [local])
+    if local.is_dir() and not data.get("name"):
+        inner = subfolder(local, split)
+        shards = shards_in(inner, split if inner == local else None)
+        if shards is not None:
+            return read_shards(*shards)
+        return image_folder(inner)
+    if not local.exists() and glob.has_magic(path):
+        return _globbed(path)
+    found: datasets.Dataset = datasets.load_dataset(
+        path, data.get("name"), split=split or "test", revision=data.get("revision")
+    )
+    return found
+
+
+def _saved(path: str, split: str | None) -> datasets.Dataset:
+    loaded = datasets.load_from_disk(path)
+    if isinstance(loaded, datasets.DatasetDict):
+        if (split or "test") not in loaded:
+            raise AdamergeError(
+                f"split: no {split or 'test'!r} in {path}: it has {', '.join(loaded)}"
+            )
+        loaded = loaded[split or "test"]
+    return loaded
+
+
+def _globbed(pattern: str) -> datasets.Dataset:
+    files = sorted(Path(found) for found in glob.glob(pattern, recursive=True))
+    files = [file for file in files if file.is_file()]
+    kinds = {shard_kind(file) for file in files}
+    if not files or len(kinds) > 1 or None in kinds:
+        raise AdamergeError(
+            f"path: {pattern} matches {len(files)} files"
+            f"{' of several kinds' if len(kinds) > 1 else ''}: expected files of one kind: "
+            "parquet, arrow or webdataset (.tar)"
+        )
+    return read_shards(str(kinds.pop()), files)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return error

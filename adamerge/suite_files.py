@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,13 @@ def _found(value: Any, *bases: Path) -> Any:
     """The absolute path of what lies at `value` in the first base that has it, or `value`."""
     if not isinstance(value, str) or value.startswith(HUB):
         return value
-    return next((str((b / value).resolve()) for b in bases if (b / value).exists()), value)
+    for base in bases:
+        if (base / value).exists():
+            return str((base / value).resolve())
+        pattern = os.path.join(glob.escape(str(base)), value)
+        if glob.has_magic(value) and any(glob.iglob(pattern, recursive=True)):
+            return pattern
+    return value
 
 
 def require_root(suite: Mapping[str, Any]) -> None:

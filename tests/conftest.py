@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,16 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see adamerge.cli
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything imports `datasets`: what it prepares is written here, not in the user's home.
+_DATASETS_CACHE = tempfile.mkdtemp(prefix="adamerge-tests-")
+os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    """The cache of `datasets` lives as long as the tests."""
+    yield
+    shutil.rmtree(_DATASETS_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

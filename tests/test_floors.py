@@ -12,7 +12,7 @@ FLOORS = {
     1: "encoders heads transforms methods.base",
     2: "methods.adamerging",
     3: "adaptation callbacks checkpoints hub data demo demo_images evaluation export image_cache "
-    "image_files pictures resume sources tracking",
+    "image_files image_source arrays labels local_files staging pictures resume sources tracking",
     4: "config build",
     5: "convert deliver run cli",
 }

@@ -1,0 +1,373 @@
+"""Every kind of `data:`, written by the libraries people use, gives the same images and labels."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+import yaml
+from PIL import Image
+
+from adamerge import AdamergeError, config
+from adamerge.cli import main
+from adamerge.image_cache import TaskImages, cache_images
+from adamerge.sources import open_dataset
+from tests import tiny
+
+CFG = open_clip.transform.PreprocessCfg(size=16)
+CLASSES = ("red", "green", "blue", "grey")
+LABELS = np.repeat([2, 1, 3, 0], 3)  # blue, green, grey, red: folders come in this order
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 24, 3)).astype(np.uint8)
+Data = dict[str, Any]
+Writer = Callable[[Path], Data]
+
+
+def cached(tmp_path: Path, data: Data, classes: tuple[str, ...] = CLASSES) -> TaskImages:
+    """As a run does it (`build.load_data`)."""
+    return cache_images(
+        "t", open_dataset("t", data), classes, CFG, tmp_path / "cache", "error",
+        str(data.get("image", "image")), data.get("label", "label"), data.get("label") is not None,
+    )  # fmt: skip
+
+
+def png(row: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS[row]).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def dataset(rows: slice = slice(None)) -> datasets.Dataset:
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES))
+    )
+    pictures = [{"bytes": png(row), "path": None} for row in range(12)[rows]]
+    columns = {"image": pictures, "label": LABELS[rows]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def saved(folder: Path) -> Data:
+    dataset().save_to_disk(str(folder / "saved"))
+    return {"path": str(folder / "saved")}
+
+
+def saved_dictionary(folder: Path) -> Data:
+    both = datasets.DatasetDict(train=dataset(slice(3)), test=dataset())
+    both.save_to_disk(str(folder / "both"))
+    return {"path": str(folder / "both"), "split": "test"}
+
+
+def parquet_file(folder: Path) -> Data:
+    dataset().to_parquet(folder / "some.parquet")
+    return {"path": str(folder / "some.parquet")}
+
+
+def parquet_snapshot(folder: Path) -> Data:
+    """A copy of a repository of the hub."""
+    (folder / "data").mkdir()
+    dataset(slice(3)).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    dataset(slice(0, 7)).to_parquet(folder / "data" / "test-00000-of-00002.parquet")
+    dataset(slice(7, 12)).to_parquet(folder / "data" / "test-00001-of-00002.parquet")
+    (folder / "README.md").write_text("# images")
+    return {"path": str(folder), "split": "test"}
+
+
+def parquet_glob(folder: Path) -> Data:
+    for part, rows in (("a", slice(0, 5)), ("b", slice(5, 12))):
+        (folder / "deep [1]" / part).mkdir(parents=True)
+        dataset(rows).to_parquet(folder / "deep [1]" / part / "x.parquet")
+    return {"path": str(folder / "**" / "*.parquet")}
+
+
+def parquet_of_others(folder: Path) -> Data:
+    """Written without `datasets`: plain bytes, class names, other column names."""
+    columns = {"png": [png(row) for row in range(12)], "kind": [CLASSES[i] for i in LABELS]}
+    pq.write_table(pa.table(columns), folder / "plain.parquet")
+    return {"path": str(folder / "plain.parquet"), "label": "kind"}
+
+
+def arrow_stream(folder: Path) -> Data:
+    dataset().save_to_disk(str(folder / "saved"))
+    return {"path": str(folder / "saved" / "*.arrow")}
+
+
+def arrow_file(folder: Path) -> Data:
+    table = dataset().with_format("arrow")[:]
+    with pa.ipc.new_file(str(folder / "x.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    return {"path": str(folder / "x.arrow")}
+
+
+def web_shards(folder: Path) -> Data:
+    with webdataset.ShardWriter(str(folder / "s-%03d.tar"), maxcount=5, verbose=0) as writer:
+        for row in range(12):
+            sample = {"__key__": f"{row:03}", "png": png(row), "cls": int(LABELS[row])}
+            writer.write(sample)
+    return {"path": str(folder / "s-*.tar"), "image": "png", "label": "cls"}
+
+
+def web_defaults(folder: Path) -> Data:
+    return {"path": web_shards(folder)["path"].replace("s-*.tar", "")}
+
+
+def web_json(folder: Path) -> Data:
+    with tarfile.open(folder / "x.tar", "w") as archive:
+        for row in range(12):
+            about = json.dumps({"label": CLASSES[LABELS[row]], "width": 24}).encode()
+            for ending, content in (("png", png(row)), ("json", about)):
+                info = tarfile.TarInfo(f"{row:03}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return {"path": str(folder / "x.tar"), "label": "json.label"}
+
+
+def class_folders(folder: Path) -> Data:
+    for row, label in enumerate(LABELS):
+        path = folder / "pictures" / CLASSES[label] / f"{row:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(row))
+    return {"path": str(folder / "pictures")}
+
+
+def described_folder(folder: Path) -> Data:
+    rows = [{"file_name": f"{row:03}.png", "label": CLASSES[LABELS[row]]} for row in range(12)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for row in range(12):
+        (folder / f"{row:03}.png").write_bytes(png(row))
+    return {"path": str(folder)}
+
+
+def npz_channels_first(folder: Path) -> Data:
+    np.savez(folder / "x.npz", pictures=PIXELS.transpose(0, 3, 1, 2), numbers=LABELS)
+    return {"path": str(folder / "x.npz"), "image": "pictures", "label": "numbers"}
+
+
+def npz_splits(folder: Path) -> Data:
+    """Named as MedMNIST does, labels in a column."""
+    arrays = {"test_images": PIXELS, "test_labels": LABELS[:, None], "train_images": PIXELS[:3]}
+    np.savez_compressed(folder / "x.npz", **arrays)
+    return {"path": str(folder / "x.npz"), "split": "test"}
+
+
+def npz_names(folder: Path) -> Data:
+    np.savez(folder / "x.npz", x=PIXELS, y=np.array(CLASSES)[LABELS])
+    return {"path": str(folder / "x.npz")}
+
+
+def npy(folder: Path) -> Data:
+    np.save(folder / "x.npy", PIXELS)
+    return {"path": str(folder / "x.npy")}
+
+
+def flat_folder(folder: Path) -> Data:
+    for row in range(12):
+        (folder / f"{row:03}.png").write_bytes(png(row))
+    return {"path": str(folder)}
+
+
+LABELLED: list[Writer] = [
+    *(saved, saved_dictionary, parquet_file, parquet_snapshot, parquet_glob, parquet_of_others),
+    *(arrow_stream, arrow_file, web_shards, web_defaults, web_json, class_folders),
+    *(described_folder, npz_channels_first, npz_splits, npz_names),
+]
+
+
+@pytest.mark.parametrize("write", [*LABELLED, npy, flat_folder], ids=lambda write: write.__name__)
+def test_every_kind_gives_the_same_images_key_and_labels(tmp_path: Path, write: Writer) -> None:
+    (tmp_path / "data").mkdir()
+    data = write(tmp_path / "data")
+    found = cached(tmp_path, data)
+    transform = open_clip.transform.image_transform_v2(CFG, is_train=False)
+    steps = transform.transforms[:-2]  # all but the conversion to floats
+    for row in range(12):
+        image = Image.fromarray(PIXELS[row])
+        for step in steps:
+            image = step(image)
+        np.testing.assert_array_equal(found.images[row], np.asarray(image).transpose(2, 0, 1))
+    (tmp_path / "reference").mkdir()
+    assert found.key == cached(tmp_path, npy(tmp_path / "reference")).key
+    if write in LABELLED:
+        np.testing.assert_array_equal(found.labels, LABELS)
+    else:
+        assert found.labels is None
+    before = sorted((tmp_path / "cache" / "images").rglob("*"))
+    assert cached(tmp_path, data).key == found.key
+    assert sorted((tmp_path / "cache" / "images").rglob("*")) == before
+
+
+def test_grey_arrays(tmp_path: Path) -> None:
+    np.save(tmp_path / "grey.npy", PIXELS[..., 0])
+    np.savez(tmp_path / "rgb.npz", images=PIXELS[..., :1].repeat(3, axis=-1))
+    grey = cached(tmp_path, {"path": str(tmp_path / "grey.npy")})
+    assert grey.key == cached(tmp_path, {"path": str(tmp_path / "rgb.npz")}).key
+
+
+def test_array_columns_and_out_of_range_arrays(tmp_path: Path) -> None:
+    features = datasets.Features(image=datasets.Array3D((20, 24, 3), "uint8"))
+    exact = datasets.Dataset.from_dict({"image": list(PIXELS)}, features=features)
+    found = cache_images("t", exact, CLASSES, CFG, tmp_path)
+    assert found.key == cached(tmp_path, npy(tmp_path)).key
+    features = datasets.Features(image=datasets.Array3D((20, 24, 3), "float32"))
+    floats = datasets.Dataset.from_dict({"image": list(PIXELS / 255)}, features=features)
+    with pytest.raises(AdamergeError, match=r"can be decoded \(ValueError: an array of float32"):
+        cache_images("t", floats, CLASSES, CFG, tmp_path)
+
+
+def test_a_shard_written_again_is_read_again(tmp_path: Path) -> None:
+    before = cached(tmp_path, parquet_file(tmp_path))
+    dataset(slice(0, 5)).to_parquet(tmp_path / "some.parquet")
+    assert len(cached(tmp_path, {"path": str(tmp_path / "some.parquet")}).images) == 5
+    assert len(before.images) == 12
+
+
+def test_columns_are_found_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "adamerge")
+    cached(tmp_path, web_defaults(tmp_path))
+    assert "images from column 'png'" in caplog.text and "labels from column 'cls'" in caplog.text
+    assert "task t: 12 images, 0 MB in " in caplog.text
+
+
+def test_orientation_of_the_camera_is_respected(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    tall = Image.fromarray(PIXELS[0])
+    tall.save(tmp_path / "a.png", exif=exif)
+    dataset = open_dataset("t", {"path": str(tmp_path)})
+    found = cache_images("t", dataset, CLASSES, CFG, tmp_path / "cache")
+    upright = {"path": str(tmp_path / "up.npz")}
+    np.savez(tmp_path / "up.npz", x=np.rot90(PIXELS[0], -1)[None])
+    assert found.key == cached(tmp_path, upright).key
+
+
+def test_relative_globs_of_a_suite(suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    dataset().to_parquet(tmp_path / "shards" / "x.parquet")
+    tree = yaml.safe_load(suite.read_text())
+    (task,) = list(tree["tasks"])[:1]
+    for path in ("shards/*.parquet", "**/x.parquet"):
+        tree["tasks"][task]["data"] = {"path": path}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+        loaded = config.load([f"suite={tmp_path / 'mine.yaml'}"])
+        data = loaded["suite"]["tasks"][task]["data"]
+        assert Path(data["path"]).is_absolute() and len(cached(tmp_path, data).images) == 12
+
+
+def test_a_run_learns_the_same_from_other_files(suite: Path, tmp_path: Path) -> None:
+    """Parquet shards and an unlabeled folder, against the same images saved by `datasets`."""
+    tree = yaml.safe_load(suite.read_text())
+    tree["architecture"] = tree["pretrained"] = str(suite.parent / "model")
+    (tmp_path / "folder").mkdir()
+    for task, entry in tree["tasks"].items():
+        entry["expert"] = str(suite.parent / entry["expert"])
+        tiny.images(task).to_parquet(tmp_path / f"{task}-0.parquet")
+    for row, image in enumerate(tiny.images("dots")["image"]):
+        image.save(tmp_path / "folder" / f"{row:03}.png")
+    tree["tasks"]["stripes"]["data"] = {"path": "stripes-*.parquet"}
+    tree["tasks"]["dots"]["data"] = {"path": "folder"}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    found = []
+    for source in (suite, tmp_path / "mixed.yaml"):
+        run = tmp_path / f"run-{source.stem}"
+        words = [f"suite={source}", f"cache_dir={tmp_path / 'cache'}", "wandb=off", "batch_size=4"]
+        words += ["trainer.max_steps=3", "trainer.accelerator=cpu", "evaluate.baselines=false"]
+        assert main(["train", *words, f"run_dir={run}"]) == 0
+        found.append((run / "coefficients.csv").read_text())
+    assert found[0] == found[1]
+
+
+class Trap:
+    """An object that leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_pickled_arrays_are_refused_and_never_run(tmp_path: Path) -> None:
+    trap = np.array([Trap(tmp_path / "sprung")], dtype=object)
+    np.save(tmp_path / "objects.npy", trap, allow_pickle=True)
+    np.savez(tmp_path / "objects.npz", images=PIXELS, labels=trap)
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    for name, message in (
+        ("objects.npy", r"objects\.npy holds Python objects, which are never unpickled"),
+        ("objects.npz", r"array 'labels' of .* holds Python objects, which are never unpickled"),
+        ("pickle.npy", r"data\.path: cannot read .*pickle\.npy' as a NumPy file"),
+    ):
+        with pytest.raises(AdamergeError, match=message):
+            open_dataset("t", {"path": str(tmp_path / name)})
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_numpy_files_that_do_not_fit(tmp_path: Path) -> None:
+    def refused(message: str, **data: Any) -> None:
+        with pytest.raises(AdamergeError, match=message):
+            cached(tmp_path, {"path": str(tmp_path / "x.npz"), **data})
+
+    np.savez(tmp_path / "x.npz", images=PIXELS, labels=LABELS[:5])
+    refused(r"has 12 images in 'images' but 5 labels in 'labels'")
+    refused(r"no image column 'pics': its columns are images, labels", image="pics")
+    refused(r"column 'labels' of task 't' holds no images", image="labels")
+    np.savez(tmp_path / "x.npz", images=PIXELS.astype(np.float32))
+    refused("no image column 'image': its columns are images; set data.image")
+    np.save(tmp_path / "x.npy", PIXELS.astype(np.float32))
+    with pytest.raises(AdamergeError, match=r"holds float32 of shape .* expected uint8 images"):
+        open_dataset("t", {"path": str(tmp_path / "x.npy")})
+    np.save(tmp_path / "x.npy", PIXELS)
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-1])
+    with pytest.raises(AdamergeError, match=r"is cut short: .* get it again"):
+        open_dataset("t", {"path": str(tmp_path / "x.npy")})
+    np.savez(tmp_path / "x.npz", images=PIXELS)
+    whole = bytearray((tmp_path / "x.npz").read_bytes())
+    whole[5000] ^= 1
+    (tmp_path / "x.npz").write_bytes(whole)
+    refused(r"cannot read array 'images' of .* the file is damaged; get it again")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("notes.txt", "no array")
+    refused(r"cannot read .*x\.npz' as a NumPy file")
+
+
+def test_places_without_images_are_named(tmp_path: Path) -> None:
+    def refused(message: str, path: str, **data: Any) -> None:
+        with pytest.raises(AdamergeError, match=message):
+            open_dataset("t", {"path": str(tmp_path / path), **data})
+
+    (tmp_path / "empty").mkdir()
+    refused(r"data\.path: .*empty holds no images: expected files such as \.jpg", "empty")
+    refused(r"data\.path: .* matches 0 files: expected files of one kind", "*.parquet")
+    (tmp_path / "a.tar").write_bytes(b"")
+    dataset().to_parquet(tmp_path / "a.parquet")
+    refused(r"matches 2 files of several kinds: expected files of one kind", "a.*")
+    refused(r"holds parquet and webdataset files: expected one kind", "")
+    refused(r"cannot read .*a\.tar", "a.tar")
+    (tmp_path / "x.csv").write_text("a,b")
+    refused(r"x\.csv is of no kind that is read: expected a hub name", "x.csv")
+    for split in ("train", "val"):
+        (tmp_path / "splits" / split).mkdir(parents=True)
+    refused(r"data\.split: no folder .* for split 'test': .* has train, val", "splits")
+    (tmp_path / "only").mkdir()
+    dataset().to_parquet(tmp_path / "only" / "train-0.parquet")
+    refused(r"data\.split: no files of 'test' in .*: it has train", "only")
+    refused(r"data\.split: no files of 'dev' in .*: it has train", "only", split="dev")
+    (tmp_path / "only" / "train-0.parquet").write_bytes(b"PAR1 not really")
+    refused(r"data\.path: cannot read .*only'", "only", split="train")
+
+
+def test_a_hub_out_of_reach_is_one_sentence() -> None:
+    with pytest.raises(AdamergeError, match=r"data\.path: cannot read 'owner/name' .*reach") as e:
+        open_dataset("t", {"path": "owner/name", "split": "test"})
+    assert "\n" not in str(e.value)
