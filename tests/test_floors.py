@@ -7,13 +7,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding suite_check task_vectors objectives",
+    0: "errors files binding suite_check task_vectors objectives verdicts",
     1: "encoders heads transforms methods.base",
     2: "methods.adamerging",
     3: "adaptation callbacks checkpoints data demo demo_images evaluation export image_cache "
-    "image_files pictures resume sources tracking",
+    "estimate image_files pictures preflight preflight_report resume sources tracking",
     4: "config build",
-    5: "deliver run cli",
+    5: "deliver check run cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 HEAVY = {"lightning", "omegaconf", "wandb", "datasets"}

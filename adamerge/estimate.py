@@ -1,0 +1,219 @@
+"""Memory and time of adaptation, estimated by small probes and one real step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from adamerge.adaptation import Adaptation, step_loss
+from adamerge.verdicts import Finding
+
+_LONGEST = 5.0  # seconds: longer steps are not taken whole but extrapolated
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What adaptation will take, per process.
+
+    Attributes:
+        memory: bytes: weights, task vectors, merged weights and their gradient, activations.
+        available: bytes of memory the process may have in all; None where it cannot be told.
+        seconds: per step.
+        steps: to be taken; None where only time ends the run.
+        device: where.
+    """
+
+    memory: int
+    available: int | None
+    seconds: float
+    steps: int | None
+    device: str
+
+    def text(self) -> str:
+        """`estimated: 1.9 GB of memory (23 GB here), 0.21 s per step, 300 steps ≈ 1 min 3 s`."""
+        here = "" if self.available is None else f" ({_gigabytes(self.available)} here)"
+        parts = [f"{_gigabytes(self.memory)} of memory{here}", f"{self.seconds:.2g} s per step"]
+        if self.steps is not None:
+            parts.append(f"{self.steps} steps ≈ {_duration(self.seconds * self.steps)}")
+        return f"estimated on {self.device}: {', '.join(parts)}"
+
+    def findings(self) -> Iterator[Finding]:
+        """That memory will not do, if so."""
+        if self.available is not None and self.memory > self.available:
+            text = (
+                f"adapting needs about {_gigabytes(self.memory)} of memory and there are "
+                f"{_gigabytes(self.available)}: set micro_batch, or lower batch_size"
+            )
+            yield Finding("problem", "memory", (), text)
+
+
+def estimate(
+    module: Adaptation,
+    pixels: Mapping[str, Tensor],
+    batch_size: int,
+    steps: int | None,
+    precision: str,
+    device: torch.device,
+) -> Estimate:
+    """Measures on real images; learned parameters, gradients, modes and random state stay.
+
+    Memory is counted: everything the method holds, the merged weights and their gradient, and what
+    autograd keeps for one more image per task times the images encoded together. Time is that of a
+    whole step with its backward pass; where that would last, it is extrapolated from steps of one
+    and two images per task. On a GPU the module is left there.
+
+    Args:
+        pixels: task -> uint8 `[n, 3, H, W]`, n >= 1; repeated to fill a batch.
+        precision: `32-true` or `bf16-mixed`, as for the trainer.
+    """
+    available = memory_available(device)
+    held_before = _held(module) if device.type == "cpu" else 0
+    module.to(device)
+    probe = _Probe(module, pixels, precision, device)
+    with _untouched(module):
+        kept_by_one, _ = probe.step(1, None)
+        kept_by_two, second = probe.step(2, None)
+        images = len(module.heads.tasks) * batch_size
+        together = min(module.micro_batch or images, images)
+        activations = max(kept_by_two - kept_by_one, 0) * together / len(module.heads.tasks)
+        merged = sum(w.untyped_storage().nbytes() for w in module.method.weights().values())
+        memory = int(_held(module) + 2 * merged + activations)
+        total = None if available is None else available + held_before
+        fits = total is None or memory <= total
+        if fits and second * batch_size / 2 <= _LONGEST:
+            seconds = probe.step(batch_size, module.micro_batch)[1]
+        else:
+            first = probe.step(1, None)[1]
+            seconds = first + max(second - first, 0.0) * (batch_size - 1)
+    return Estimate(memory, total, seconds, steps, str(device))
+
+
+class _Probe:
+    """Steps with a given number of images per task."""
+
+    def __init__(
+        self,
+        module: Adaptation,
+        pixels: Mapping[str, Tensor],
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.module, self.pixels, self.device = module, pixels, device
+        self.bf16 = precision.startswith("bf16")
+
+    def step(self, count: int, micro_batch: int | None) -> tuple[int, float]:
+        """Bytes that autograd keeps from the forward pass, and seconds."""
+        tasks = self.module.heads.tasks
+        order = {t: torch.arange(count) % len(self.pixels[t]) for t in tasks}
+        images = torch.cat([self.pixels[t][order[t]] for t in tasks])
+        ids = torch.arange(len(tasks)).repeat_interleave(count)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self._synchronize()
+        start = time.perf_counter()
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            batch = self.module.normalizer(images.to(self.device))
+            module = self.module
+            loss, *_ = step_loss(module.method, module.objective, batch, ids, micro_batch)
+        loss.backward()
+        self._synchronize()
+        seconds = time.perf_counter() - start
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        return sum(kept.values()), seconds
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@contextlib.contextmanager
+def _untouched(module: Adaptation) -> Iterator[None]:
+    """Puts back whatever a step could change: parameters, gradients, buffers, modes, randomness.
+
+    Steps are taken in evaluation mode, where a layer that counts or draws does neither.
+    """
+    modes = {m: m.training for m in module.modules()}
+    state = [*module.parameters(), *module.buffers()]
+    values = [tensor.detach().clone() for tensor in state]
+    gradients = [parameter.grad for parameter in module.parameters()]
+    try:
+        with isolate_rng():
+            module.eval()
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+        with torch.no_grad():
+            for tensor, value in zip(state, values, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+        for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _held(module: Adaptation) -> int:
+    """Bytes of everything a module holds: parameters, buffers, and its method's task vectors."""
+    vectors: Any = getattr(module.method, "task_vectors", None)
+    parts: list[Iterable[Tensor]] = [module.parameters(), module.buffers()]
+    if vectors is not None:
+        parts += [vectors.pretrained.values(), vectors.deltas.values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for p in parts for t in p}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def memory_available(device: torch.device) -> int | None:
+    """Bytes this process could still take on a device; None where the system does not say.
+
+    On a CPU what the kernel calls available, or what the limit of its control group leaves.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(2**10 * int(next(x for x in lines if x.startswith("MemAvail")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        counts = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+        # Files read once count as used, and are given up when memory is asked for.
+        used_for_good = int(used) - int(counts.get("inactive_file", 0))
+        found.append(max(int(limit) - used_for_good, 0))
+    if not found:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found, default=None)
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds % 60:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min"
