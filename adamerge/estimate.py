@@ -40,8 +40,8 @@ class Estimate:
 
     def text(self) -> str:
         """`estimated: 1.9 GB of memory (23 GB here), 0.21 s per step, 300 steps ≈ 1 min 3 s`."""
-        here = "" if self.available is None else f" ({_gigabytes(self.available)} here)"
-        parts = [f"{_gigabytes(self.memory)} of memory{here}", f"{self.seconds:.2g} s per step"]
+        here = "" if self.available is None else f" ({_bytes(self.available)} here)"
+        parts = [f"{_bytes(self.memory)} of memory{here}", f"{self.seconds:.2g} s per step"]
         if self.steps is not None:
             parts.append(f"{self.steps} steps ≈ {_duration(self.seconds * self.steps)}")
         return f"estimated on {self.device}: {', '.join(parts)}"
@@ -50,8 +50,8 @@ class Estimate:
         """That memory will not do, if so."""
         if self.available is not None and self.memory > self.available:
             text = (
-                f"adapting needs about {_gigabytes(self.memory)} of memory and there are "
-                f"{_gigabytes(self.available)}: set micro_batch, or lower batch_size"
+                f"adapting needs about {_bytes(self.memory)} of memory and there are "
+                f"{_bytes(self.available)}: set micro_batch, or lower batch_size"
             )
             yield Finding("problem", "memory", (), text)
 
@@ -121,7 +121,7 @@ class _Probe:
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # itself, it would keep its own graph alive
 
         self._synchronize()
         start = time.perf_counter()
@@ -206,8 +206,10 @@ def memory_available(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"
+def _bytes(count: float) -> str:
+    if count < 1e9:
+        return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"
 
 
 def _duration(seconds: float) -> str:

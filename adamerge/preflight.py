@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import open_clip
@@ -98,7 +99,8 @@ def solving(
     right: dict[str, list[Tensor]] = {task: [] for task in tasks}
     marginal: list[list[Tensor]] = []
     spoken = time.perf_counter()
-    for row, encoder in enumerate(_models(tower, task_vectors)):
+    models = chain([merged_encoder(tower, task_vectors, 0.0)], _experts(tower, task_vectors))
+    for row, encoder in enumerate(models):
         if time.perf_counter() - spoken > _QUIET:
             spoken = time.perf_counter()
             say(f"pre-flight: {row} of {len(tasks) + 1} models looked at")
@@ -119,9 +121,8 @@ def solving(
     )
 
 
-def _models(tower: Tower, task_vectors: TaskVectors) -> Iterator[FoldedEncoder]:
-    """The pretrained model, then each expert."""
-    for one_hot in [torch.zeros(len(task_vectors.tasks)), *torch.eye(len(task_vectors.tasks))]:
+def _experts(tower: Tower, task_vectors: TaskVectors) -> Iterator[FoldedEncoder]:
+    for one_hot in torch.eye(len(task_vectors.tasks)):
         yield merged_encoder(tower, task_vectors, one_hot)
 
 
@@ -169,23 +170,22 @@ def activation_change(
     own: Solving,
     device: torch.device,
 ) -> Tensor:
-    """By how much another activation lowers the entropy, image by image in the mean, `[2, T]`.
+    """By how much the other activation lowers each expert's entropy on its own task, `[T]`.
 
-    Row 0 is the pretrained model, row 1 each task's expert on its own task; divided by log C. The
-    heads stay those of the text tower as it is configured. `verdicts.of_activation` judges it.
+    Mean over images, divided by log C, float64. The heads stay those of the text tower as it is
+    configured. `verdicts.of_activation` judges it.
 
     Args:
         own: measured under the configured activation, on these images and maybe more after them.
     """
-    change = torch.zeros(2, len(task_vectors.tasks), dtype=torch.float64)
-    wanted = [list(task_vectors.tasks), *[[task] for task in task_vectors.tasks]]
-    for row, encoder in enumerate(_models(other, task_vectors)):
-        for task, logits in predictions(encoder, heads, normalizer, images, device, wanted[row]):
-            column = task_vectors.index(task)
-            there = sample_entropy(logits).double() / math.log(max(logits.shape[1], 2))
-            here = own.entropies[column][row, : len(there)]
-            change[min(row, 1), column] = (here - there).mean()
-    return change
+    change = []
+    models = zip(task_vectors.tasks, _experts(other, task_vectors), strict=True)
+    for row, (task, encoder) in enumerate(models):
+        ((_, logits),) = predictions(encoder, heads, normalizer, images, device, [task])
+        there = sample_entropy(logits).double() / math.log(max(logits.shape[1], 2))
+        here = own.entropies[row][1 + row, : len(there)]
+        change.append((here - there).mean())
+    return torch.stack(change)
 
 
 def sources(files: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -115,7 +115,7 @@ def as_markdown(report: Report) -> str:
             [name, *(_number(value * factor, digits) for value in row)]
             for name, row in zip(["pretrained", *tasks], values.tolist(), strict=True)
         ]
-        lines += ["", f"{title}; rows: models, columns: {many} unlabeled images of each task.", ""]
+        lines += ["", f"{title}; rows: models, columns: {many} images of each task.", ""]
         lines += _table(["", *tasks], body)
     return "\n".join(lines) + "\n"
 
