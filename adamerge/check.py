@@ -11,14 +11,15 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from adamerge import build, config, deliver, preflight, preflight_report, verdicts
+from adamerge import build, config, deliver, preflight, preflight_report, solving, verdicts
 from adamerge.config import Config
 from adamerge.deliver import Job
 from adamerge.encoders import Tower
 from adamerge.estimate import Estimate, estimate
 from adamerge.preflight import Images
 from adamerge.preflight_report import Report
-from adamerge.verdicts import Finding, Solving
+from adamerge.solving import Solving
+from adamerge.verdicts import Finding
 
 log = logging.getLogger("adamerge")
 
@@ -70,12 +71,12 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
     normalizer = build.normalizer(suite.clip)
     with isolate_rng():
         tower = Tower(suite.clip.backbone)
-        solving = preflight.solving(tower, vectors, suite.heads, normalizer, images, device, say)
-        doubts = list(_of_activation(job, images, solving, device))
+        solved = preflight.measure(tower, vectors, suite.heads, normalizer, images, device, say)
+        doubts = list(_of_activation(job, images, solved, device))
         cost = _estimate(job, images, device)
     findings = [
         *verdicts.of_directions(vectors.tasks, cosines),
-        *verdicts.of_solving(solving, files),
+        *solving.findings(solved, files),
         *doubts,
         *verdicts.of_lengths(vectors.tasks, norms),
         *cost.findings(),
@@ -94,7 +95,7 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         norms=norms,
         pretrained_norm=sum(squares) ** 0.5,
         cosines=cosines,
-        solving=solving,
+        solving=solved,
         findings=sorted(findings, key=lambda finding: finding.severity != "problem"),
         estimate=cost,
     )

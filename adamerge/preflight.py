@@ -17,8 +17,8 @@ from adamerge.data import TaskData, stream_seed
 from adamerge.encoders import FoldedEncoder, Normalizer, Tower, merged_encoder
 from adamerge.heads import Heads
 from adamerge.objectives import marginal_entropy, sample_entropy
+from adamerge.solving import Solving
 from adamerge.task_vectors import TaskVectors
-from adamerge.verdicts import Solving
 
 _BATCH = 64  # images encoded at a time
 _CHUNK = 2**18  # numbers per task vector promoted to float64 at a time
@@ -75,7 +75,7 @@ def cosines(products: Tensor) -> Tensor:
     return products / norms[:, None] / norms[None, :]
 
 
-def solving(
+def measure(
     tower: Tower,
     task_vectors: TaskVectors,
     heads: Heads,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from adamerge.estimate import Estimate
 from adamerge.files import replacing
-from adamerge.verdicts import Finding, Solving
+from adamerge.solving import Solving
+from adamerge.verdicts import Finding
 
 FILES = ("preflight.json", "preflight.md")
 

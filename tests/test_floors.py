@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding suite_check task_vectors objectives verdicts",
+    0: "errors files binding suite_check task_vectors objectives solving verdicts",
     1: "encoders heads transforms methods.base",
     2: "methods.adamerging",
     3: "adaptation callbacks checkpoints data demo demo_images evaluation export image_cache "

@@ -17,13 +17,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from adamerge import check, config, deliver, preflight, verdicts
+from adamerge import check, config, deliver, preflight, solving, verdicts
 from adamerge.build import normalizer
 from adamerge.cli import main
 from adamerge.encoders import Tower, build_clip
 from adamerge.errors import AdamergeError
 from adamerge.estimate import Estimate
-from adamerge.verdicts import Finding, Solving
+from adamerge.solving import Solving
+from adamerge.verdicts import Finding
 from tests import tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -43,7 +44,7 @@ def demo(cache: str) -> Solving:
     job = deliver.load_job(config.load(["suite=demo", cache, "preflight.images=160"]))
     suite, images = job.suite, preflight.choose(job.data, 160, 0)
     tower, scale = Tower(suite.clip.backbone), normalizer(suite.clip)
-    return preflight.solving(tower, suite.task_vectors, suite.heads, scale, images, CPU)
+    return preflight.measure(tower, suite.task_vectors, suite.heads, scale, images, CPU)
 
 
 def demo_suite(folder: Path, change: Callable[[dict[str, Any]], None]) -> str:
@@ -76,11 +77,11 @@ def test_right_experts_are_left_alone_and_every_exchange_is_named(
 ) -> None:
     for seed in range(4):
         picked = torch.randperm(160, generator=torch.Generator().manual_seed(seed))[:count]
-        assert not list(verdicts.of_solving(view(demo, list(range(6)), picked, labels), {}))
+        assert not list(solving.findings(view(demo, list(range(6)), picked, labels), {}))
         for a, b in itertools.combinations(range(5), 2):
             rows = list(range(6))
             rows[1 + a], rows[1 + b] = rows[1 + b], rows[1 + a]
-            found = list(verdicts.of_solving(view(demo, rows, picked, labels), {}))
+            found = list(solving.findings(view(demo, rows, picked, labels), {}))
             names = {(TASKS[a], TASKS[b]), (TASKS[b], TASKS[a])}
             assert {f.tasks for f in found if f.kind == "exchanged"} == names
             assert all(f.severity == "problem" for f in found if f.kind == "exchanged")
@@ -91,7 +92,7 @@ def test_another_checkpoint_of_a_task_in_a_tasks_place_is_named(demo: Solving) -
     for task, other in itertools.permutations(range(5), 2):
         rows = list(range(6))
         rows[1 + task] = 1 + other
-        found = list(verdicts.of_solving(view(demo, rows, torch.arange(64), False), {}))
+        found = list(solving.findings(view(demo, rows, torch.arange(64), False), {}))
         assert [f.tasks for f in found] == [(TASKS[task], TASKS[other])]
 
 
@@ -291,10 +292,10 @@ def test_the_other_activation_is_what_open_clip_builds(suite: Path, tmp_path: Pa
     assert preflight.with_other_activation(torch.nn.Linear(2, 2)) is None
 
 
-def solving(entropies: list[list[float]], right: list[list[float]] | None = None) -> Solving:
+def table(entropies: list[list[float]], right: list[list[float]] | None = None) -> Solving:
     """Two tasks of ten classes, 20 images that are all alike; rows: pretrained, a, b."""
-    table = torch.tensor(entropies, dtype=torch.float64)
-    each = tuple(table[:, t, None].expand(-1, 20) for t in range(2))
+    values = torch.tensor(entropies, dtype=torch.float64)
+    each = tuple(values[:, t, None].expand(-1, 20) for t in range(2))
     places = torch.arange(20) / 20
     hits = [
         None if right is None else places < torch.tensor([r[t] for r in right])[:, None]
@@ -304,7 +305,7 @@ def solving(entropies: list[list[float]], right: list[list[float]] | None = None
 
 
 def kinds(found: Solving) -> list[tuple[str, str, tuple[str, ...]]]:
-    return [(f.severity, f.kind, f.tasks) for f in verdicts.of_solving(found, {"a": "a.pt"})]
+    return [(f.severity, f.kind, f.tasks) for f in solving.findings(found, {"a": "a.pt"})]
 
 
 FINE = [[0.5, 0.5], [0.1, 0.5], [0.5, 0.1]]
@@ -312,33 +313,33 @@ FINE = [[0.5, 0.5], [0.1, 0.5], [0.5, 0.1]]
 
 def test_labels_overrule_the_entropy() -> None:
     surer_but_wrong = [[0.5, 0.5], [0.3, 0.5], [0.1, 0.1]]
-    assert kinds(solving(surer_but_wrong))[0] == ("problem", "not-the-best", ("a",))
-    assert not kinds(solving(surer_but_wrong, [[0.5, 0.5], [0.9, 0.5], [0.6, 0.9]]))
-    by_labels = kinds(solving(FINE, [[0.5, 0.5], [0.5, 0.5], [1.0, 0.9]]))
+    assert kinds(table(surer_but_wrong))[0] == ("problem", "not-the-best", ("a",))
+    assert not kinds(table(surer_but_wrong, [[0.5, 0.5], [0.9, 0.5], [0.6, 0.9]]))
+    by_labels = kinds(table(FINE, [[0.5, 0.5], [0.5, 0.5], [1.0, 0.9]]))
     assert by_labels == [("problem", "not-the-best", ("a",))]
 
 
 def test_an_expert_that_does_not_lower_the_entropy_is_a_warning() -> None:
     idle = [[0.5, 0.5], [0.5, 0.5], [0.5, 0.1]]
-    assert kinds(solving(FINE)) == []
-    assert kinds(solving(idle)) == [("warning", "not-below-pretrained", ("a",))]
-    assert not kinds(solving(idle, [[0.5, 0.5], [0.9, 0.5], [0.5, 0.9]])), "but more are right"
-    (finding,) = verdicts.of_solving(solving(idle), {"a": "a.pt"})
+    assert kinds(table(FINE)) == []
+    assert kinds(table(idle)) == [("warning", "not-below-pretrained", ("a",))]
+    assert not kinds(table(idle, [[0.5, 0.5], [0.9, 0.5], [0.5, 0.9]])), "but more are right"
+    (finding,) = solving.findings(table(idle), {"a": "a.pt"})
     assert "(a.pt) is no surer of its own images than the pretrained model" in finding.text
 
 
 def test_collapse_chance_and_nan() -> None:
-    collapsed = solving(FINE)
+    collapsed = table(FINE)
     collapsed.marginal[1, 0] = 0.05
     assert ("warning", "collapsed", ("a",)) in kinds(collapsed)
-    chance = solving(FINE, [[0.1, 0.5], [0.1, 0.5], [0.1, 0.9]])
+    chance = table(FINE, [[0.1, 0.5], [0.1, 0.5], [0.1, 0.9]])
     assert kinds(chance) == [("problem", "at-chance", ("a",))]
-    nan = solving([[0.5, 0.5], [float("nan"), 0.5], [0.5, 0.1]])
+    nan = table([[0.5, 0.5], [float("nan"), 0.5], [0.5, 0.1]])
     assert kinds(nan) == [("problem", "not-finite", ("a",))]
 
 
 def test_a_lower_entropy_by_collapse_is_no_better_expert() -> None:
-    found = solving([[0.5, 0.5], [0.3, 0.5], [0.1, 0.1]])
+    found = table([[0.5, 0.5], [0.3, 0.5], [0.1, 0.1]])
     found.marginal[2, 0] = 0.2
     assert kinds(found) == []
 
