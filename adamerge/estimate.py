@@ -66,10 +66,11 @@ def estimate(
 ) -> Estimate:
     """Measures on real images; learned parameters, gradients, modes and random state stay.
 
-    Memory is counted: everything the method holds, the merged weights and their gradient, and what
-    autograd keeps for one more image per task times the images encoded together. Time is that of a
-    whole step with its backward pass; where that would last, it is extrapolated from steps of one
-    and two images per task. On a GPU the module is left there.
+    Memory is counted: everything the method holds, the merged weights, their gradient, and what
+    autograd keeps for one more image per task times the images encoded together; the gradient comes
+    as the activations go, so the larger counts, but with micro-batches both. Time is that of a
+    whole step with its backward pass; where that would last, it is extrapolated from smaller ones.
+    On a GPU the module is left there.
 
     Args:
         pixels: task -> uint8 `[n, 3, H, W]`, n >= 1; repeated to fill a batch.
@@ -86,15 +87,24 @@ def estimate(
         together = min(module.micro_batch or images, images)
         activations = max(kept_by_two - kept_by_one, 0) * together / len(module.heads.tasks)
         merged = sum(w.untyped_storage().nbytes() for w in module.method.weights().values())
-        memory = int(_held(module) + 2 * merged + activations)
+        by_parts = together < images
+        passing = merged + activations if by_parts else max(merged, activations)
+        memory = int(_held(module) + merged + passing)
         total = None if available is None else available + held_before
         fits = total is None or memory <= total
-        if fits and second * batch_size / 2 <= _LONGEST:
-            seconds = probe.step(batch_size, module.micro_batch)[1]
-        else:
-            first = probe.step(1, None)[1]
-            seconds = first + max(second - first, 0.0) * (batch_size - 1)
+        seconds = _seconds(probe, second, batch_size, fits)
     return Estimate(memory, total, seconds, steps, str(device))
+
+
+def _seconds(probe: _Probe, second: float, batch_size: int, fits: bool) -> float:
+    """Of a step with `batch_size` images per task, `second` being that of one with two."""
+    count = min(batch_size, max(int(2 * _LONGEST / second), 3)) if fits else min(batch_size, 3)
+    measured = probe.step(count, probe.module.micro_batch)[1]
+    if count <= 2 or count == batch_size:
+        return measured
+    # A machine that is busy elsewhere for a moment must not make images seem free.
+    each = max((measured - second) / (count - 2), measured / count / 2)
+    return measured + each * (batch_size - count)
 
 
 class _Probe:

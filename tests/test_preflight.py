@@ -372,7 +372,7 @@ def test_estimates_in_words() -> None:
 
 
 def test_the_switch_and_its_mistakes(base: list[str]) -> None:
-    assert config.load(["preflight=off"])["preflight"] == {"enabled": False, "images": 32}
+    assert config.load(["preflight=off"])["preflight"] == {"enabled": False, "images": 16}
     assert config.load(["preflight=true"])["preflight"]["enabled"] is True
     for word, message in (
         ("preflight.images=0", "preflight.images is 0: expected at least 1"),
