@@ -15,7 +15,7 @@ from adamerge import build, config, deliver, preflight, preflight_report, solvin
 from adamerge.config import Config
 from adamerge.deliver import Job
 from adamerge.encoders import Tower
-from adamerge.estimate import Estimate, estimate
+from adamerge.estimate import Estimate, estimate, of_memory
 from adamerge.preflight import Images
 from adamerge.preflight_report import Report
 from adamerge.solving import Solving
@@ -57,7 +57,8 @@ def before_training(job: Job, run_dir: Path) -> None:
     log.info("%s (%s)", report.summary(), run_dir / preflight_report.FILES[1])
     for finding in report.findings:
         log.warning("%s: %s", finding.severity, finding.text)
-    log.info("%s", report.estimate.text())
+    if report.estimate is not None:
+        log.info("%s", report.estimate.text())
 
 
 def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
@@ -79,7 +80,7 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         *solving.findings(solved, files),
         *doubts,
         *verdicts.of_lengths(vectors.tasks, norms),
-        *cost.findings(),
+        *of_memory(cost),
     ]
     squares = [float(tensor.double().square().sum()) for tensor in vectors.pretrained.values()]
     return Report(
@@ -143,7 +144,7 @@ def _mend(job: Job) -> str:
     return f"set suite.architecture to {other}"
 
 
-def _estimate(job: Job, images: Images, device: torch.device) -> Estimate:
+def _estimate(job: Job, images: Images, device: torch.device) -> Estimate | None:
     trainer = job.settings["trainer"]
     steps = trainer.get("max_steps")
     return estimate(

@@ -46,14 +46,19 @@ class Estimate:
             parts.append(f"{self.steps} steps ≈ {_duration(self.seconds * self.steps)}")
         return f"estimated on {self.device}: {', '.join(parts)}"
 
-    def findings(self) -> Iterator[Finding]:
-        """That memory will not do, if so."""
-        if self.available is not None and self.memory > self.available:
-            text = (
-                f"adapting needs about {_bytes(self.memory)} of memory and there are "
-                f"{_bytes(self.available)}: set micro_batch, or lower batch_size"
-            )
-            yield Finding("problem", "memory", (), text)
+
+def of_memory(cost: Estimate | None) -> Iterator[Finding]:
+    """That memory will not do, if so."""
+    mend = "set micro_batch, lower batch_size, or use a device with more"
+    if cost is None:
+        text = f"two images per task are more than the GPU's memory holds: {mend}"
+        yield Finding("problem", "memory", (), text)
+    elif cost.available is not None and cost.memory > cost.available:
+        text = (
+            f"adapting needs about {_bytes(cost.memory)} of memory and there are "
+            f"{_bytes(cost.available)}: {mend}"
+        )
+        yield Finding("problem", "memory", (), text)
 
 
 def estimate(
@@ -63,19 +68,37 @@ def estimate(
     steps: int | None,
     precision: str,
     device: torch.device,
-) -> Estimate:
+) -> Estimate | None:
     """Measures on real images; learned parameters, gradients, modes and random state stay.
 
     Memory is counted: everything the method holds, the merged weights, their gradient, and what
     autograd keeps for one more image per task times the images encoded together; the gradient comes
     as the activations go, so the larger counts, but with micro-batches both. Time is that of a
     whole step with its backward pass; where that would last, it is extrapolated from smaller ones.
-    On a GPU the module is left there.
+    On a GPU the module is left there, or put back if it does not fit.
 
     Args:
         pixels: task -> uint8 `[n, 3, H, W]`, n >= 1; repeated to fill a batch.
         precision: `32-true` or `bf16-mixed`, as for the trainer.
+
+    Returns:
+        None where the GPU's memory does not do for two images per task.
     """
+    try:
+        return _measured(module, pixels, batch_size, steps, precision, device)
+    except torch.OutOfMemoryError:
+        module.to("cpu")
+        return None
+
+
+def _measured(
+    module: Adaptation,
+    pixels: Mapping[str, Tensor],
+    batch_size: int,
+    steps: int | None,
+    precision: str,
+    device: torch.device,
+) -> Estimate:
     available = memory_available(device)
     held_before = _held(module) if device.type == "cpu" else 0
     module.to(device)
@@ -102,9 +125,10 @@ def _seconds(probe: _Probe, second: float, batch_size: int, fits: bool) -> float
     measured = probe.step(count, probe.module.micro_batch)[1]
     if count <= 2 or count == batch_size:
         return measured
-    # A machine that is busy elsewhere for a moment must not make images seem free.
-    each = max((measured - second) / (count - 2), measured / count / 2)
-    return measured + each * (batch_size - count)
+    expected = measured + max((measured - second) / (count - 2), 0) * (batch_size - count)
+    if fits and expected <= _LONGEST:  # or so it seems, if the machine was busy for a moment
+        return probe.step(batch_size, probe.module.micro_batch)[1]
+    return expected
 
 
 class _Probe:
@@ -196,6 +220,7 @@ def memory_available(device: torch.device) -> int | None:
     On a CPU what the kernel calls available, or what the limit of its control group leaves.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later is free too
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return None

@@ -33,7 +33,7 @@ class Report:
         cosines: between task vectors, `[T, T]`.
         solving: who solves which task.
         findings: what to look at, problems first.
-        estimate: memory and time of the chosen method.
+        estimate: memory and time of the chosen method; None where it could not be tried.
     """
 
     suite: str
@@ -45,7 +45,7 @@ class Report:
     cosines: Tensor
     solving: Solving
     findings: Sequence[Finding]
-    estimate: Estimate
+    estimate: Estimate | None
 
     @property
     def problems(self) -> list[Finding]:
@@ -82,7 +82,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "entropy": table(report.solving.entropy(), rows),
         "marginal_entropy": table(report.solving.marginal, rows),
         "accuracy": table(report.solving.accuracy(), rows),
-        "estimate": vars(report.estimate),
+        "estimate": vars(report.estimate) if report.estimate else None,
     }
 
 
@@ -103,8 +103,7 @@ def as_markdown(report: Report) -> str:
         "Task vectors: length, relative to the pretrained weights, and cosines.",
         "",
         *_table(["", "length", "relative", *tasks], _vectors(report)),
-        "",
-        f"{report.estimate.text()}.",
+        *(["", f"{report.estimate.text()}."] if report.estimate else []),
     ]  # fmt: skip
     counts = sorted(set(report.images.values()))
     many = "–".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])

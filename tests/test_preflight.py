@@ -22,7 +22,8 @@ from adamerge.build import normalizer
 from adamerge.cli import main
 from adamerge.encoders import Tower, build_clip
 from adamerge.errors import AdamergeError
-from adamerge.estimate import Estimate
+from adamerge.estimate import Estimate, _seconds, of_memory
+from adamerge.preflight_report import as_markdown
 from adamerge.solving import Solving
 from adamerge.verdicts import Finding
 from tests import tiny
@@ -216,7 +217,8 @@ def test_look_changes_nothing_in_a_job(base: list[str]) -> None:
     report = check.look(job)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(method.coefficients, before) and method.coefficients.grad is None
-    assert method.training is mode and report.estimate.steps == 4
+    assert method.training is mode
+    assert report.estimate is not None and report.estimate.steps == 4
     weights = sum(t.numel() for t in job.suite.task_vectors.pretrained.values()) * 4
     assert report.estimate.memory > 5 * weights, "pretrained, two task vectors, W and gradient"
     assert report.estimate.seconds > 0
@@ -364,11 +366,39 @@ def test_estimates_in_words() -> None:
     assert estimate.text() == (
         "estimated on cpu: 1.9 GB of memory (23 GB here), 0.21 s per step, 300 steps ≈ 1 min 3 s"
     )
-    assert not list(estimate.findings())
-    (found,) = Estimate(30_000_000_000, 23_000_000_000, 40.0, 300, "cpu").findings()
+    assert not list(of_memory(estimate))
+    (found,) = of_memory(Estimate(30_000_000_000, 23_000_000_000, 40.0, 300, "cpu"))
     assert isinstance(found, Finding) and found.severity == "problem"
     assert "needs about 30 GB of memory and there are 23 GB: set micro_batch" in found.text
     assert Estimate(2_000_000, None, 40.0, 300, "mps").text().endswith("300 steps ≈ 3 h 20 min")
+
+
+def test_a_gpu_that_is_too_small_is_said(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    job = deliver.load_job(config.load([*base, "preflight.images=2"]))
+    monkeypatch.setattr("adamerge.estimate.step_loss", too_much)
+    report = check.look(job)
+    assert report.estimate is None and "estimated" not in as_markdown(report)
+    (found,) = (f for f in report.problems if f.kind == "memory")
+    assert "two images per task are more than the GPU's memory holds" in found.text
+
+
+@pytest.mark.parametrize(("each", "taken"), [(0.01, [4, 16]), (1.0, [3]), (0.1, [4, 16])])
+def test_long_steps_are_extrapolated(each: float, taken: list[int]) -> None:
+    counts = []
+
+    class Probe:
+        module = type("Module", (), {"micro_batch": None})
+
+        def step(self, count: int, micro_batch: int | None) -> tuple[int, float]:
+            counts.append(count)
+            return 0, 2 + each * count
+
+    probe: Any = Probe()
+    assert _seconds(probe, 2 + each * 2, 16, True) == pytest.approx(2 + each * 16)
+    assert counts == taken
 
 
 def test_the_switch_and_its_mistakes(base: list[str]) -> None:
