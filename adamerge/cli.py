@@ -14,7 +14,7 @@ _SETTINGS = "settings as key=value (see `adamerge show config`), like optim.lr=1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: train, evaluate, export, convert, show."""
+    """The command line: train, check, evaluate, export, convert, show."""
     top = argparse.ArgumentParser(
         prog="adamerge",
         description="Merge fine-tuned experts into one model by learning how to merge, "
@@ -30,6 +30,15 @@ def parser() -> argparse.ArgumentParser:
         "optim.lr=3e-3 | adamerge train resume=runs/demo-layer_wise-20260101-120000",
     )
     train.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+    check = commands.add_parser(
+        "check",
+        help="look at a suite before training: does every expert solve its own task?",
+        description="Load everything the settings name, score every expert on every task on a few "
+        "images, estimate memory and time, and say what looks wrong. Status 1 if there is a "
+        "problem.",
+    )
+    check.add_argument("--to", type=Path, default=None, help="also write preflight.json, .md here")
+    check.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
     evaluate = commands.add_parser(
         "evaluate",
         help="score a run or an exported folder",
@@ -119,12 +128,14 @@ def _run(options: argparse.Namespace) -> int:
         return _show(options.what, options.settings)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker and DDP processes
     warnings.filterwarnings("ignore", module=r"(lightning|torch|open_clip|timm)\b")
-    from adamerge import convert, deliver, run
+    from adamerge import check, convert, deliver, run
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it sets its own on import
 
     if options.command == "train":
         return run.train(options.settings)
+    if options.command == "check":
+        return check.check(options.settings, options.to)
     if options.command == "convert":
         given = (options.pretrained, options.architecture)
         convert.convert(options.source, options.folder, options.to, *given)

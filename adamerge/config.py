@@ -201,9 +201,11 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
 
 
 def _sugar(key: str, value: Any, defaults: Config) -> tuple[str, Any]:
-    """`wandb=off` means `wandb.mode=off`; YAML reads a bare `off` as false."""
-    if isinstance(defaults.get(key), dict) and "mode" in defaults[key]:
-        key = f"{key}.mode"
+    """`wandb=off` means `wandb.mode=off`, `preflight=off` `preflight.enabled=false`; YAML reads a
+    bare `off` as false."""
+    if isinstance(defaults.get(key), dict) and not isinstance(value, dict):
+        switches = [name for name in ("mode", "enabled") if name in defaults[key]]
+        key = ".".join([key, *switches])
     if key.endswith(".mode") and isinstance(value, bool):
         value = "auto" if value else "off"
     return key, value
@@ -234,6 +236,7 @@ _LEAST = {
     "log_every": 1,
     "eval_every": 0,
     "checkpoint_every": 1,
+    "images": 1,
     "max_steps": 1,
 }
 

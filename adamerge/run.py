@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
-from adamerge import build, config, deliver, tracking
+from adamerge import build, check, config, deliver, preflight_report, tracking
 from adamerge.callbacks import Checkpoints, Progress, StopOnSignal, Watch
 from adamerge.config import Config
 from adamerge.deliver import Job
@@ -48,6 +48,8 @@ def train(words: Sequence[str]) -> int:
     if is_main_process():
         _make_folder(run_dir, settings)
         _announce(job, run_dir)
+        if not resumed:
+            check.before_training(job, run_dir)
     wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
     stopped_by = _fit(job, run_dir, checkpoint, step, wandb)
     if not is_main_process():
@@ -79,8 +81,9 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
 def _refuse_used_folder(run_dir: Path) -> None:
     if not is_main_process() or not run_dir.exists():
         return
-    # A run that failed before its first step leaves its settings alone: nothing to lose.
-    left = [p for p in run_dir.rglob("*") if p.is_file() and p.name != "config.yaml"]
+    # A run that failed before its first step leaves its settings and pre-flight: nothing to lose.
+    harmless = ("config.yaml", *preflight_report.FILES)
+    left = [p for p in run_dir.rglob("*") if p.is_file() and p.name not in harmless]
     if not run_dir.is_dir() or left:
         raise AdamergeError(
             f"run_dir {run_dir} already holds files: choose another, or go on with that run by "

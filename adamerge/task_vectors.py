@@ -38,6 +38,7 @@ class TaskVectors:
         names: the L layer names, in order.
         pretrained: layer name -> tensor.
         deltas: layer name -> `[T, *shape]`.
+        promoted: half-precision type -> the inputs (`pretrained`, task names) stored in it.
 
     Raises:
         AdamergeError: a missing, extra, mis-shaped or non-finite tensor, a duplicate task, an
@@ -49,6 +50,7 @@ class TaskVectors:
     pretrained: dict[str, Tensor]
     deltas: dict[str, Tensor]
     constants: dict[str, Tensor]
+    promoted: dict[str, list[str]]
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class TaskVectors:
             _check_names(pretrained, expert, task, where)
         self.pretrained, self.deltas, self.constants = {}, {}, {}
         promoted: dict[str, list[str]] = {}
+        self.promoted = promoted
         for name in pretrained:
             base = pretrained[name].detach()
             if not base.is_floating_point():
@@ -155,6 +158,7 @@ class TaskVectors:
         other = object.__new__(TaskVectors)
         other.tasks, other.names = self.tasks, self.names
         other.pretrained, other.constants = self.pretrained, self.constants
+        other.promoted = self.promoted
         other.deltas = dict(deltas)
         return other
 

@@ -10,7 +10,7 @@ import pytest
 from adamerge.cli import main
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "export", "show"])
+@pytest.mark.parametrize("command", ["", "train", "check", "evaluate", "export", "show"])
 def test_help_does_not_import_torch(command: str) -> None:
     code = (
         "import sys; from adamerge.cli import parser\n"

@@ -7,14 +7,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding suite_check suite_files task_vectors objectives safe_pickle "
-    "torch_files weight_files layouts model_configs lora",
+    0: "errors files binding suite_check suite_files task_vectors objectives solving verdicts "
+    "safe_pickle torch_files weight_files layouts model_configs lora",
     1: "encoders heads transforms methods.base",
     2: "methods.adamerging",
-    3: "adaptation callbacks checkpoints hub data demo demo_images evaluation export image_cache "
-    "image_files image_source arrays labels local_files staging pictures resume sources tracking",
+    3: "adaptation callbacks checkpoints hub data demo demo_images estimate evaluation export "
+    "image_cache image_files image_source arrays labels local_files staging pictures preflight "
+    "preflight_report resume sources tracking",
     4: "config build",
-    5: "convert deliver run cli",
+    5: "check convert deliver run cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 HEAVY = {"lightning", "omegaconf", "wandb", "datasets"}

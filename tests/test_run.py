@@ -41,6 +41,7 @@ def base(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         f"suite={suite}", f"cache_dir={cache}", "wandb=off", "batch_size=4", "log_every=2",
         "trainer.max_steps=6", "trainer.accelerator=cpu", "evaluate.oracle=false",
+        "preflight=off",
     ]  # fmt: skip
 
 

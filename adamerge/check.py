@@ -1,0 +1,157 @@
+"""The pre-flight of a run: before training, and as `adamerge check`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from adamerge import build, config, deliver, preflight, preflight_report, solving, verdicts
+from adamerge.config import Config
+from adamerge.deliver import Job
+from adamerge.encoders import Tower
+from adamerge.estimate import Estimate, estimate, of_memory
+from adamerge.preflight import Images
+from adamerge.preflight_report import Report
+from adamerge.solving import Solving
+from adamerge.verdicts import Finding
+
+log = logging.getLogger("adamerge")
+
+_FOR_ACTIVATION = 16  # images per task for which the other activation is tried
+
+
+def check(words: Sequence[str], to: Path | None = None) -> int:
+    """Looks at everything that settings name and prints what it found (`adamerge check`).
+
+    Args:
+        to: a folder for `preflight.json` and `preflight.md`.
+
+    Returns:
+        The exit status: 1 with a problem, 0 otherwise, warnings or not.
+    """
+    settings = config.load(words)
+    build.check(settings)
+    seed_everything(settings["seed"], verbose=False)
+    report = look(deliver.load_job(settings), log.info)
+    if to is not None:
+        preflight_report.write(report, to)
+    print(preflight_report.as_markdown(report), end="")
+    return 1 if report.problems else 0
+
+
+def before_training(job: Job, run_dir: Path) -> None:
+    """Pre-flight of a run, unless `preflight.enabled` is off; problems are logged, never raised.
+
+    Random state, parameters and modes of the job are as before.
+    """
+    if not job.settings["preflight"]["enabled"]:
+        return
+    report = look(job, log.info)
+    preflight_report.write(report, run_dir)
+    log.info("%s (%s)", report.summary(), run_dir / preflight_report.FILES[1])
+    for finding in report.findings:
+        log.warning("%s: %s", finding.severity, finding.text)
+    if report.estimate is not None:
+        log.info("%s", report.estimate.text())
+
+
+def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
+    """All measurements and verdicts of a job, on a few unlabeled images per task."""
+    settings, suite = job.settings, job.suite
+    device = run_device(settings["trainer"])
+    images = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
+    vectors, files = suite.task_vectors, preflight.sources(suite.files)
+    products = preflight.gram(vectors)
+    cosines, norms = preflight.cosines(products), products.diagonal().sqrt()
+    normalizer = build.normalizer(suite.clip)
+    with isolate_rng():
+        tower = Tower(suite.clip.backbone)
+        solved = preflight.measure(tower, vectors, suite.heads, normalizer, images, device, say)
+        doubts = list(_of_activation(job, images, solved, device))
+        cost = _estimate(job, images, device)
+    findings = [
+        *verdicts.of_directions(vectors.tasks, cosines),
+        *solving.findings(solved, files),
+        *doubts,
+        *verdicts.of_lengths(vectors.tasks, norms),
+        *of_memory(cost),
+    ]
+    squares = [float(tensor.double().square().sum()) for tensor in vectors.pretrained.values()]
+    return Report(
+        suite=settings["suite"]["name"],
+        images={task: len(pixels) for task, pixels in images.pixels.items()},
+        model={
+            "layers": len(vectors.names),
+            "parameters": vectors.numel(),
+            "dtype": str(vectors.pretrained[vectors.names[0]].dtype).removeprefix("torch."),
+            "promoted": vectors.promoted,
+        },
+        files=suite.files,
+        norms=norms,
+        pretrained_norm=sum(squares) ** 0.5,
+        cosines=cosines,
+        solving=solved,
+        findings=sorted(findings, key=lambda finding: finding.severity != "problem"),
+        estimate=cost,
+    )
+
+
+def run_device(trainer: Config) -> torch.device:
+    """Where the main process of a run computes, by its `trainer` settings."""
+    forks = any(word in str(trainer.get("strategy")) for word in ("fork", "notebook"))
+    wanted = trainer["accelerator"] in ("auto", "gpu", "cuda")
+    # A process that has touched a GPU cannot be forked.
+    if not wanted or forks or not torch.cuda.is_available():
+        return torch.device("cpu")
+    devices = trainer.get("devices")
+    first = devices[0] if isinstance(devices, list) and devices else 0
+    return torch.device("cuda", first if isinstance(first, int) and first >= 0 else 0)
+
+
+def _of_activation(
+    job: Job, images: Images, own: Solving, device: torch.device
+) -> Iterator[Finding]:
+    suite = job.suite
+    other = preflight.with_other_activation(suite.clip.backbone)
+    if other is None:
+        return
+    change = preflight.activation_change(
+        other,
+        suite.task_vectors,
+        suite.heads,
+        build.normalizer(suite.clip),
+        images.first(_FOR_ACTIVATION),
+        own,
+        device,
+    )
+    yield from verdicts.of_activation(change, _mend(job))
+
+
+def _mend(job: Job) -> str:
+    """What to set for the other activation: an open_clip name, or the flag of the config."""
+    model: dict[str, Any] = job.suite.clip.config["model_cfg"]
+    name = str(job.settings["suite"]["architecture"])
+    if Path(name).exists():
+        other = "false" if model.get("quick_gelu") else "true"
+        return f"set model_cfg.quick_gelu to {other} in the model config at {name}"
+    other = name.removesuffix("-quickgelu") + ("" if model.get("quick_gelu") else "-quickgelu")
+    return f"set suite.architecture to {other}"
+
+
+def _estimate(job: Job, images: Images, device: torch.device) -> Estimate | None:
+    trainer = job.settings["trainer"]
+    steps = trainer.get("max_steps")
+    return estimate(
+        job.module,
+        images.pixels,
+        job.settings["batch_size"],
+        steps if isinstance(steps, int) and steps > 0 else None,
+        str(trainer.get("precision")),
+        device,
+    )

@@ -1,0 +1,193 @@
+"""Measurements before training: what the task vectors look like, and who solves which task."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from adamerge.data import TaskData, stream_seed
+from adamerge.encoders import FoldedEncoder, Normalizer, Tower, merged_encoder
+from adamerge.heads import Heads
+from adamerge.objectives import marginal_entropy, sample_entropy
+from adamerge.solving import Solving
+from adamerge.task_vectors import TaskVectors
+
+_BATCH = 64  # images encoded at a time
+_CHUNK = 2**18  # numbers per task vector promoted to float64 at a time
+_QUIET = 5.0  # seconds without a line of progress
+
+
+@dataclass(frozen=True)
+class Images:
+    """A few images per task, in order of the tasks.
+
+    Attributes:
+        pixels: uint8 `[n, 3, H, W]`.
+        labels: int64 `[n]`, or None.
+    """
+
+    pixels: dict[str, Tensor]
+    labels: dict[str, Tensor | None]
+
+    def first(self, count: int) -> Images:
+        """The first few of every task."""
+        labels = {t: v if v is None else v[:count] for t, v in self.labels.items()}
+        return Images({t: v[:count] for t, v in self.pixels.items()}, labels)
+
+
+def choose(data: TaskData, count: int, seed: int) -> Images:
+    """At most `count` images per task out of those adapted on, always the same for a seed."""
+    pixels: dict[str, Tensor] = {}
+    labels: dict[str, Tensor | None] = {}
+    for task, rows in data.adapt_rows.items():
+        generator = np.random.default_rng(stream_seed("preflight", seed, task))
+        picked = rows[generator.permutation(len(rows))[:count]]
+        found = data.tasks[task]
+        pixels[task] = torch.from_numpy(found.images[picked])
+        labels[task] = None if found.labels is None else torch.from_numpy(found.labels[picked])
+    return Images(pixels, labels)
+
+
+def gram(task_vectors: TaskVectors) -> Tensor:
+    """Inner products of all pairs of task vectors over all layers, `[T, T]`, float64 on the CPU.
+
+    Summed in float64 piece by piece; nothing the size of a layer is copied.
+    """
+    total = torch.zeros((len(task_vectors.tasks),) * 2, dtype=torch.float64)
+    for delta in task_vectors.deltas.values():
+        for piece in delta.view(len(delta), -1).split(_CHUNK, dim=1):
+            wide = piece.double()
+            total += (wide @ wide.T).cpu()
+    return total
+
+
+def cosines(products: Tensor) -> Tensor:
+    """`[T, T]` cosines of the inner products that `gram` gives."""
+    norms = products.diagonal().sqrt()
+    return products / norms[:, None] / norms[None, :]
+
+
+def measure(
+    tower: Tower,
+    task_vectors: TaskVectors,
+    heads: Heads,
+    normalizer: Normalizer,
+    images: Images,
+    device: torch.device,
+    say: Callable[[str], None] = lambda _: None,
+) -> Solving:
+    """How the pretrained model and every expert do on every task's images.
+
+    `(T + 1) · T · n` images are encoded without gradients, one model at a time: one copy of the
+    weights is in memory beside the task vectors.
+
+    Args:
+        task_vectors: untransformed.
+        device: where models run, one after another.
+        say: told how far it is, if it lasts.
+    """
+    tasks = task_vectors.tasks
+    entropies: dict[str, list[Tensor]] = {task: [] for task in tasks}
+    right: dict[str, list[Tensor]] = {task: [] for task in tasks}
+    marginal: list[list[Tensor]] = []
+    spoken = time.perf_counter()
+    models = chain([merged_encoder(tower, task_vectors, 0.0)], _experts(tower, task_vectors))
+    for row, encoder in enumerate(models):
+        if time.perf_counter() - spoken > _QUIET:
+            spoken = time.perf_counter()
+            say(f"pre-flight: {row} of {len(tasks) + 1} models looked at")
+        marginal.append([])
+        for task, logits in predictions(encoder, heads, normalizer, images, device):
+            scale = math.log(max(logits.shape[1], 2))
+            entropies[task].append(sample_entropy(logits).double() / scale)
+            marginal[-1].append(marginal_entropy(logits).double() / scale)
+            labels = images.labels[task]
+            if labels is not None:
+                right[task].append(logits.argmax(1) == labels)
+    return Solving(
+        tasks,
+        tuple(len(heads.classes[task]) for task in tasks),
+        tuple(torch.stack(entropies[task]) for task in tasks),
+        torch.stack([torch.stack(values) for values in marginal]),
+        tuple(torch.stack(right[task]) if right[task] else None for task in tasks),
+    )
+
+
+def _experts(tower: Tower, task_vectors: TaskVectors) -> Iterator[FoldedEncoder]:
+    for one_hot in torch.eye(len(task_vectors.tasks)):
+        yield merged_encoder(tower, task_vectors, one_hot)
+
+
+@torch.no_grad()
+def predictions(
+    encoder: nn.Module,
+    heads: Heads,
+    normalizer: Normalizer,
+    images: Images,
+    device: torch.device,
+    tasks: Sequence[str] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Each task's logits `[n, C]`, on the CPU, of one encoder (all tasks unless named)."""
+    encoder, heads, normalizer = encoder.to(device), heads.to(device), normalizer.to(device)
+    for index, task in enumerate(heads.tasks):
+        if tasks is not None and task not in tasks:
+            continue
+        parts = []
+        for batch in images.pixels[task].split(_BATCH):
+            features = encoder(normalizer(batch.to(device)), torch.full((len(batch),), index))
+            parts.append(heads.logits(features, task).cpu())
+        yield task, torch.cat(parts)
+
+
+def with_other_activation(backbone: nn.Module) -> Tower | None:
+    """The tower with QuickGELU for GELU, or GELU for QuickGELU; None where it has neither."""
+    tower, quick = Tower(backbone), open_clip.transformer.QuickGELU
+    found = [
+        (module, name, child)
+        for module in tower.skeleton.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.GELU | quick)
+    ]
+    for module, name, child in found:
+        setattr(module, name, quick() if isinstance(child, nn.GELU) else nn.GELU())
+    return tower if found else None
+
+
+def activation_change(
+    other: Tower,
+    task_vectors: TaskVectors,
+    heads: Heads,
+    normalizer: Normalizer,
+    images: Images,
+    own: Solving,
+    device: torch.device,
+) -> Tensor:
+    """By how much the other activation lowers each expert's entropy on its own task, `[T]`.
+
+    Mean over images, divided by log C, float64. The heads stay those of the text tower as it is
+    configured. `verdicts.of_activation` judges it.
+
+    Args:
+        own: measured under the configured activation, on these images and maybe more after them.
+    """
+    change = []
+    models = zip(task_vectors.tasks, _experts(other, task_vectors), strict=True)
+    for row, (task, encoder) in enumerate(models):
+        ((_, logits),) = predictions(encoder, heads, normalizer, images, device, [task])
+        there = sample_entropy(logits).double() / math.log(max(logits.shape[1], 2))
+        here = own.entropies[row][1 + row, : len(there)]
+        change.append((here - there).mean())
+    return torch.stack(change)
+
+
+def sources(files: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Where each input came from: `pretrained` or a task -> path."""
+    return {name: file["path"] for name, file in files.items()}
