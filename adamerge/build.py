@@ -152,7 +152,23 @@ def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
     checkpoint = read(source)
     clip = build_clip(_architecture(architecture, checkpoint))
     load_pretrained(clip, checkpoint)
+    _check_activation(clip, checkpoint, str(architecture))
     return clip, {"pretrained": checkpoint.record()}
+
+
+def _check_activation(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None:
+    """Refuses weights whose own config states another activation than the architecture has."""
+    stated, built = checkpoint.quick_gelu(), bool(clip.config["model_cfg"].get("quick_gelu"))
+    if stated is None or stated == built:
+        return
+    name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if stated else "")
+    mend = (
+        name if name in open_clip.list_models() else f"one with quick_gelu: {str(stated).lower()}"
+    )
+    raise AdamergeError(
+        f"{checkpoint.source} was trained with another activation than {architecture} has "
+        f"(QuickGELU or not), which silently costs accuracy: set suite.architecture to {mend}"
+    )
 
 
 def _architecture(given: Any, pretrained: Checkpoint) -> str:
@@ -178,6 +194,7 @@ def load_suite(config: Config) -> Suite:
         expert = read(str(entry["expert"]))
         sources[task], files[task] = expert.source, expert.record()
         experts[task] = tower_state(expert, clip.backbone)
+        _check_activation(clip, expert, str(suite.get("architecture")))
         if entry.get("head") is not None:
             files[f"head of {task}"] = read(entry["head"]).record()
     vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources)

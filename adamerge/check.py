@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -136,8 +137,9 @@ def _of_activation(
 def _mend(job: Job) -> str:
     """What to set for the other activation: an open_clip name, or the flag of the config."""
     model: dict[str, Any] = job.suite.clip.config["model_cfg"]
-    name = str(job.settings["suite"]["architecture"])
-    if Path(name).exists():
+    suite = job.settings["suite"]
+    name = str(suite.get("architecture") or suite["pretrained"])
+    if name not in open_clip.list_models():
         other = "false" if model.get("quick_gelu") else "true"
         return f"set model_cfg.quick_gelu to {other} in the model config at {name}"
     other = name.removesuffix("-quickgelu") + ("" if model.get("quick_gelu") else "-quickgelu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,20 @@ class Checkpoint:
         if self.revision:
             found |= {"source": self.source, "revision": self.revision}
         return found
+
+    def quick_gelu(self) -> bool | None:
+        """The activation that transformers' `config.json` beside the weights states, if any does.
+
+        True for QuickGELU, False for another.
+        """
+        path = self.files[0].parent / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            stated = {"hidden_act": "quick_gelu", **(config.get("vision_config") or config)}
+            kind = str(config.get("model_type"))
+        except (OSError, ValueError, AttributeError, TypeError):  # it is not needed for reading
+            return None
+        return stated["hidden_act"] == "quick_gelu" if kind.startswith("clip") else None
 
 
 def read(source: str | Path) -> Checkpoint:
