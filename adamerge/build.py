@@ -197,7 +197,7 @@ def load_suite(config: Config) -> Suite:
         _check_activation(clip, expert, str(suite.get("architecture")))
         if entry.get("head") is not None:
             files[f"head of {task}"] = read(entry["head"]).record()
-    vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources)
+    vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources, share=True)
     return Suite(clip, vectors, load_heads(config, clip), files)
 
 

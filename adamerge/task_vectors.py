@@ -15,6 +15,7 @@ from adamerge.errors import AdamergeError
 log = logging.getLogger("adamerge")
 
 StateDict = Mapping[str, Tensor]
+_PIECE = 2**18  # numbers per task vector promoted to float64 at a time
 
 
 class TaskVectors:
@@ -32,6 +33,8 @@ class TaskVectors:
         pretrained: state dict of the image tower. Any mapping works; each tensor is read once.
         experts: state dicts by task name (a mapping, or pairs in order).
         sources: where each input came from (`"pretrained"` or a task -> file), for error messages.
+        share: keep the pretrained tensors themselves, not copies, where their type is the right
+            one: one model less in memory, if nothing changes them afterwards.
 
     Attributes:
         tasks: the T task names, in order.
@@ -58,6 +61,7 @@ class TaskVectors:
         experts: Mapping[str, StateDict] | Iterable[tuple[str, StateDict]],
         *,
         sources: Mapping[str, str] | None = None,
+        share: bool = False,
     ) -> None:
         pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
         self.tasks = tuple(task for task, _ in pairs)
@@ -77,7 +81,7 @@ class TaskVectors:
             if not base.is_floating_point():
                 self.constants[name] = base.clone()
                 continue
-            self._read_layer(name, base, pairs, where, promoted)
+            self._read_layer(name, base if share else base.clone(), pairs, where, promoted)
         self.names = tuple(self.pretrained)
         if not self.names and any(tensor.is_floating_point() for tensor in self.constants.values()):
             raise _identical(where, self.tasks[0])
@@ -99,7 +103,7 @@ class TaskVectors:
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         if base.dtype != dtype:
             _note(promoted, base, "pretrained")
-        pretrained = base.to(dtype, copy=True)  # frozen, whatever becomes of base
+        pretrained = base.to(dtype)
         _check_finite(pretrained, "pretrained", name, where)
         deltas = torch.empty((len(experts), *base.shape), dtype=dtype, device=base.device)
         for row, (task, expert) in zip(deltas, experts, strict=True):
@@ -171,11 +175,12 @@ class TaskVectors:
 
     def norms(self) -> Tensor:
         """Euclidean norm of each task vector over all layers, `[T]`, float64."""
-        squares = [
-            torch.linalg.vector_norm(_rows(delta), dim=1, dtype=torch.float64) ** 2
-            for delta in self.deltas.values()
-        ]
-        return torch.stack(squares).sum(0).sqrt()
+        first = self.deltas[self.names[0]]
+        total = torch.zeros(len(self.tasks), dtype=torch.float64, device=first.device)
+        for delta in self.deltas.values():
+            for piece in _rows(delta).split(_PIECE, dim=1):  # float64 a little at a time
+                total += piece.double().square().sum(1)
+        return total.sqrt()
 
     def numel(self) -> int:
         """P, the number of parameters of one model (all layers)."""
@@ -234,7 +239,8 @@ def _note(promoted: dict[str, list[str]], tensor: Tensor, key: str) -> None:
 
 
 def _check_finite(tensor: Tensor, key: str, name: str, where: _Where) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    # Least and most need no copy of the tensor, and NaN passes through them.
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
         raise AdamergeError(
             f"{where(key)} has NaN or infinite values in tensor {name!r}: the checkpoint is "
             "damaged or its training diverged; use another one"
