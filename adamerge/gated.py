@@ -43,7 +43,7 @@ class SparseDeltas:
     """τ as values and places, 8 bytes for each kept float32 number.
 
     Args:
-        values: the kept numbers `[K]`, tile by tile of `SPARSE_ROWS` rows (the last may have fewer).
+        values: the kept numbers `[K]`, tile by tile of `SPARSE_ROWS` rows (fewer in the last).
         places: int32 `[K]`, where each lies in its tile `[T, rows, in]`, flattened.
         starts: int64 `[tiles + 1]`, where each tile begins in `values`.
         shape: `(T, out, in)`.
@@ -101,9 +101,7 @@ def gated_linear(hidden: Tensor, gates: Tensor, weight: Tensor, deltas: Deltas) 
     return cast(Tensor, _GatedLinear.apply(hidden, gates, weight, deltas))
 
 
-def _tiles(
-    gates: Tensor, weight: Tensor, deltas: Deltas
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _tiles(gates: Tensor, weight: Tensor, deltas: Deltas) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of W at a time: which, their τ `[T, rows · in]`, the merged `[G, rows, in]`."""
     height, columns = weight.shape
     fitting = _AT_ONCE.get(weight.device.type, 2**20) // (max(gates.shape) * columns)

@@ -1,4 +1,4 @@
-"""Weight-ensembling mixtures: towers whose MLPs every image merges for itself (arXiv 2402.00433)."""
+"""Weight-ensembling mixtures: towers whose MLPs every image merges anew (arXiv 2402.00433)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.errors import AdamergeError
-from adamerge.gated import DenseDeltas, Deltas, SparseDeltas, gated_linear
+from adamerge.gated import Deltas, DenseDeltas, SparseDeltas, gated_linear
 from adamerge.towers import FoldedEncoder, Tower, resblocks
 
 
@@ -93,7 +93,7 @@ class Mixture(nn.Module):
         self.layers = tuple(name for name, _ in mlp.named_children())
         router = within(tensors, "router.")
         depth = sum(name.endswith("weight") for name in router)
-        tasks, width = (router["fc2.weight"].shape if depth else (len(router["gates"]), 0))
+        tasks, width = router["fc2.weight"].shape if depth else (len(router["gates"]), 0)
         with torch.device("meta"):
             self.router = Router(width, tasks, depth, 0.0).requires_grad_(False)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding suite_check task_vectors objectives",
-    1: "encoders heads transforms methods.base",
-    2: "methods.adamerging",
-    3: "adaptation callbacks checkpoints data demo demo_images evaluation export image_cache "
-    "image_files pictures resume sources tracking",
+    0: "errors files binding suite_check task_vectors losses objectives gated",
+    1: "towers mixtures adapters experts encoders heads transforms methods.base",
+    2: "methods.adamerging methods.surgery methods.wemoe",
+    3: "step adaptation features callbacks checkpoints data demo demo_images evaluation export "
+    "image_cache image_files pictures resume sources tracking",
     4: "config build",
     5: "deliver run cli",
 }
