@@ -29,8 +29,7 @@ def content_key(weights: Mapping[str, Tensor], *parts: object) -> str:
     digest = hashlib.sha256(json.dumps([_FORMAT, *map(str, parts)]).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(data.numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
