@@ -212,12 +212,14 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     for key, part in _targets(config):
         if key.startswith("transform"):
             target, arguments = _target(key, part)
-            vectors = _construct(
-                key, target, arguments, {"task_vectors": lambda vectors=vectors: vectors}
-            )
+            vectors = _construct(key, target, arguments, {"task_vectors": _always(vectors)})
     target, arguments = _target("method", config["method"])
     method: MergeMethod = _construct("method", target, arguments, _supplied(suite, vectors))
     return method
+
+
+def _always(value: Any) -> Callable[[], Any]:
+    return lambda: value
 
 
 def _supplied(suite: Suite, vectors: TaskVectors) -> Supplied:
