@@ -124,15 +124,15 @@ class Objective:
             targets: what `targets` gave for the same images, where it gives anything.
         """
         ids = task_ids.cpu()
+        found = _by_task(features, ids)
+        wanted = {} if targets is None else _by_task(targets, ids)
         values = []
         for index, task in enumerate(self.heads.tasks):
-            rows = (ids == index).nonzero().squeeze(1)
-            if len(rows) == 0:
+            if index not in found:
                 values.append(promote(features.new_zeros(())))
                 continue
-            wanted = None if targets is None else _pick(targets, rows)
-            value = self.value(_pick(features, rows), task, wanted)
-            values.append(value if counts is None else value * (len(rows) / counts[index]))
+            value = self.value(found[index], task, wanted.get(index))
+            values.append(value if counts is None else value * (len(found[index]) / counts[index]))
         return torch.stack(values)
 
     def weigh(self, values: Tensor) -> Tensor:
@@ -232,6 +232,8 @@ class ExpertL1(Taught):
     def value(self, features: Tensor, task: str, targets: Tensor | None) -> Tensor:
         assert targets is not None
         off = (promote(features) - promote(targets)).abs()
+        if not self.widths:
+            return off.mean()
         sizes = [*self.widths, features.shape[1] - sum(self.widths)]
         return torch.stack([part.mean() for part in off.split(sizes, 1)]).sum()
 
@@ -239,9 +241,11 @@ class ExpertL1(Taught):
         return features[:, sum(self.widths) :]
 
 
-def _pick(features: Tensor, rows: Tensor) -> Tensor:
-    """Rows of features; a run of neighbours, as in training, needs no index on the device."""
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == len(rows):
-        return features[first : last + 1]
-    return features[rows.to(features.device)]
+def _by_task(rows: Tensor, ids: Tensor) -> dict[int, Tensor]:
+    """Each task's rows; where tasks are neighbours, as in training, cut in one piece: no index on
+    the device, and one pass for all in the backward."""
+    tasks, counts = torch.unique_consecutive(ids, return_counts=True)
+    found = tasks.tolist()
+    if len(set(found)) == len(found):
+        return dict(zip(found, rows.split(counts.tolist()), strict=True))
+    return {t: rows[(ids == t).nonzero().squeeze(1).to(rows.device)] for t in set(found)}
