@@ -32,7 +32,7 @@ class DenseDeltas:
     """τ as it is."""
 
     def __init__(self, deltas: Tensor) -> None:
-        self.deltas = deltas.view(len(deltas), -1)
+        self.deltas = deltas.flatten(1)
         self.columns = deltas.shape[2]
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,24 @@ def test_expert_kl(temperature: float, micro_batch: int | None) -> None:
     torch.testing.assert_close(
         objectives.expert_kl(logits, logits), torch.zeros((), dtype=torch.float64)
     )
+
+
+def test_experts_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    make_weights = Experts.weights
+
+    def watched(self: Experts, *arguments: Any) -> dict[str, Tensor]:
+        assert all(reference() is None for reference in made)
+        weights = make_weights(self, *arguments)
+        made.append(weakref.ref(weights["proj"]))
+        return weights
+
+    monkeypatch.setattr(Experts, "weights", watched)
+    images, ids = golden.batch(0)
+    teacher = experts()
+    assert not list(teacher.parameters()) and not teacher.state_dict()
+    assert not teacher(images.requires_grad_(), ids).requires_grad
+    assert len(made) == 3
 
 
 NORMALIZER = Normalizer([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
