@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adamerge.errors import AdamergeError
 from adamerge.gated import Deltas, DenseDeltas, SparseDeltas, gated_linear
-from adamerge.towers import FoldedEncoder, Tower, resblocks
+from adamerge.towers import Tower, resblocks
 
 
 class GatedLinear(nn.Module):
@@ -105,7 +105,7 @@ class Mixture(nn.Module):
         return hidden
 
 
-class DynamicEncoder(FoldedEncoder):
+class DynamicEncoder(nn.Module):
     """A tower of mixtures with frozen routers and task vectors: merges anew for every image.
 
     Args:
@@ -114,7 +114,13 @@ class DynamicEncoder(FoldedEncoder):
     """
 
     def __init__(self, tower: Tower, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(mixture_tower(tower, weights), spread_router(tower, weights))
+        super().__init__()
+        mixed = mixture_tower(tower, weights)
+        self.backbone = mixed.filled(spread_router(tower, weights))
+
+    def forward(self, images: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """`[B, 3, H, W] -> [B, D]`; `task_ids` is accepted and ignored."""
+        return cast(Tensor, self.backbone(images))
 
     def state(self) -> dict[str, Tensor]:
         """What makes this encoder again; a router shared by all blocks is there once."""

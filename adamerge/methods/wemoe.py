@@ -118,7 +118,7 @@ class WEMoE(MergeMethod):
             counts += torch.bincount(ids.cpu(), minlength=tasks)
         return sums / counts[:, None, None], sums.sum(0) / counts.sum()
 
-    def fold(self) -> FoldedEncoder:
+    def fold(self) -> FoldedEncoder | DynamicEncoder:
         """Exact: a static encoder if no router looks at the image, a `DynamicEncoder` otherwise."""
         table = self._static_gates()
         if table is not None:
