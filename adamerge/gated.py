@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SPARSE_ROWS = 32  # rows of a matrix that are stored, and made dense, together
-_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}  # numbers merged at a time
+# Numbers merged at a time: as few as stay in a processor's cache; with many tokens as many rows as
+# tokens, for sums over tiles cost less then; never more than the second number.
+_AT_ONCE = {"cpu": (2**20, 2**25), "cuda": (2**27, 2**27)}
 
 
 class Deltas(Protocol):
@@ -101,11 +103,15 @@ def gated_linear(hidden: Tensor, gates: Tensor, weight: Tensor, deltas: Deltas) 
     return cast(Tensor, _GatedLinear.apply(hidden, gates, weight, deltas))
 
 
-def _tiles(gates: Tensor, weight: Tensor, deltas: Deltas) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _tiles(
+    gates: Tensor, weight: Tensor, deltas: Deltas, tokens: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of W at a time: which, their τ `[T, rows · in]`, the merged `[G, rows, in]`."""
     height, columns = weight.shape
-    fitting = _AT_ONCE.get(weight.device.type, 2**20) // (max(gates.shape) * columns)
-    size = max(fitting // SPARSE_ROWS, 1) * SPARSE_ROWS
+    few, many = _AT_ONCE.get(weight.device.type, _AT_ONCE["cpu"])
+    across = max(gates.shape) * columns
+    fitting = max(few // across, min(tokens, many // across))
+    size = max(-(-fitting // SPARSE_ROWS), 1) * SPARSE_ROWS
     store = weight.new_empty(len(gates) * min(size, height) * columns)
     for start in range(0, height, size):
         stop = min(start + size, height)
@@ -124,7 +130,7 @@ class _GatedLinear(torch.autograd.Function):
         ctx.weight, ctx.deltas = weight, deltas
         output = hidden.new_empty(*hidden.shape[:2], len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, _, merged in _tiles(gates, weight, deltas):
+            for rows, _, merged in _tiles(gates, weight, deltas, hidden.shape[1]):
                 output[..., rows] = torch.bmm(hidden, merged.to(hidden.dtype).mT)
         return output
 
@@ -138,7 +144,7 @@ class _GatedLinear(torch.autograd.Function):
         d_gates = torch.zeros_like(gates) if to_gates else None
         grad = grad.to(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, tile, merged in _tiles(gates, ctx.weight, ctx.deltas):
+            for rows, tile, merged in _tiles(gates, ctx.weight, ctx.deltas, hidden.shape[1]):
                 part = grad[..., rows]
                 if d_hidden is not None and hidden.dtype == gates.dtype:
                     d_hidden.baddbmm_(part, merged)

@@ -43,7 +43,7 @@ def draw(*size: int) -> Tensor:
 def test_gated_linear_is_a_loop_over_images_and_tasks(
     groups: int, out: int, columns: int, sparse: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gated, "_AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr(gated, "_AT_ONCE", {"cpu": (at_once, at_once)})
     torch.manual_seed(0)
     weight, deltas = draw(out, columns), draw(3, out, columns)
     if sparse:
