@@ -1,4 +1,4 @@
-"""One adaptation step, and the LightningModule around it."""
+"""The LightningModule around one adaptation step."""
 
 from __future__ import annotations
 
@@ -9,117 +9,21 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adamerge.encoders import Normalizer
 from adamerge.errors import AdamergeError
 from adamerge.heads import Heads
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective, marginal_entropy, sample_entropy
+from adamerge.step import step_loss
 
-Batch = Mapping[str, Tensor]  # task -> uint8 images [B_t, 3, H, W]; no labels
+__all__ = ["Adaptation", "Batch", "step_loss"]
+
+# task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`, and
+# `targets` (see adamerge.features). No labels.
+Batch = Mapping[str, Tensor | Mapping[str, Tensor]]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-
-
-def step_loss(
-    method: MergeMethod,
-    objective: Objective,
-    images: Tensor,
-    task_ids: Tensor,
-    micro_batch: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of one step; its `backward()` fills the gradients of the learnables.
-
-    With `micro_batch` the images are encoded that many at a time, with the activations of one
-    micro-batch in memory and the weights merged once; the gradient is the same up to rounding. An
-    objective that is not additive (infomax) then costs one more forward pass, to know its
-    gradient in the features first.
-
-    Args:
-        method: the method to learn.
-        objective: `(features, task_ids) -> [T]`.
-        images: `[B, 3, H, W]`, normalised, of any mix of tasks.
-        task_ids: `[B]`, indices into the objective's tasks, best kept on the CPU.
-        micro_batch: images at a time; None for all together.
-
-    Returns:
-        The weighted loss `[]`, the objective's value per task `[T]` and the features `[B, D]`;
-        the last two detached.
-    """
-    if micro_batch is None or micro_batch >= len(images):
-        features = method(images, task_ids)
-        values = objective(features, task_ids)
-        return objective.weigh(values), values.detach(), features.detach()
-    shared = method.weights()
-    leaves = {name: w.detach().requires_grad_(w.requires_grad) for name, w in shared.items()}
-    chunks = list(zip(images.split(micro_batch), task_ids.split(micro_batch), strict=True))
-    backward = _additive_backward if objective.additive else _two_pass_backward
-    values, features = backward(method, objective, leaves, chunks, task_ids)
-    learned = [name for name, leaf in leaves.items() if leaf.grad is not None]
-    loss: Tensor = _Delivered.apply(
-        objective.weigh(values),
-        [leaves[name].grad for name in learned],
-        *[shared[name] for name in learned],
-    )
-    return loss, values, features
-
-
-def _additive_backward(
-    method: MergeMethod,
-    objective: Objective,
-    leaves: Mapping[str, Tensor],
-    chunks: list[tuple[Tensor, Tensor]],
-    task_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Every micro-batch forward and backward in turn; gradients add up in the leaves."""
-    counts = dict(enumerate(torch.bincount(task_ids.cpu()).tolist()))
-    parts, total = [], None
-    for images, ids in chunks:
-        features = method.encode(leaves, images, ids)
-        values = objective(features, ids, counts)
-        torch.autograd.backward(objective.weigh(values))
-        parts.append(features.detach())
-        total = values.detach() if total is None else total + values.detach()
-    assert total is not None  # split never returns an empty tuple
-    return total, torch.cat(parts)
-
-
-def _two_pass_backward(
-    method: MergeMethod,
-    objective: Objective,
-    leaves: Mapping[str, Tensor],
-    chunks: list[tuple[Tensor, Tensor]],
-    task_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Features without a graph, the objective's gradient in them, then each micro-batch again."""
-    with torch.no_grad():
-        features = torch.cat([method.encode(leaves, images, ids) for images, ids in chunks])
-    features.requires_grad_()
-    values = objective(features, task_ids)
-    (gradient,) = torch.autograd.grad(objective.weigh(values), features)
-    parts = gradient.split([len(images) for images, _ in chunks])
-    for (images, ids), part in zip(chunks, parts, strict=True):
-        torch.autograd.backward(method.encode(leaves, images, ids), part)
-    return values.detach(), features.detach()
-
-
-class _Delivered(torch.autograd.Function):
-    """A loss whose gradients are already known: hands them to the shared weights on backward.
-
-    So a step in micro-batches looks to the optimizer, to gradient hooks and to DDP like any other
-    loss: one backward pass, one gradient per learnable.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *shared: Tensor) -> Tensor:
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *[grad.mul_(outer.to(grad.dtype)) for grad in ctx.grads]
 
 
 class Adaptation(pl.LightningModule):
@@ -161,22 +65,37 @@ class Adaptation(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
-        tasks = self.heads.tasks
-        images = self.normalizer(torch.cat([batch[task] for task in tasks]))
-        sizes = torch.tensor([len(batch[task]) for task in tasks])
-        task_ids = torch.repeat_interleave(torch.arange(len(tasks)), sizes)
+        images, targets, task_ids = self._collect(batch)
         loss, values, features = step_loss(
-            self.method, self.objective, images, task_ids, self.micro_batch
+            self.method, self.objective, images, task_ids, self.micro_batch, targets
         )
         self._values = values
         if (self.global_step + 1) % self.log_every == 0:
             self._log_step(loss.detach(), features, task_ids)
         return loss
 
+    def _collect(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """All tasks' inputs, targets if known, and task ids; a task may have no more images."""
+        parts, sizes = [], []
+        for task in self.heads.tasks:
+            part = batch.get(task, {})
+            parts.append(part if isinstance(part, Mapping) else {"images": part})
+            sizes.append(len(next(iter(parts[-1].values()), ())))
+        known = {
+            key: torch.cat([part[key] for part in parts if part])
+            for key in next(part for part in parts if part)
+        }
+        images = self.normalizer(known["images"]) if "images" in known else known["features"]
+        task_ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        return images, known.get("targets"), task_ids
+
     @torch.no_grad()
     def _log_step(self, loss: Tensor, features: Tensor, task_ids: Tensor) -> None:
         metrics = {"loss": loss, "loss_mean": loss / len(self.heads.tasks)}
+        present = set(task_ids.tolist())
         for index, task in enumerate(self.heads.tasks):
+            if index not in present:
+                continue
             logits = self.heads.logits(features[(task_ids == index).to(features.device)], task)
             classes = max(logits.shape[-1], 2)
             metrics[f"entropy/{task}"] = sample_entropy(logits).mean()

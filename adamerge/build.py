@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from adamerge.checkpoints import Checkpoint, load_pretrained, read, read_head, s
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
 from adamerge.data import TaskData
-from adamerge.encoders import Clip, Normalizer, build_clip
+from adamerge.encoders import Clip, Experts, Normalizer, Tower, build_clip, merged_encoder
 from adamerge.errors import AdamergeError
 from adamerge.heads import Heads, Prompts, zero_shot_heads
 from adamerge.image_cache import TaskImages, cache_images
@@ -36,7 +37,8 @@ _TRAINER = (
     *("max_steps", "max_time", "accelerator", "devices", "num_nodes", "strategy", "precision"),
     *("gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "plugins"),
 )
-SUPPLIED = ("backbone", "task_vectors", "heads")
+Supplied = Mapping[str, Callable[[], Any]]
+SUPPLIED = ("backbone", "task_vectors", "heads", "teacher", "encoder", "tasks", "dim")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "method": (subclass_of(MergeMethod), "a MergeMethod class", SUPPLIED),
     "objective": (subclass_of(Objective), "an Objective class", SUPPLIED),
@@ -264,23 +266,36 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     for key, part in _targets(config):
         if key.startswith("transform"):
             target, arguments = _target(key, part)
-            vectors = _construct(key, target, arguments, {"task_vectors": vectors})
+            vectors = _construct(key, target, arguments, {"task_vectors": _always(vectors)})
     target, arguments = _target("method", config["method"])
     method: MergeMethod = _construct("method", target, arguments, _supplied(suite, vectors))
     return method
 
 
-def _supplied(suite: Suite, vectors: TaskVectors) -> dict[str, Any]:
-    """What constructors get by name: the values of `SUPPLIED`."""
-    values = (suite.clip.backbone, vectors, suite.heads)
-    return dict(zip(SUPPLIED, values, strict=True))
+def _always(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def _supplied(suite: Suite, vectors: TaskVectors) -> Supplied:
+    """What constructors get by name, each made when it is asked for."""
+    backbone, heads = suite.clip.backbone, suite.heads
+    return {
+        "backbone": lambda: backbone,
+        "task_vectors": lambda: vectors,
+        "heads": lambda: heads,
+        "teacher": lambda: Experts(backbone, suite.task_vectors),
+        "encoder": lambda: merged_encoder(Tower(backbone), vectors, 0.3),
+        "tasks": lambda: heads.tasks,
+        "dim": lambda: heads.weight(heads.tasks[0]).shape[1],
+    }
 
 
 def _construct(
-    key: str, target: Callable[..., Any], arguments: Mapping[str, Any], supplied: Mapping[str, Any]
+    key: str, target: Callable[..., Any], arguments: Mapping[str, Any], supplied: Supplied
 ) -> Any:
+    asked = inspect.signature(target).parameters
     try:
-        return call(target, arguments, supplied)
+        return call(target, arguments, {n: make() for n, make in supplied.items() if n in asked})
     except AdamergeError:
         raise
     except (TypeError, ValueError) as error:

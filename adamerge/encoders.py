@@ -7,7 +7,7 @@ import copy
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +15,22 @@ from typing import Any, cast
 import open_clip
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from adamerge import model_configs
 from adamerge.errors import AdamergeError
-from adamerge.task_vectors import TaskVectors
+from adamerge.experts import Experts, PerTaskEncoder
+from adamerge.towers import FoldedEncoder, Tower, merged_encoder
+
+__all__ = [
+    "Clip",
+    "Experts",
+    "FoldedEncoder",
+    "Normalizer",
+    "PerTaskEncoder",
+    "Tower",
+    "build_clip",
+    "merged_encoder",
+]
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -212,91 +223,3 @@ class Normalizer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 `[B, 3, H, W]` -> float32 `[B, 3, H, W]`."""
         return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
-
-
-class Tower:
-    """An image tower without its weights: `tower(weights, images) -> features [B, D]`.
-
-    Its own parameters are empty (meta) tensors, so no second copy of the model is held, and the
-    module it was made from is never touched. A plain object, so that it is registered nowhere.
-    """
-
-    def __init__(self, backbone: nn.Module) -> None:
-        self.skeleton = _skeleton(backbone)
-
-    def __call__(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        features = functional_call(self.skeleton, dict(weights), (images,), strict=False)
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            raise AdamergeError(
-                "the backbone does not return features [B, D] for images [B, 3, H, W]: use an "
-                "open_clip image tower with pooled output"
-            )
-        return features
-
-    def check(self, task_vectors: TaskVectors) -> None:
-        """Raises AdamergeError unless the task vectors are of exactly this tower's tensors."""
-        shapes = {name: list(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
-        given = {**task_vectors.pretrained, **task_vectors.constants}
-        for name in [*shapes, *given]:
-            found = list(given[name].shape) if name in given else "nothing"
-            wanted = shapes.get(name, "nothing")
-            if found != wanted:
-                raise AdamergeError(
-                    f"task vectors do not fit the backbone: tensor {name!r} is {found}, the "
-                    f"backbone has {wanted}; use weights of the same architecture"
-                )
-
-    def filled(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """A module of this architecture that holds `weights` (not copied)."""
-        module = copy.deepcopy(self.skeleton)
-        module.load_state_dict(dict(weights), strict=True, assign=True)
-        return module.requires_grad_(False)
-
-    def apply_buffers(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Maps the few real buffers that are no weights (positional tables), e.g. to a device."""
-        for module in self.skeleton.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = fn(buffer)
-
-
-def _skeleton(backbone: nn.Module) -> nn.Module:
-    empty: dict[int, Any] = {}
-    for tensor in backbone.state_dict(keep_vars=True).values():
-        meta = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        empty[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
-    return copy.deepcopy(backbone, empty).eval().requires_grad_(False)
-
-
-class FoldedEncoder(nn.Module):
-    """A static encoder: one tower with plain weights, the same for every task.
-
-    Args:
-        tower: the architecture.
-        weights: a full state dict of it; held, not copied.
-    """
-
-    def __init__(self, tower: Tower, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.backbone = tower.filled(weights)
-
-    def forward(self, images: Tensor, task_ids: Tensor | None = None) -> Tensor:
-        """`[B, 3, H, W] -> [B, D]`; `task_ids` is accepted and ignored."""
-        return cast(Tensor, self.backbone(images))
-
-
-def merged_encoder(
-    tower: Tower, task_vectors: TaskVectors, coefficients: Tensor | float
-) -> FoldedEncoder:
-    """The static encoder of fixed coefficients: `[T]`, `[T, L]`, or one number for all.
-
-    0 is the pretrained model, 1/T weight averaging, a one-hot vector one expert, and any other
-    number task arithmetic (arXiv 2212.04089).
-    """
-    first = task_vectors.pretrained[task_vectors.names[0]]
-    if not isinstance(coefficients, Tensor):
-        coefficients = torch.full((len(task_vectors.tasks),), float(coefficients))
-    with torch.no_grad():
-        weights = task_vectors.combine(coefficients.detach().to(first))
-    return FoldedEncoder(tower, {**weights, **task_vectors.constants})

@@ -1,4 +1,4 @@
-"""Label-free losses, in nats: pure functions of logits, and their per-task form for training.
+"""Label-free losses over tasks, for training; as pure functions they are in `losses`.
 
 An objective is called with the features and task ids of a whole step and returns one value per
 task; the loss is their (weighted) sum.
@@ -11,53 +11,32 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
+from adamerge.losses import (
+    entropy,
+    expert_kl,
+    infomax,
+    marginal_entropy,
+    promote,
+    sample_entropy,
+)
 
-
-def sample_entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy of each prediction, `[B, C] -> [B]`, exact (log-softmax), in nats.
-
-    Half-precision logits are promoted to float32 first.
-    """
-    log_probabilities = _promote(logits).log_softmax(-1)
-    return -(log_probabilities.exp() * log_probabilities).sum(-1)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Mean prediction entropy of a batch, `[B, C] -> []`, in nats.
-
-    The objective of AdaMerging: Adaptive Model Merging for Multi-Task Learning (arXiv 2310.02575).
-    """
-    return sample_entropy(logits).mean()
-
-
-def marginal_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the batch's mean prediction, `[B, C] -> []`, in nats.
-
-    Under torch.distributed the mean is taken over all ranks (equal batches on each), while the
-    gradient is this rank's share, so that averaging gradients over ranks gives the whole one.
-    A mean over n images underestimates the entropy by up to about (C − 1) / 2n nats: with few
-    images per class the marginal is biased, the same way at every step.
-    """
-    mean = _promote(logits).softmax(-1).mean(0)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        everywhere = mean.detach().clone()
-        dist.all_reduce(everywhere)
-        mean = everywhere / dist.get_world_size() + (mean - mean.detach())
-    return -torch.special.xlogy(mean, mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
-
-
-def infomax(logits: Tensor) -> Tensor:
-    """Mean entropy minus entropy of the mean prediction, `[B, C] -> []`, in nats.
-
-    The information-maximisation loss of Do We Really Need to Access the Source Data? (SHOT, arXiv
-    2002.08546): predictions are to be certain one by one and diverse together, which forbids the
-    collapse onto few classes that entropy alone rewards.
-    """
-    return entropy(logits) - marginal_entropy(logits)
+__all__ = [
+    "Entropy",
+    "ExpertKL",
+    "ExpertL1",
+    "InfoMax",
+    "Objective",
+    "TaskHeads",
+    "Teacher",
+    "entropy",
+    "expert_kl",
+    "infomax",
+    "marginal_entropy",
+    "sample_entropy",
+]
 
 
 class TaskHeads(Protocol):
@@ -67,6 +46,17 @@ class TaskHeads(Protocol):
     def tasks(self) -> Sequence[str]: ...
 
     def logits(self, features: Tensor, task: str) -> Tensor: ...
+
+
+class Teacher(Protocol):
+    """What an objective asks of a teacher (see `adamerge.encoders.Experts`)."""
+
+    @property
+    def widths(self) -> Sequence[int]: ...
+
+    def __call__(self, images: Tensor, task_ids: Tensor) -> Tensor: ...
+
+    def trace(self, images: Tensor, task_ids: Tensor) -> Tensor: ...
 
 
 class Objective:
@@ -79,9 +69,11 @@ class Objective:
     Attributes:
         additive: whether a task's value is a mean over its images, so that a step can be cut into
             micro-batches whose values add up. Others get two passes, see `adaptation.step_loss`.
+        traces: whether it takes traces in place of features, see `MergeMethod.trace`.
     """
 
     additive = False
+    traces = False
 
     def __init__(self, heads: TaskHeads, weights: Mapping[str, float] | None = None) -> None:
         self.heads = heads
@@ -103,8 +95,24 @@ class Objective:
         """The loss of one task's images, `[B_t, C_t] -> []`."""
         raise NotImplementedError
 
+    def value(self, features: Tensor, task: str, targets: Tensor | None) -> Tensor:
+        """The loss of one task's images, of their features `[B_t, D]`."""
+        return self.term(self.heads.logits(features, task))
+
+    def targets(self, images: Tensor, task_ids: Tensor) -> Tensor | None:
+        """What the features of these images are compared with, a row each; None: nothing."""
+        return None
+
+    def final(self, features: Tensor) -> Tensor:
+        """The features `[B, D]` in what this objective takes."""
+        return features
+
     def __call__(
-        self, features: Tensor, task_ids: Tensor, counts: Mapping[int, int] | None = None
+        self,
+        features: Tensor,
+        task_ids: Tensor,
+        counts: Mapping[int, int] | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Unweighted value per task, `[T]`; tasks without images have 0.
 
@@ -113,16 +121,18 @@ class Objective:
             task_ids: `[B]` integers; keep them on the CPU to spare a GPU synchronisation.
             counts: images per task id in the whole step when this is one micro-batch of it
                 (additive objectives only): values then add up over the micro-batches.
+            targets: what `targets` gave for the same images, where it gives anything.
         """
         ids = task_ids.cpu()
+        found = _by_task(features, ids)
+        wanted = {} if targets is None else _by_task(targets, ids)
         values = []
         for index, task in enumerate(self.heads.tasks):
-            rows = (ids == index).nonzero().squeeze(1)
-            if len(rows) == 0:
-                values.append(_promote(features.new_zeros(())))
+            if index not in found:
+                values.append(promote(features.new_zeros(())))
                 continue
-            value = self.term(self.heads.logits(_pick(features, rows), task))
-            values.append(value if counts is None else value * (len(rows) / counts[index]))
+            value = self.value(found[index], task, wanted.get(index))
+            values.append(value if counts is None else value * (len(found[index]) / counts[index]))
         return torch.stack(values)
 
     def weigh(self, values: Tensor) -> Tensor:
@@ -151,13 +161,91 @@ class InfoMax(Objective):
         return infomax(logits)
 
 
-def _pick(features: Tensor, rows: Tensor) -> Tensor:
-    """Rows of features; a run of neighbours, as in training, needs no index on the device."""
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == len(rows):
-        return features[first : last + 1]
-    return features[rows.to(features.device)]
+class Taught(Objective):
+    """Base of the losses against a frozen teacher's outputs on the same unlabeled images.
+
+    Args:
+        teacher: `(images, task_ids) -> features`, usually `Experts`.
+    """
+
+    additive = True
+
+    def __init__(
+        self, heads: TaskHeads, teacher: Teacher, weights: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__(heads, weights)
+        self.teacher = teacher
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        teach = self.teacher.trace if self.traces else self.teacher
+        return teach(images, task_ids)
 
 
-def _promote(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+class ExpertKL(Taught):
+    """`losses.expert_kl` per task, summed over tasks: the experts' predictions are the target.
+
+    It needs no labels, and unlike entropy it cannot confirm the merged model's own mistakes.
+
+    Args:
+        temperature: divides the logits of both; above 1 the expert's second choices count more.
+    """
+
+    def __init__(
+        self,
+        heads: TaskHeads,
+        teacher: Teacher,
+        temperature: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(heads, teacher, weights)
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise AdamergeError(
+                f"objective.temperature is {temperature!r}: expected a finite number > 0"
+            )
+        self.temperature = temperature
+
+    def value(self, features: Tensor, task: str, targets: Tensor | None) -> Tensor:
+        assert targets is not None
+        logits, wanted = self.heads.logits(features, task), self.heads.logits(targets, task)
+        return expert_kl(logits, wanted, self.temperature)
+
+
+class ExpertL1(Taught):
+    """Mean absolute difference to the expert's features, per task, summed over tasks.
+
+    The objective of Surgery (arXiv 2402.02705); of SurgeryV2 (arXiv 2410.14389) with `blocks`:
+    plus, for every block, the mean absolute difference of the token means after it. Features as
+    they come, not normalised.
+    """
+
+    def __init__(
+        self,
+        heads: TaskHeads,
+        teacher: Teacher,
+        blocks: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(heads, teacher, weights)
+        self.traces, self.widths = blocks, list(teacher.widths) if blocks else []
+
+    def value(self, features: Tensor, task: str, targets: Tensor | None) -> Tensor:
+        assert targets is not None
+        off = (promote(features) - promote(targets)).abs()
+        if not self.widths:
+            return off.mean()
+        sizes = [*self.widths, features.shape[1] - sum(self.widths)]
+        return torch.stack([part.mean() for part in off.split(sizes, 1)]).sum()
+
+    def final(self, features: Tensor) -> Tensor:
+        return features[:, sum(self.widths) :]
+
+
+def _by_task(rows: Tensor, ids: Tensor) -> dict[int, Tensor]:
+    """Each task's rows; where tasks are neighbours, as in training, cut in one piece: no index on
+    the device, and one pass for all in the backward."""
+    tasks, counts = torch.unique_consecutive(ids, return_counts=True)
+    found = tasks.tolist()
+    if len(set(found)) == len(found):
+        return dict(zip(found, rows.split(counts.tolist()), strict=True))
+    return {t: rows[(ids == t).nonzero().squeeze(1).to(rows.device)] for t in set(found)}

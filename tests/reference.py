@@ -50,3 +50,38 @@ def ties(deltas: list[Tensor], density: float) -> list[Tensor]:
         pairs = zip(vector, elected, strict=True)
         kept.append([x if (x > 0) - (x < 0) == sign else 0.0 for x, sign in pairs])
     return [torch.tensor(vector, dtype=torch.float64) for vector in kept]
+
+
+def expert_kl(logits: Tensor, expert_logits: Tensor, temperature: float) -> Tensor:
+    """T² Σ p log(p / q) of every row, averaged over rows."""
+    rows = []
+    for row, wanted in zip(logits / temperature, expert_logits / temperature, strict=True):
+        q, p = torch.exp(row) / torch.exp(row).sum(), torch.exp(wanted) / torch.exp(wanted).sum()
+        rows.append(sum(a * torch.log(a / b) for a, b in zip(p, q, strict=True)))
+    return temperature**2 * torch.stack(rows).mean()
+
+
+def gated_linear(hidden: Tensor, gates: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
+    """One group after the other, one task after the other; plain autograd."""
+    outputs = []
+    for tokens, gate in zip(hidden, gates, strict=True):
+        merged = weight
+        for number, delta in zip(gate, deltas, strict=True):
+            merged = merged + number * delta
+        outputs.append(torch.stack([merged @ token for token in tokens]))
+    return torch.stack(outputs)
+
+
+def largest(delta: Tensor, density: float) -> Tensor:
+    """Entries above the interpolated quantile of the magnitudes, found by sorting."""
+    ranked = sorted(abs(float(x)) for x in delta.flatten())
+    place = (1 - density) * (len(ranked) - 1)
+    low, high = ranked[int(place)], ranked[min(int(place) + 1, len(ranked) - 1)]
+    threshold = low + (place - int(place)) * (high - low)
+    return torch.where(delta.abs() > threshold, delta, 0)
+
+
+def adapted(features: Tensor, down: list[Tensor], up: list[Tensor], ids: list[int]) -> Tensor:
+    """z − up relu(down z), image by image."""
+    rows = [z - up[t] @ torch.relu(down[t] @ z) for z, t in zip(features, ids, strict=True)]
+    return torch.stack(rows)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
-    0: "errors files binding suite_check suite_files task_vectors objectives solving verdicts "
-    "safe_pickle torch_files weight_files layouts model_configs lora",
-    1: "encoders heads transforms methods.base",
-    2: "methods.adamerging",
-    3: "adaptation callbacks checkpoints hub data demo demo_images estimate evaluation export "
-    "image_cache image_files image_source arrays labels local_files staging pictures preflight "
-    "preflight_report resume sources tracking",
+    0: "errors files binding suite_check suite_files task_vectors gated losses objectives solving "
+    "verdicts safe_pickle torch_files weight_files layouts model_configs lora",
+    1: "towers mixtures adapters experts encoders heads transforms methods.base",
+    2: "methods.adamerging methods.surgery methods.wemoe",
+    3: "step adaptation features callbacks checkpoints hub data demo demo_images estimate "
+    "evaluation export image_cache image_files image_source arrays labels local_files staging "
+    "pictures preflight preflight_report resume sources tracking",
     4: "config build",
     5: "check convert deliver run cli",
 }

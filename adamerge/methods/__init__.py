@@ -2,5 +2,7 @@
 
 from adamerge.methods.adamerging import AdaMerging
 from adamerge.methods.base import MergeMethod
+from adamerge.methods.surgery import Surgery
+from adamerge.methods.wemoe import WEMoE
 
-__all__ = ["AdaMerging", "MergeMethod"]
+__all__ = ["AdaMerging", "MergeMethod", "Surgery", "WEMoE"]

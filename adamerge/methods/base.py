@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from adamerge.errors import AdamergeError
+
 
 class MergeMethod(nn.Module):
     """An encoder whose parameters are exactly what is learned.
@@ -24,6 +26,20 @@ class MergeMethod(nn.Module):
     def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
         """Features `[B, D]` of images `[B, 3, H, W]` given the shared `weights`."""
         raise NotImplementedError
+
+    def trace(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
+        """As `encode`, with the token means `[B, W]` after each block before the features:
+        `[B, blocks · W + D]`. Only for methods that an objective over blocks can teach."""
+        raise AdamergeError(
+            f"the objective compares features after each block, which {type(self).__name__} does "
+            "not learn: use it with Surgery and positions: blocks, or another objective"
+        )
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether images of one call change each other's features, so that `micro_batch` would
+        change the gradient."""
+        return False
 
     def forward(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """`[B, 3, H, W], [B] -> [B, D]`, differentiable in the learnables."""

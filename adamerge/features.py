@@ -1,0 +1,161 @@
+"""Features of frozen encoders, computed once for the images that are used, and batches of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from adamerge.data import Stream, UnlabeledBatches
+from adamerge.errors import AdamergeError
+from adamerge.files import replacing
+
+_FORMAT = 1  # of a stored file; another number makes new files
+Encode = Callable[[Tensor], Tensor]  # uint8 [B, 3, H, W] -> float [B, F]
+
+
+def content_key(weights: Mapping[str, Tensor], *parts: object) -> str:
+    """A name for features: sha256 over the encoder's weights and whatever else decides them.
+
+    Args:
+        parts: such as `TaskImages.key`, the mean and std of the images, the precision.
+    """
+    digest = hashlib.sha256(json.dumps([_FORMAT, *map(str, parts)]).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def stored_features(
+    encode: Encode,
+    images: np.ndarray,
+    folder: Path,
+    key: str,
+    batch_size: int = 256,
+    device: torch.device | None = None,
+) -> np.ndarray:
+    """Features of all images, memory-mapped float32 `[N, F]`; computed if they are not there yet.
+
+    An interrupted computation goes on after the last whole batch. A file appears under its name
+    only when it is complete.
+
+    Args:
+        encode: a frozen encoder of uint8 images on `device`, normalisation included.
+        images: uint8 `[N, 3, H, W]`, usually memory-mapped.
+        folder: for the files; made if needed.
+        key: what decides the features, see `content_key`.
+
+    Raises:
+        AdamergeError: no images, features that are not `[B, F]`, or NaN among them.
+    """
+    path, rows = folder / f"{key}.npy", folder / f"{key}.rows"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{key}.partial"
+        _compute(encode, images, partial, rows, batch_size, device)
+        partial.replace(path)
+        rows.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _compute(
+    encode: Encode,
+    images: np.ndarray,
+    partial: Path,
+    rows: Path,
+    batch_size: int,
+    device: torch.device | None,
+) -> None:
+    if len(images) == 0:
+        raise AdamergeError("there are no images to compute features of: give at least one")
+    done = int(rows.read_text()) if partial.exists() and rows.exists() else 0
+    stored = np.lib.format.open_memmap(partial, "r+") if done else None
+    for start in range(done, len(images), batch_size):
+        batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+        with torch.no_grad():
+            features = encode(batch.to(device)).float().cpu()
+        if features.shape[:1] != (len(batch),) or features.ndim != 2:
+            raise AdamergeError(
+                f"an encoder gave features of shape {list(features.shape)} for {len(batch)} "
+                "images: expected [images, size]"
+            )
+        if not bool(torch.isfinite(features).all()):
+            raise AdamergeError(
+                f"an encoder gave NaN or infinite features for images {start} to "
+                f"{start + len(batch) - 1}: look at these images and at the encoder's weights"
+            )
+        if stored is None:
+            shape = (len(images), features.shape[1])
+            stored = np.lib.format.open_memmap(partial, "w+", dtype=np.float32, shape=shape)
+        stored[start : start + len(batch)] = features.numpy()
+        stored.flush()
+        with replacing(rows) as temporary:
+            temporary.write_text(str(start + len(batch)))
+
+
+class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
+    """The batches of `UnlabeledBatches` with what is stored of their images.
+
+    `{task: {"images" or "features": [B, …], "targets": [B, F]}}` per step: the same rows in the
+    same order as without a store.
+
+    Args:
+        batches: of the images, uint8; gives the order.
+        targets: task -> stored outputs of the teacher `[N, F]`; none if empty.
+        features: task -> stored features of the frozen encoder `[N, D]`, in place of the images.
+        online: every image once: a task ends with its images, and the batches with the last task.
+    """
+
+    def __init__(
+        self,
+        batches: UnlabeledBatches,
+        targets: Mapping[str, np.ndarray],
+        features: Mapping[str, np.ndarray] | None = None,
+        online: bool = False,
+    ) -> None:
+        super().__init__()
+        inputs = batches.images if features is None else features
+        self.streams, self.first_step, self.online = batches.streams, batches.first_step, online
+        self.arrays = {"images" if features is None else "features": dict(inputs)}
+        self.arrays |= {"targets": dict(targets)} if targets else {}
+        for name, arrays in self.arrays.items():
+            for task, array in arrays.items():
+                if len(array) != len(batches.images[task]):
+                    raise AdamergeError(
+                        f"{name} of task {task!r} are stored for {len(array)} images, but there "
+                        f"are {len(batches.images[task])}: compute them for these images"
+                    )
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        worker = torch.utils.data.get_worker_info()
+        step = self.first_step + (worker.id if worker else 0)
+        stride = worker.num_workers if worker else 1
+        while not (self.online and all(len(_once(s, step)) == 0 for s in self.streams)):
+            rows = {s.task: _once(s, step) if self.online else s.batch(step) for s in self.streams}
+            yield {
+                task: {
+                    name: torch.from_numpy(np.asarray(arrays[task][picked]))
+                    for name, arrays in self.arrays.items()
+                }
+                for task, picked in rows.items()
+                if len(picked)
+            }
+            step += stride
+
+
+def _once(stream: Stream, step: int) -> np.ndarray:
+    """The rows of a step that the stream's first epoch still has."""
+    start = (step * stream.ranks + stream.rank) * stream.batch_size
+    return stream.batch(step)[: max(0, len(stream.rows) - start)]
+
+
+def online_steps(streams: Sequence[Stream]) -> int:
+    """How many steps it takes to see every image once."""
+    return max(-(-len(s.rows) // (s.batch_size * s.ranks)) for s in streams)

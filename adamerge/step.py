@@ -1,0 +1,137 @@
+"""One adaptation step: the loss, and its gradient in the learnables, in micro-batches if asked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamerge.errors import AdamergeError
+from adamerge.methods.base import MergeMethod
+from adamerge.objectives import Objective
+
+Encode = Callable[[Tensor, Tensor], Tensor]
+
+
+def step_loss(
+    method: MergeMethod,
+    objective: Objective,
+    images: Tensor,
+    task_ids: Tensor,
+    micro_batch: int | None = None,
+    targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of one step; its `backward()` fills the gradients of the learnables.
+
+    With `micro_batch` the images are encoded that many at a time, with the activations of one
+    micro-batch in memory and the weights merged once; the gradient is the same up to rounding. An
+    objective that is not additive (infomax) then costs one more forward pass, to know its
+    gradient in the features first.
+
+    Args:
+        method: the method to learn.
+        objective: `(features, task_ids) -> [T]`.
+        images: `[B, 3, H, W]`, normalised, of any mix of tasks (or what else the method encodes).
+        task_ids: `[B]`, indices into the objective's tasks, best kept on the CPU.
+        micro_batch: images at a time; None for all together.
+        targets: `objective.targets` of the images, a row each, if known; else it is asked here.
+
+    Returns:
+        The weighted loss `[]`, the objective's value per task `[T]` and the features `[B, D]`;
+        the last two detached.
+
+    Raises:
+        AdamergeError: micro-batches with a method that looks at the batch as a whole.
+    """
+    encode = method.trace if objective.traces else method.encode
+    whole = micro_batch is None or micro_batch >= len(images)
+    size = len(images) if whole or micro_batch is None else micro_batch
+    chunks = list(zip(images.split(size), task_ids.split(size), strict=True))
+    if targets is None:
+        asked = [objective.targets(*chunk) for chunk in chunks]
+        targets = torch.cat([t for t in asked if t is not None]) if asked[0] is not None else None
+    if whole:
+        features = encode(method.weights(), images, task_ids)
+        values = objective(features, task_ids, targets=targets)
+        return objective.weigh(values), values.detach(), objective.final(features.detach())
+    if method.mixes_images:
+        raise AdamergeError(
+            "method.batch_gate averages over the batch, which micro_batch would cut: set "
+            "micro_batch to null, or method.batch_gate to false"
+        )
+    shared = method.weights()
+    leaves = {name: w.detach().requires_grad_(w.requires_grad) for name, w in shared.items()}
+    backward = _additive_backward if objective.additive else _two_pass_backward
+    values, features = backward(
+        functools.partial(encode, leaves), objective, chunks, task_ids, targets
+    )
+    learned = [name for name, leaf in leaves.items() if leaf.grad is not None]
+    loss: Tensor = _Delivered.apply(
+        objective.weigh(values),
+        [leaves[name].grad for name in learned],
+        *[shared[name] for name in learned],
+    )
+    return loss, values, objective.final(features)
+
+
+def _additive_backward(
+    encode: Encode,
+    objective: Objective,
+    chunks: list[tuple[Tensor, Tensor]],
+    task_ids: Tensor,
+    targets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Every micro-batch forward and backward in turn; gradients add up in the leaves."""
+    counts = dict(enumerate(torch.bincount(task_ids.cpu()).tolist()))
+    parts, total, start = [], None, 0
+    for images, ids in chunks:
+        features = encode(images, ids)
+        wanted = None if targets is None else targets[start : start + len(ids)]
+        values = objective(features, ids, counts, wanted)
+        start += len(ids)
+        torch.autograd.backward(objective.weigh(values))
+        parts.append(features.detach())
+        total = values.detach() if total is None else total + values.detach()
+    assert total is not None  # split never returns an empty tuple
+    return total, torch.cat(parts)
+
+
+def _two_pass_backward(
+    encode: Encode,
+    objective: Objective,
+    chunks: list[tuple[Tensor, Tensor]],
+    task_ids: Tensor,
+    targets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Features without a graph, the objective's gradient in them, then each micro-batch again."""
+    with torch.no_grad():
+        features = torch.cat([encode(images, ids) for images, ids in chunks])
+    features.requires_grad_()
+    values = objective(features, task_ids, targets=targets)
+    (gradient,) = torch.autograd.grad(objective.weigh(values), features)
+    parts = gradient.split([len(images) for images, _ in chunks])
+    for (images, ids), part in zip(chunks, parts, strict=True):
+        torch.autograd.backward(encode(images, ids), part)
+    return values.detach(), features.detach()
+
+
+class _Delivered(torch.autograd.Function):
+    """A loss whose gradients are already known: hands them to the shared weights on backward.
+
+    So a step in micro-batches looks to the optimizer, to gradient hooks and to DDP like any other
+    loss: one backward pass, one gradient per learnable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *shared: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *[grad.mul_(outer.to(grad.dtype)) for grad in ctx.grads]

@@ -1,0 +1,57 @@
+"""Every shipped method and objective is built from its configuration and takes a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamerge import build, config
+from adamerge.methods import Surgery, WEMoE
+from adamerge.objectives import ExpertKL, ExpertL1
+
+
+@pytest.fixture(scope="module")
+def parts(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> build.Suite:
+    cache = f"cache_dir={tmp_path_factory.mktemp('cache')}"
+    return build.load_suite(config.load([f"suite={suite}", cache]))
+
+
+def step(words: list[str], parts: build.Suite, suite: Path) -> build.Adaptation:
+    settings = config.load([f"suite={suite}", *words])
+    build.check(settings)
+    adaptation = build.build_adaptation(settings, parts, build.build_method(settings, parts))
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        task: torch.randint(0, 256, (3, 3, 16, 16), generator=generator, dtype=torch.uint8)
+        for task in parts.heads.tasks
+    }
+    loss = adaptation.training_step(batch, 8)
+    loss.backward()
+    assert bool(torch.isfinite(loss))
+    assert all(p.grad is not None for p in adaptation.method.parameters())
+    return adaptation
+
+
+@pytest.mark.parametrize("name", config.names("method"))
+def test_methods(name: str, parts: build.Suite, suite: Path) -> None:
+    method = step([f"method={name}", "log_every=100"], parts, suite).method
+    assert isinstance(method, Surgery) == name.startswith("surgery")
+    assert isinstance(method, WEMoE) == name.endswith("wemoe")
+
+
+@pytest.mark.parametrize("name", config.names("objective"))
+def test_objectives(name: str, parts: build.Suite, suite: Path) -> None:
+    method = "surgery_v2" if name == "surgery_v2" else "layer_wise"
+    words = [f"method={method}", f"objective={name}", "log_every=100"]
+    objective = step(words, parts, suite).objective
+    assert isinstance(objective, ExpertKL) == (name == "expert_kl")
+    assert isinstance(objective, ExpertL1) == name.startswith("surgery")
+
+
+def test_surgery_is_taught_by_the_experts_features_unless_told_otherwise() -> None:
+    assert config.load(["method=surgery"])["objective"]["name"] == "surgery"
+    assert config.load(["method=surgery_v2"])["objective"]["blocks"] is True
+    chosen = config.load(["method=surgery", "objective=expert_kl"])
+    assert chosen["objective"]["name"] == "expert_kl"
