@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--to", type=Path, default=None, help="default: RUN/merged")
     _add_convert(commands)
+    _add_init(commands)
     show = commands.add_parser(
         "show",
         help="list suites, methods, objectives, tasks; print a resolved config",
@@ -78,6 +79,21 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--pretrained", help="the whole CLIP a tower or adapter was fine-tuned from"
     )
     convert.add_argument("--architecture", help="an open_clip model name or folder, if not told")
+
+
+def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a suite by looking at a folder of checkpoints",
+        description="Look at the checkpoints in a folder and one level below, and write a suite of "
+        "them: architecture, pretrained model and tasks as far as files, shapes and names tell, "
+        "and FILL IN where they do not. Nothing is asked, and nothing in a checkpoint is executed.",
+    )
+    init.add_argument("folder", type=Path, help="weight files, or a folder per checkpoint")
+    init.add_argument("--to", type=Path, default=Path("my_suite.yaml"), help="a new file")
+    init.add_argument("--pretrained", help="an open_clip tag, path or hf://…, if not told")
+    init.add_argument("--architecture", help="an open_clip model name or folder, if not told")
+    init.add_argument("--data", type=Path, help="a folder with images per task, named like them")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,6 +145,12 @@ def _run(options: argparse.Namespace) -> int:
         given = (options.pretrained, options.architecture)
         convert.convert(options.source, options.folder, options.to, *given)
         print(f"converted, and read back with equal weights: {options.folder}")
+        return 0
+    if options.command == "init":
+        from adamerge.init import init
+
+        told = (options.pretrained, options.architecture, options.data)
+        print("\n".join(init(options.folder, options.to, *told)))
         return 0
     if options.command == "evaluate":
         return deliver.evaluate(options.target, options.settings, options.to)

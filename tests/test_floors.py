@@ -13,8 +13,8 @@ FLOORS = {
     2: "methods.adamerging",
     3: "adaptation callbacks checkpoints hub data demo demo_images evaluation export image_cache "
     "image_files pictures resume sources tracking",
-    4: "config build",
-    5: "convert deliver run cli",
+    4: "config build inference init_text local_data survey task_names",
+    5: "convert deliver init run cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 HEAVY = {"lightning", "omegaconf", "wandb", "datasets"}
