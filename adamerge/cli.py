@@ -133,6 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.command == "show":
         return _show(options.what, options.settings)
+    if options.command == "init":
+        from adamerge.init import init
+
+        told = (options.pretrained, options.architecture, options.data)
+        print("\n".join(init(options.folder, options.to, *told)))
+        return 0
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker and DDP processes
     warnings.filterwarnings("ignore", module=r"(lightning|torch|open_clip|timm)\b")
     from adamerge import convert, deliver, run
@@ -145,12 +151,6 @@ def _run(options: argparse.Namespace) -> int:
         given = (options.pretrained, options.architecture)
         convert.convert(options.source, options.folder, options.to, *given)
         print(f"converted, and read back with equal weights: {options.folder}")
-        return 0
-    if options.command == "init":
-        from adamerge.init import init
-
-        told = (options.pretrained, options.architecture, options.data)
-        print("\n".join(init(options.folder, options.to, *told)))
         return 0
     if options.command == "evaluate":
         return deliver.evaluate(options.target, options.settings, options.to)

@@ -80,9 +80,12 @@ def init(
     written, missing = text(suite, entries, data)
     with replacing(to) as temporary:
         temporary.write_text(written, encoding="utf-8")
-    said = f"{len(entries)} expert{'s' if len(entries) > 1 else ''}"
-    lines = [f"{to}: {said} on {suite.pretrained.value or 'a pretrained model to fill in'}"]
-    lines += [f"  {entry.name}: {entry.expert}" for entry in entries]
+    lines = [f"{to}: {len(entries)} task{'s' if len(entries) > 1 else ''}"]
+    for name, answer in (("architecture", suite.architecture), ("pretrained", suite.pretrained)):
+        if answer.value is not None:
+            why = f" ({answer.why})" if answer.why else ""
+            lines.append(f"  {name}: {answer.value or 'left out'}{why}")
+    lines += [f"  tasks.{entry.name}: {entry.expert}" for entry in entries]
     lines += [f"skipped: {' '.join(line.split())}" for line in (*skipped, *more)]
     lines += [f"fill in {where}: {why}" for where, why in missing]
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from adamerge.task_names import normal, shipped_task, task_name
 _WIDTH = 96
 _START = """\
 # Written by `adamerge init`. Every key: docs/suites.md and configs/my_suite.yaml.
-#   adamerge show config suite={0}   # what is still missing
+#   adamerge check suite={0}    # what is missing, and whether every expert solves its task
 #   python train.py suite={0}
 """
 
@@ -85,7 +86,11 @@ class _Lines:
             self.lines.append(f"{indent}{key}:{f' # {comment}' if comment else ''}")
             self.lines += [f"{indent}  - {scalar(item)}" for item in value]
         elif comment and len(line) + len(comment) > _WIDTH:
-            self.lines += [f"{indent}# {comment}", line]
+            start = f"{indent}# "
+            self.lines += textwrap.wrap(
+                comment, _WIDTH, initial_indent=start, subsequent_indent=start
+            )
+            self.lines.append(line)
         else:
             self.lines.append(f"{line} # {comment}" if comment else line)
 
