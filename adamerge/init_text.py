@@ -95,12 +95,29 @@ class _Lines:
             self.lines.append(f"{line} # {comment}" if comment else line)
 
 
+class _Quoting(yaml.SafeDumper):
+    """Quotes what any reader of YAML could take for a number: omegaconf reads 1e3 as one."""
+
+
+def _represent(dumper: _Quoting, value: str) -> yaml.ScalarNode:
+    style = None if value[:1].isalpha() or value[:1] in "/_" else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Quoting.add_representer(str, _represent)
+
+
 def scalar(value: Any) -> str:
     """A value on one line of YAML, quoted where it would be read as something else."""
     if isinstance(value, str):  # `${…}` would be taken for the value of another key
         value = value.replace("${", "\\${")
-    written = yaml.safe_dump(
-        [value], default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9
+    written = yaml.dump(
+        [value],
+        Dumper=_Quoting,
+        default_flow_style=True,
+        allow_unicode=True,
+        sort_keys=False,
+        width=10**9,
     )
     return str(written).strip()[1:-1]
 

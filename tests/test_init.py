@@ -77,7 +77,8 @@ def pictures(folder: Path, count: int = 2) -> None:
 
 def pickled(model: Path, path: Path) -> None:
     """An ImageEncoder as the papers save it: without the blocks of its text tower."""
-    encoder, _ = vanishing(clip_of(model))
+    encoder, _ = vanishing(clip := clip_of(model))
+    clip.backbone.load_state_dict(tower(model, "seed"))
     del encoder.model.transformer  # type: ignore[union-attr]
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(encoder, path)
