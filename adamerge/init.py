@@ -59,6 +59,8 @@ def init(
     """
     if to.exists():
         raise AdamergeError(f"{to} exists already: name another file with --to")
+    if not to.absolute().parent.is_dir():
+        raise AdamergeError(f"{to} lies in no folder that exists: name another with --to")
     found, skipped = survey(folder)
     models = [one for one in found if one.kind != "head"]
     chosen = _chosen(pretrained, models, folder)
@@ -165,8 +167,7 @@ def _at(path: Path, base: Path) -> str:
 
 def _entries(folder: Path, experts: Sequence[Found]) -> tuple[list[Entry], list[str]]:
     """A task for every expert, and a line for each further expert of a task."""
-    stems = Counter({one.path.stem: 0 for one in experts})
-    stems.update(one.path.stem for one in experts if one.path.parent != folder)
+    stems = Counter(one.path.stem for one in experts if one.path.parent != folder)
     raw = []
     for one in experts:
         name, outer = file_name(one.path), one.path.parent

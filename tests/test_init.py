@@ -238,6 +238,21 @@ def test_an_expert_says_its_activation_and_base(tmp_path: Path) -> None:
     assert suite["pretrained"] == "hf://openai/clip-vit-base-patch32"
 
 
+@pytest.mark.parametrize("base", ["openai/clip-vit-base-patch32", "/gone/clip"])
+def test_adapters_say_what_they_were_trained_on(tmp_path: Path, base: str) -> None:
+    folder = tmp_path / "all" / "clip_vit-b-32_mnist_lora"
+    folder.mkdir(parents=True)
+    said = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    save_file({"x.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    init(tmp_path / "all", tmp_path / "own.yaml")
+    if base.startswith("/"):
+        assert problems(tmp_path / "own.yaml") == ["suite.pretrained is missing"]
+    else:
+        suite = load(tmp_path / "own.yaml")["suite"]
+        assert suite["pretrained"] == f"hf://{base}" and [*suite["tasks"]] == ["mnist"]
+
+
 def test_several_architectures(tmp_path: Path) -> None:
     as_b32(tmp_path / "all" / "svhn.pt")
     as_b32(tmp_path / "all" / "mnist.pt", patch=16)
@@ -291,6 +306,8 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(AdamergeError, match="images is not a folder: name the one that holds the"):
         init(folder, to, data=tmp_path / "images")
     assert not to.exists()
+    with pytest.raises(AdamergeError, match=r"own\.yaml lies in no folder that exists: name anoth"):
+        init(folder, tmp_path / "gone" / "own.yaml")
     to.write_text("mine")
     with pytest.raises(AdamergeError, match=r"own\.yaml exists already: name another file with --"):
         init(folder, to)
