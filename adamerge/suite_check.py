@@ -67,7 +67,7 @@ def _task_problems(where: str, task: Any, keys: Sequence[str], shipped: bool) ->
         yield f"{where}.head is {task['head']!r}: expected the path of a stored head"
     for key in ("classes", "templates"):
         value = task.get(key)
-        if key in task and not (isinstance(value, list) and value):
+        if value is not None and not (isinstance(value, list) and value):
             yield f"{where}.{key} is {value!r}: expected a list of texts"
     templates = task.get("templates")
     for template in templates if isinstance(templates, list) else []:

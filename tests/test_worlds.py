@@ -147,6 +147,8 @@ def test_an_activation_that_contradicts_the_weights_is_refused(tmp_path: Path) -
     other["model_cfg"]["quick_gelu"] = True
     (tmp_path / "other.json").write_text(json.dumps(other))
     suite = {"architecture": str(tmp_path / "other.json"), "pretrained": str(tmp_path / "hf")}
-    with pytest.raises(AdamergeError, match=r"another activation than .*one with quick_gelu: false"):
+    with pytest.raises(
+        AdamergeError, match=r"another activation than .*one with quick_gelu: false"
+    ):
         load_clip(suite)
     assert load_clip({"pretrained": str(tmp_path / "hf")})
