@@ -20,6 +20,8 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
         shipped: the names of the task files there are, to be told of.
     """
     yield from _keys(suite, (*_OPTIONAL, *_SUITE), _SUITE, "suite")
+    if "architecture" in suite and suite["architecture"] is None:
+        yield "suite.architecture is missing"
     for key in ("architecture", "pretrained", "root"):
         if suite.get(key) is not None and not isinstance(suite[key], str):
             yield f"suite.{key} is {suite[key]!r}: expected a name or a path"
