@@ -181,8 +181,9 @@ def _architecture(given: Any, pretrained: Checkpoint) -> str:
     if any((folder / name).is_file() for name in ("open_clip_config.json", "config.json")):
         return str(folder)
     raise AdamergeError(
-        f"suite.architecture is missing, and {folder} has no open_clip_config.json or config.json "
-        "that would tell it: name an open_clip model, like ViT-B-32-quickgelu"
+        f"the architecture is not named (suite.architecture, or --architecture), and {folder} has "
+        "no open_clip_config.json or config.json that would tell it: name an open_clip model, like "
+        "ViT-B-32-quickgelu"
     )
 
 

@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--to", type=Path, default=None, help="default: RUN/merged")
     _add_convert(commands)
+    _add_init(commands)
     show = commands.add_parser(
         "show",
         help="list suites, methods, objectives, tasks; print a resolved config",
@@ -87,6 +88,21 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--pretrained", help="the whole CLIP a tower or adapter was fine-tuned from"
     )
     convert.add_argument("--architecture", help="an open_clip model name or folder, if not told")
+
+
+def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a suite by looking at a folder of checkpoints",
+        description="Look at the checkpoints in a folder and one level below, and write a suite of "
+        "them: architecture, pretrained model and tasks as far as files, shapes and names tell, "
+        "and FILL IN where they do not. Nothing is asked, and nothing in a checkpoint is executed.",
+    )
+    init.add_argument("folder", type=Path, help="weight files, or a folder per checkpoint")
+    init.add_argument("--to", type=Path, default=Path("my_suite.yaml"), help="a new file")
+    init.add_argument("--pretrained", help="an open_clip tag, path or hf://…, if not told")
+    init.add_argument("--architecture", help="an open_clip model name or folder, if not told")
+    init.add_argument("--data", type=Path, help="a folder with images per task, named like them")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.command == "show":
         return _show(options.what, options.settings)
+    if options.command == "init":
+        from adamerge.init import init
+
+        told = (options.pretrained, options.architecture, options.data)
+        print("\n".join(init(options.folder, options.to, *told)))
+        return 0
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker and DDP processes
     warnings.filterwarnings("ignore", module=r"(lightning|torch|open_clip|timm)\b")
     from adamerge import check, convert, deliver, run

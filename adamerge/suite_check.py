@@ -20,6 +20,8 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
         shipped: the names of the task files there are, to be told of.
     """
     yield from _keys(suite, (*_OPTIONAL, *_SUITE), _SUITE, "suite")
+    if "architecture" in suite and suite["architecture"] is None:
+        yield "suite.architecture is missing"
     for key in ("architecture", "pretrained", "root"):
         if suite.get(key) is not None and not isinstance(suite[key], str):
             yield f"suite.{key} is {suite[key]!r}: expected a name or a path"
@@ -67,7 +69,7 @@ def _task_problems(where: str, task: Any, keys: Sequence[str], shipped: bool) ->
         yield f"{where}.head is {task['head']!r}: expected the path of a stored head"
     for key in ("classes", "templates"):
         value = task.get(key)
-        if key in task and not (isinstance(value, list) and value):
+        if value is not None and not (isinstance(value, list) and value):
             yield f"{where}.{key} is {value!r}: expected a list of texts"
     templates = task.get("templates")
     for template in templates if isinstance(templates, list) else []:

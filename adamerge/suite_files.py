@@ -78,7 +78,8 @@ def locate(suite: Entry, folder: Path) -> None:
         suite["root"] = _found(str(Path(suite["root"]).expanduser()), *here)
     root = Path(suite["root"]) if isinstance(suite.get("root"), str) else None
     first = [root] if root is not None and root.is_dir() else []
-    suite["architecture"] = _found(suite.get("architecture"), *here)
+    if "architecture" in suite:  # which may be left out, but not left empty
+        suite["architecture"] = _found(suite["architecture"], *here)
     suite["pretrained"] = _found(suite.get("pretrained"), *first, *here)
     for _, task in entries(suite):
         locate_data(task, *here)

@@ -14,8 +14,8 @@ FLOORS = {
     3: "step adaptation features callbacks checkpoints hub data demo demo_images estimate "
     "evaluation export image_cache image_files image_source arrays labels local_files staging "
     "pictures preflight preflight_report resume sources tracking",
-    4: "config build",
-    5: "check convert deliver run cli",
+    4: "config build inference init_text local_data survey task_names",
+    5: "check convert deliver init run cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 HEAVY = {"lightning", "omegaconf", "wandb", "datasets"}

@@ -177,7 +177,7 @@ def test_convert_refuses(clip: Clip, tmp_path: Path, capsys: pytest.CaptureFixtu
     suite, out = tmp_path / "suite", str(tmp_path / "out")
     tower, whole = str(suite / "dots.safetensors"), str(suite / "model")
     for arguments, message in (
-        ([tower, out], "suite.architecture is missing, and"),
+        ([tower, out], "the architecture is not named"),
         ([tower, out, "--architecture", whole], "expected a whole CLIP"),
         ([str(suite / "none.pt"), out], "does not exist"),
         ([tower, whole], "already holds files"),
