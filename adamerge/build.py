@@ -21,7 +21,7 @@ from adamerge.checkpoints import Checkpoint, load_pretrained, read, read_head, s
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
 from adamerge.data import TaskData
-from adamerge.encoders import Clip, Experts, Normalizer, Tower, build_clip, merged_encoder
+from adamerge.encoders import Clip, Normalizer, build_clip
 from adamerge.errors import AdamergeError
 from adamerge.heads import Heads, Prompts, zero_shot_heads
 from adamerge.image_cache import TaskImages, cache_images
@@ -29,6 +29,7 @@ from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
 from adamerge.sources import data_problems, open_dataset
 from adamerge.suite_files import entries, require_root
+from adamerge.supplies import SUPPLIED, Supplies, base_problems, split_base, supplies
 from adamerge.task_vectors import TaskVectors
 
 # Arguments of Lightning's Trainer that make sense here: others would be set twice, cut the endless
@@ -37,8 +38,6 @@ _TRAINER = (
     *("max_steps", "max_time", "accelerator", "devices", "num_nodes", "strategy", "precision"),
     *("gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "plugins"),
 )
-Supplied = Mapping[str, Callable[[], Any]]
-SUPPLIED = ("backbone", "task_vectors", "heads", "teacher", "encoder", "tasks", "dim")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "method": (subclass_of(MergeMethod), "a MergeMethod class", SUPPLIED),
     "objective": (subclass_of(Objective), "an Objective class", SUPPLIED),
@@ -94,6 +93,9 @@ def check(config: Config) -> None:
         except AdamergeError as error:
             found.append(str(error))
             continue
+        if key == "method":
+            arguments, own = split_base(target, arguments)
+            found += base_problems(own)
         found += problems(target, arguments, key, _KINDS[key.partition("[")[0]][2])
     found = found or _trial(config)
     if found:
@@ -267,32 +269,21 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     for key, part in _targets(config):
         if key.startswith("transform"):
             target, arguments = _target(key, part)
-            vectors = _construct(key, target, arguments, {"task_vectors": _always(vectors)})
+            given: Supplies = {"task_vectors": functools.partial(_itself, vectors)}
+            vectors = _construct(key, target, arguments, given)
     target, arguments = _target("method", config["method"])
-    method: MergeMethod = _construct("method", target, arguments, _supplied(suite, vectors))
+    arguments, own = split_base(target, arguments)
+    given = supplies(suite.clip, suite.task_vectors, vectors, suite.heads, own, suite.files)
+    method: MergeMethod = _construct("method", target, arguments, given)
     return method
 
 
-def _always(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
-def _supplied(suite: Suite, vectors: TaskVectors) -> Supplied:
-    """What constructors get by name, each made when it is asked for."""
-    backbone, heads = suite.clip.backbone, suite.heads
-    return {
-        "backbone": lambda: backbone,
-        "task_vectors": lambda: vectors,
-        "heads": lambda: heads,
-        "teacher": lambda: Experts(backbone, suite.task_vectors),
-        "encoder": lambda: merged_encoder(Tower(backbone), vectors, 0.3),
-        "tasks": lambda: heads.tasks,
-        "dim": lambda: heads.weight(heads.tasks[0]).shape[1],
-    }
+def _itself(vectors: TaskVectors) -> TaskVectors:
+    return vectors
 
 
 def _construct(
-    key: str, target: Callable[..., Any], arguments: Mapping[str, Any], supplied: Supplied
+    key: str, target: Callable[..., Any], arguments: Mapping[str, Any], supplied: Supplies
 ) -> Any:
     asked = inspect.signature(target).parameters
     try:
@@ -306,7 +297,8 @@ def _construct(
 def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adaptation:
     """The LightningModule of a run."""
     target, arguments = _target("objective", config["objective"])
-    supplied = _supplied(suite, suite.task_vectors)
+    vectors = suite.task_vectors
+    supplied = supplies(suite.clip, vectors, vectors, suite.heads, {}, suite.files)
     objective: Objective = _construct("objective", target, arguments, supplied)
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None
@@ -332,7 +324,7 @@ def normalizer(clip: Clip) -> Normalizer:
 
 _DECISIVE = (
     *("suite", "method", "objective", "transform", "protocol", "seed"),
-    *("batch_size", "micro_batch", "optim", "scheduler"),
+    *("batch_size", "micro_batch", "optim", "scheduler", "store", "online"),
 )
 
 

@@ -156,4 +156,5 @@ def _estimate(job: Job, images: Images, device: torch.device) -> Estimate | None
         steps if isinstance(steps, int) and steps > 0 else None,
         str(trainer.get("precision")),
         device,
+        job.settings["store"],
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -53,6 +54,12 @@ class Stream:
             picked[here] = self._order(int(epoch))[places[here]]
         return self.rows[picked]
 
+    def needed(self, steps: int) -> np.ndarray:
+        """The rows that so many steps draw, each once, in the order of the first epoch; a negative
+        number of steps draws all of them."""
+        count = len(self.rows) if steps < 0 else steps * self.ranks * self.batch_size
+        return self.rows[self._order(0)[:count]]
+
     def _order(self, epoch: int) -> np.ndarray:
         cached: tuple[int, np.ndarray] | None = self.__dict__.get("_last")
         if cached is None or cached[0] != epoch:
@@ -96,6 +103,9 @@ class TaskData(pl.LightningDataModule):
             name and size only, so runs with different seeds compare).
         num_workers: processes that read batches ahead; 0 reads in the training process.
 
+    Attributes:
+        wrap: turns the batches of images into what the steps take (see `features`); None: as is.
+
     Raises:
         AdamergeError: unknown protocol, or a task with too few images for it.
     """
@@ -114,17 +124,19 @@ class TaskData(pl.LightningDataModule):
         self.tasks = dict(tasks)
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.protocol = protocol
+        self.wrap: Callable[[UnlabeledBatches], IterableDataset[Any]] | None = None
         self.adapt_rows: dict[str, np.ndarray] = {}
         self.score_rows: dict[str, np.ndarray] = {}
         for task, data in self.tasks.items():
             self.adapt_rows[task], self.score_rows[task] = _split(task, len(data.images), protocol)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Batches from the trainer's current step on: a resumed run sees what it would have."""
         trainer = self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        batches = self.batches(trainer.global_step if trainer else 0, rank, ranks)
         return DataLoader(
-            self.batches(trainer.global_step if trainer else 0, rank, ranks),
+            batches if self.wrap is None else self.wrap(batches),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from adamerge.adaptation import Adaptation, step_loss
+from adamerge.stores import stores_features, stores_targets
 from adamerge.verdicts import Finding
 
 _LONGEST = 5.0  # seconds: longer steps are not taken whole but extrapolated
@@ -68,6 +69,7 @@ def estimate(
     steps: int | None,
     precision: str,
     device: torch.device,
+    stored: bool = False,
 ) -> Estimate | None:
     """Measures on real images; learned parameters, gradients, modes and random state stay.
 
@@ -80,12 +82,13 @@ def estimate(
     Args:
         pixels: task -> uint8 `[n, 3, H, W]`, n >= 1; repeated to fill a batch.
         precision: `32-true` or `bf16-mixed`, as for the trainer.
+        stored: whether steps read what `stores` keeps; computing that once is not in the time.
 
     Returns:
         None where the GPU's memory does not do for two images per task.
     """
     try:
-        return _measured(module, pixels, batch_size, steps, precision, device)
+        return _measured(module, pixels, batch_size, steps, precision, device, stored)
     except torch.OutOfMemoryError:
         module.to("cpu")
         return None
@@ -98,11 +101,12 @@ def _measured(
     steps: int | None,
     precision: str,
     device: torch.device,
+    stored: bool,
 ) -> Estimate:
     available = memory_available(device)
     held_before = _held(module) if device.type == "cpu" else 0
     module.to(device)
-    probe = _Probe(module, pixels, precision, device)
+    probe = _Probe(module, pixels, precision, device, stored)
     with _untouched(module):
         kept_by_one, _ = probe.step(1, None)
         kept_by_two, second = probe.step(2, None)
@@ -140,8 +144,10 @@ class _Probe:
         pixels: Mapping[str, Tensor],
         precision: str,
         device: torch.device,
+        stored: bool,
     ) -> None:
         self.module, self.pixels, self.device = module, pixels, device
+        self.stored = stored
         self.bf16 = precision.startswith("bf16")
 
     def step(self, count: int, micro_batch: int | None) -> tuple[int, float]:
@@ -157,6 +163,7 @@ class _Probe:
             kept[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # itself, it would keep its own graph alive
 
+        inputs, targets = self._inputs(images, ids)
         self._synchronize()
         start = time.perf_counter()
         with (
@@ -164,15 +171,25 @@ class _Probe:
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            batch = self.module.normalizer(images.to(self.device))
-            module = self.module
-            loss, *_ = step_loss(module.method, module.objective, batch, ids, micro_batch)
+            loss, *_ = step_loss(
+                self.module.method, self.module.objective, inputs, ids, micro_batch, targets
+            )
         loss.backward()
         self._synchronize()
         seconds = time.perf_counter() - start
         for parameter in self.module.parameters():
             parameter.grad = None
         return sum(kept.values()), seconds
+
+    def _inputs(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a step takes, and what it has stored of these images."""
+        module = self.module
+        batch = module.normalizer(images.to(self.device))
+        if not self.stored:
+            return batch, None
+        targets = module.objective.targets(batch, ids) if stores_targets(module) else None
+        known = module.method.frozen_features(batch, ids) if stores_features(module) else None
+        return (batch if known is None else known), targets
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

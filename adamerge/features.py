@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from adamerge.data import Stream, UnlabeledBatches
 from adamerge.errors import AdamergeError
-from adamerge.files import replacing
+from adamerge.files import locked, replacing
 
 _FORMAT = 1  # of a stored file; another number makes new files
 Encode = Callable[[Tensor], Tensor]  # uint8 [B, 3, H, W] -> float [B, F]
@@ -40,64 +40,72 @@ def stored_features(
     key: str,
     batch_size: int = 256,
     device: torch.device | None = None,
+    order: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Features of all images, memory-mapped float32 `[N, F]`; computed if they are not there yet.
+    """Features of images, memory-mapped float32 `[N, F]`; those that are missing are computed.
 
-    An interrupted computation goes on after the last whole batch. A file appears under its name
-    only when it is complete.
+    What is there stays: an interrupted computation goes on after its last whole batch, and a later
+    call with a longer `order` adds to it. One process computes at a time, others wait for it.
 
     Args:
         encode: a frozen encoder of uint8 images on `device`, normalisation included.
         images: uint8 `[N, 3, H, W]`, usually memory-mapped.
         folder: for the files; made if needed.
-        key: what decides the features, see `content_key`.
+        key: what decides the features, see `content_key`, and where `order` is given, what decides
+            its sequence: of two orders under one key, one must begin with the other.
+        order: the rows that are needed, first to last; None: all. Others hold no features.
 
     Raises:
         AdamergeError: no images, features that are not `[B, F]`, or NaN among them.
     """
-    path, rows = folder / f"{key}.npy", folder / f"{key}.rows"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{key}.partial"
-        _compute(encode, images, partial, rows, batch_size, device)
-        partial.replace(path)
-        rows.unlink(missing_ok=True)
+    if len(images) == 0:
+        raise AdamergeError("there are no images to compute features of: give at least one")
+    order = np.arange(len(images)) if order is None else order
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{key}.npy"
+    with locked(folder / f"{key}.lock"):
+        done = _done(path, len(images))
+        for start in range(done, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            features = _encoded(encode, images, picked, device)
+            if start == 0:
+                shape = (len(images), features.shape[1])
+                np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            stored = np.lib.format.open_memmap(path, mode="r+")
+            stored[picked] = features
+            stored.flush()  # before the record says so
+            with replacing(path.with_suffix(".rows")) as temporary:
+                temporary.write_text(str(start + len(picked)))
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _compute(
-    encode: Encode,
-    images: np.ndarray,
-    partial: Path,
-    rows: Path,
-    batch_size: int,
-    device: torch.device | None,
-) -> None:
-    if len(images) == 0:
-        raise AdamergeError("there are no images to compute features of: give at least one")
-    done = int(rows.read_text()) if partial.exists() and rows.exists() else 0
-    stored = np.lib.format.open_memmap(partial, "r+") if done else None
-    for start in range(done, len(images), batch_size):
-        batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-        with torch.no_grad():
-            features = encode(batch.to(device)).float().cpu()
-        if features.shape[:1] != (len(batch),) or features.ndim != 2:
-            raise AdamergeError(
-                f"an encoder gave features of shape {list(features.shape)} for {len(batch)} "
-                "images: expected [images, size]"
-            )
-        if not bool(torch.isfinite(features).all()):
-            raise AdamergeError(
-                f"an encoder gave NaN or infinite features for images {start} to "
-                f"{start + len(batch) - 1}: look at these images and at the encoder's weights"
-            )
-        if stored is None:
-            shape = (len(images), features.shape[1])
-            stored = np.lib.format.open_memmap(partial, "w+", dtype=np.float32, shape=shape)
-        stored[start : start + len(batch)] = features.numpy()
-        stored.flush()
-        with replacing(rows) as temporary:
-            temporary.write_text(str(start + len(batch)))
+def _done(path: Path, count: int) -> int:
+    """How many rows of the order are there; 0 where the files are damaged or of other images."""
+    try:
+        right = len(np.load(path, mmap_mode="r", allow_pickle=False)) == count
+        return int(path.with_suffix(".rows").read_text()) if right else 0
+    except (OSError, ValueError, EOFError):
+        return 0
+
+
+def _encoded(
+    encode: Encode, images: np.ndarray, rows: np.ndarray, device: torch.device | None
+) -> np.ndarray:
+    batch = torch.from_numpy(np.asarray(images[rows]))
+    with torch.no_grad():
+        features = encode(batch.to(device)).float().cpu()
+    if features.shape[:1] != (len(batch),) or features.ndim != 2:
+        raise AdamergeError(
+            f"an encoder gave features of shape {list(features.shape)} for {len(batch)} images: "
+            "expected [images, size]"
+        )
+    bad = (~torch.isfinite(features)).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise AdamergeError(
+            f"an encoder gave NaN or infinite features for image {rows[bad[0]]} ({len(bad)} of a "
+            "batch): look at these images and at the encoder's weights"
+        )
+    return features.numpy()
 
 
 class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):

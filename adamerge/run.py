@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
-from adamerge import build, check, config, deliver, preflight_report, tracking
+from adamerge import build, check, config, deliver, preflight_report, stores, tracking
 from adamerge.callbacks import Checkpoints, Progress, StopOnSignal, Watch
 from adamerge.config import Config
 from adamerge.deliver import Job
@@ -50,6 +50,7 @@ def train(words: Sequence[str]) -> int:
         _announce(job, run_dir)
         if not resumed:
             check.before_training(job, run_dir)
+    _prepare(job)
     wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
     stopped_by = _fit(job, run_dir, checkpoint, step, wandb)
     if not is_main_process():
@@ -60,6 +61,20 @@ def train(words: Sequence[str]) -> int:
         log.info("stopped; go on with: python train.py resume=%s", run_dir)
     tracking.finish(wandb)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _prepare(job: Job) -> None:
+    """Stores what frozen encoders say of the images, and counts the steps of an online run."""
+    settings, trainer = job.settings, job.settings["trainer"]
+    if settings["online"]:
+        trainer["max_steps"] = stores.steps_online(job.data)
+    devices = trainer["devices"]
+    ranks = len(devices) if isinstance(devices, list) else devices
+    ranks = ranks * trainer.get("num_nodes", 1) if isinstance(ranks, int) and ranks > 0 else 1
+    steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
+    folder, device = build.cache_root(settings) / "features", check.run_device(trainer)
+    made = stores.Stores(job.module, job.data, job.suite.files, folder, device, steps, ranks)
+    stores.prepare(made, settings["store"], settings["online"])
 
 
 def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:

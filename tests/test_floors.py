@@ -13,8 +13,8 @@ FLOORS = {
     2: "methods.adamerging methods.surgery methods.wemoe",
     3: "step adaptation features callbacks checkpoints hub data demo demo_images estimate "
     "evaluation export image_cache image_files image_source arrays labels local_files staging "
-    "pictures preflight preflight_report resume sources tracking",
-    4: "config build inference init_text local_data survey task_names",
+    "pictures preflight preflight_report resume sources stores tracking",
+    4: "config build supplies inference init_text local_data survey task_names",
     5: "check convert deliver init run cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -265,13 +265,34 @@ def test_a_store_goes_on_where_it_was_stopped(
 
     with pytest.raises(KeyboardInterrupt):
         stored_features(encode, images, tmp_path, "key", batch_size=4)
-    assert not (tmp_path / "key.npy").exists()
+    assert (tmp_path / "key.rows").read_text() == "8"
     found = stored_features(encode, images, tmp_path, "key", batch_size=4)
     assert asked == [4, 4, 4, 4]  # the third once more, none of the first two
     np.testing.assert_array_equal(found, images.reshape(12, -1)[:, :8].astype(np.float32))
     again = stored_features(encode, images, tmp_path, "key", batch_size=4)
     assert len(asked) == 4 and isinstance(again, np.memmap) and again.dtype == np.float32
-    assert [path.name for path in tmp_path.iterdir()] == ["key.npy"]
+
+
+def test_a_store_holds_the_rows_that_are_needed(
+    pictures: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    images, asked = pictures["task_b"], list[int]()
+
+    def encode(batch: Tensor) -> Tensor:
+        asked.append(len(batch))
+        return batch.flatten(1)[:, :8].float()
+
+    order = np.random.default_rng(0).permutation(12)
+    wanted = images.reshape(12, -1)[:, :8].astype(np.float32)
+    for count, new in ((5, [5]), (5, []), (9, [4]), (12, [3])):  # more steps need more images
+        asked.clear()
+        found = stored_features(encode, images, tmp_path, "key", order=order[:count])
+        assert asked == new
+        np.testing.assert_array_equal(found[order[:count]], wanted[order[:count]])
+    (tmp_path / "key.npy").write_bytes(b"damaged")
+    asked.clear()
+    np.testing.assert_array_equal(stored_features(encode, images, tmp_path, "key"), wanted)
+    assert asked == [12]
 
 
 def test_a_key_follows_the_weights_and_what_else_decides() -> None:
@@ -288,7 +309,7 @@ def test_a_key_follows_the_weights_and_what_else_decides() -> None:
 
 def test_bad_features_are_refused(pictures: dict[str, np.ndarray], tmp_path: Path) -> None:
     images, error = pictures["task_a"], adamerge.AdamergeError
-    with pytest.raises(error, match=r"NaN or infinite features for images 4 to 6"):
+    with pytest.raises(error, match=r"NaN or infinite features for image 4 \(3 of a batch\)"):
         stored_features(
             lambda batch: torch.full((len(batch), 2), float("nan" if len(batch) == 3 else 0)),
             *(images, tmp_path, "a", 4),

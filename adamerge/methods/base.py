@@ -35,6 +35,15 @@ class MergeMethod(nn.Module):
             "not learn: use it with Surgery and positions: blocks, or another objective"
         )
 
+    def frozen_features(self, images: Tensor, task_ids: Tensor) -> Tensor | None:
+        """Features `[B, F]` that `encode` takes in place of the images, and that no learning
+        changes; None where there are none."""
+        return None
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """The weights that decide `frozen_features`; empty where there are none."""
+        return {}
+
     @property
     def mixes_images(self) -> bool:
         """Whether images of one call change each other's features, so that `micro_batch` would

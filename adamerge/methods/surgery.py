@@ -104,6 +104,9 @@ class Surgery(MergeMethod):
         with torch.no_grad():
             return self._tower(self._frozen, images, task_ids)
 
+    def frozen_state(self) -> dict[str, Tensor]:
+        return {} if self._blocks else dict(self._frozen)
+
     def _frozen_part(self, images: Tensor, task_ids: Tensor) -> Tensor:
         if self._blocks:
             return self._tower(self._frozen, images, task_ids)
