@@ -20,7 +20,7 @@ class GatedLinear(nn.Module):
     Args:
         tensors: `weight [out, in]`, `bias [out]` and `bias_deltas [T, out]` if there is a bias, and
             `weight_deltas [T, out, in]`, or `weight_values`, `weight_places` and `weight_starts`
-            (see `SparseDeltas`).
+            (see `SparseDeltas`). A weight or bias without deltas is one that no expert changed.
     """
 
     weight: Tensor
@@ -33,19 +33,28 @@ class GatedLinear(nn.Module):
     def forward(self, hidden: Tensor, gates: Tensor) -> Tensor:
         """`[B, N, in], [G, T] -> [B, N, out]`; each gate serves B / G neighbours."""
         own = cast(Any, self)
-        deltas: Deltas
-        if "weight_deltas" in self._parameters:
-            deltas = DenseDeltas(own.weight_deltas)
-        else:
-            shape = (gates.shape[1], *self.weight.shape)
-            deltas = SparseDeltas(own.weight_values, own.weight_places, own.weight_starts, shape)
+        deltas = self._deltas(gates.shape[1])
         grouped = hidden.reshape(len(gates), -1, hidden.shape[-1])
-        output = gated_linear(grouped, gates, self.weight, deltas)
-        if "bias" in self._parameters:
+        if deltas is None:
+            output = nn.functional.linear(grouped, self.weight)
+        else:
+            output = gated_linear(grouped, gates, self.weight, deltas)
+        if "bias_deltas" in self._parameters:
             with torch.autocast(hidden.device.type, enabled=False):
                 bias = torch.addmm(own.bias, gates, own.bias_deltas)
             output = output + bias[:, None].to(output.dtype)
+        elif "bias" in self._parameters:
+            output = output + own.bias.to(output.dtype)
         return output.view(*hidden.shape[:-1], -1)
+
+    def _deltas(self, tasks: int) -> Deltas | None:
+        own = cast(Any, self)
+        if "weight_deltas" in self._parameters:
+            return DenseDeltas(own.weight_deltas)
+        if "weight_values" not in self._parameters:
+            return None
+        shape = (tasks, *self.weight.shape)
+        return SparseDeltas(own.weight_values, own.weight_places, own.weight_starts, shape)
 
 
 class Router(nn.Module):

@@ -323,3 +323,36 @@ def test_an_mlp_with_other_layers_is_refused() -> None:
     other = {name: tensor + 1 for name, tensor in state.items()}
     with pytest.raises(adamerge.AdamergeError, match=r"resblocks\.0\.mlp\.3 .* is a LayerNorm"):
         WEMoE(backbone, adamerge.TaskVectors(state, {"one": other}))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_mlp_tensors_that_no_expert_changed_are_static(density: float) -> None:
+    """As of LoRA adapters on the first linear layers alone."""
+    clip, pretrained = golden.clip(), golden.state("pretrained", torch.float64)
+    experts = {task: golden.state(f"expert_{task}", torch.float64) for task in golden.TASKS}
+    kept = ("mlp.c_proj.weight", "mlp.c_proj.bias", "0.mlp.c_fc.bias", "ln_1.weight")
+    for state in experts.values():
+        state.update({name: pretrained[name] for name in state if name.endswith(kept)})
+    vectors = adamerge.TaskVectors(pretrained, experts)
+    assert len(vectors.constants) == 2 + 2 + 1 + 2
+    torch.manual_seed(0)
+    method = WEMoE(clip.backbone, vectors, density=density)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images, ids = draw(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)
+    features, gates = method(images, ids), method.gates(images)
+    for row in range(4):  # each image's own gates, folded into a plain tower
+        static = method.fold_static(gates[row])
+        torch.testing.assert_close(static(images[row : row + 1])[0], features[row])
+    torch.testing.assert_close(method.fold()(images), features)
+    assert gates.std(0).min() > 1e-4
+
+
+def test_experts_without_mlps_of_their_own_are_refused() -> None:
+    clip, pretrained = golden.clip(), golden.state("pretrained", torch.float64)
+    experts = {task: golden.state(f"expert_{task}", torch.float64) for task in golden.TASKS}
+    for state in experts.values():
+        state.update({name: pretrained[name] for name in state if ".mlp." in name})
+    with pytest.raises(adamerge.AdamergeError, match="no expert changed an MLP of the tower"):
+        WEMoE(clip.backbone, adamerge.TaskVectors(pretrained, experts))

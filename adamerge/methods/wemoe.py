@@ -78,7 +78,7 @@ class WEMoE(MergeMethod):
             for width in (widths[:1] if shared_router else widths)
         )
         self._frozen = {
-            **_static(self.tower, task_vectors, base, init, self.blocks),
+            **_static(task_vectors, base, init, self.blocks),
             **_experts(task_vectors, self.blocks, density),
         }
         routers = {name: t.detach() for name, t in self.named_parameters()}
@@ -206,7 +206,6 @@ def _check(router_layers: int, density: float) -> None:
 
 
 def _static(
-    tower: Tower,
     vectors: TaskVectors,
     base: nn.Module | None,
     init: float,
@@ -214,11 +213,12 @@ def _static(
 ) -> dict[str, Tensor]:
     """Everything but the MLPs: of `base`, or task arithmetic."""
     names = [name for name in vectors.names if not name.startswith(blocks)]
+    constants = {n: t for n, t in vectors.constants.items() if not n.startswith(blocks)}
     if base is None:
         merged = {n: vectors.pretrained[n] + init * vectors.deltas[n].sum(0) for n in names}
-        return {**merged, **vectors.constants}
+        return {**merged, **constants}
     given = cast(nn.Module, getattr(base, "backbone", base)).state_dict()
-    wanted = {**{n: vectors.pretrained[n] for n in names}, **vectors.constants}
+    wanted = {**{n: vectors.pretrained[n] for n in names}, **constants}
     for name, tensor in wanted.items():
         if name not in given or given[name].shape != tensor.shape:
             found = list(given[name].shape) if name in given else "nothing"
@@ -231,7 +231,12 @@ def _static(
 
 def _experts(vectors: TaskVectors, blocks: tuple[str, ...], density: float) -> dict[str, Tensor]:
     """The MLPs' θ0 and τ, under the names of `mixtures.GatedLinear`."""
-    found = {}
+    found = {n: t for n, t in vectors.constants.items() if n.startswith(blocks)}
+    if not any(name.startswith(blocks) for name in vectors.names):
+        raise AdamergeError(
+            "no expert changed an MLP of the tower, so WEMoE has nothing to mix: use AdaMerging "
+            "(method=layer_wise), or experts with fine-tuned MLPs"
+        )
     for name in vectors.names:
         if not name.startswith(blocks):
             continue
@@ -255,6 +260,9 @@ def _merged(parts: Mapping[str, Tensor], gates: Tensor) -> dict[str, Tensor]:
         row = gates.to(tensor)
         if f"{name}_deltas" in parts:
             rows = parts[f"{name}_deltas"].flatten(1)
+        elif f"{name}_values" not in parts:
+            merged[name] = tensor
+            continue
         else:
             keys = (f"{name}_values", f"{name}_places", f"{name}_starts")
             values, places, starts = (parts[key] for key in keys)
