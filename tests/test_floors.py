@@ -11,7 +11,7 @@ FLOORS = {
     "verdicts safe_pickle torch_files weight_files layouts model_configs lora",
     1: "towers mixtures adapters experts encoders heads transforms methods.base",
     2: "methods.adamerging methods.surgery methods.wemoe",
-    3: "step adaptation features callbacks checkpoints hub data demo demo_images estimate "
+    3: "step adaptation advice features callbacks checkpoints hub data demo demo_images estimate "
     "evaluation export image_cache image_files image_source arrays labels local_files staging "
     "pictures preflight preflight_report resume sources stores tracking",
     4: "config build supplies inference init_text local_data survey task_names",

@@ -1,0 +1,63 @@
+"""Which objective the label-free signs speak for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adamerge.advice import Signs, advice, signs
+from adamerge.heads import Heads
+
+HEADS = Heads({"a": torch.eye(4) * 9, "b": torch.eye(4)[:2] * 9}, {"a": "wxyz", "b": "yn"})
+
+
+class Says(nn.Module):
+    """Encoder whose features are stored in the images' first pixels."""
+
+    def __init__(self, channel: int) -> None:
+        super().__init__()
+        self.channel = channel
+
+    def forward(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        return torch.eye(4)[images[:, self.channel, 0, 0].long()]
+
+
+def images(mine: list[int], expert: list[int]) -> Tensor:
+    made = torch.zeros(len(mine), 3, 2, 2)
+    made[:, 0, 0, 0], made[:, 1, 0, 0] = torch.tensor(mine), torch.tensor(expert)
+    return made
+
+
+def test_signs_are_shares_and_entropies() -> None:
+    given = {"a": images([0, 1, 2, 3], [0, 1, 3, 3]), "b": images([0, 0, 0, 0], [0, 1, 0, 1])}
+    found = signs(Says(0), Says(1), HEADS, given)
+    assert found.agreement == {"a": 0.75, "b": 0.5}
+    assert found.spread["a"] == pytest.approx(1.0, abs=1e-3) and found.spread["b"] < 0.01
+    assert found.expert_spread["b"] == pytest.approx(1.0, abs=1e-3)
+    three = -(0.25 * math.log(0.25) * 2 + 0.5 * math.log(0.5)) / math.log(4)
+    assert found.expert_spread["a"] == pytest.approx(three, abs=5e-3)
+
+
+FINE = Signs({"a": 0.8, "b": 0.5}, {"a": 0.9, "b": 0.7}, {"a": 0.95, "b": 0.95})
+LOW = Signs({"a": 0.3, "b": 0.9}, {"a": 0.9, "b": 0.9}, {"a": 1.0, "b": 1.0})
+NARROW = Signs({"a": 0.9, "b": 0.9}, {"a": 0.22, "b": 0.95}, {"a": 0.95, "b": 0.95})
+
+
+def test_nothing_is_said_where_all_is_well() -> None:
+    assert advice("entropy", FINE, FINE) == advice("entropy", None, None) == []
+    unbalanced = Signs({"a": 1.0}, {"a": 0.3}, {"a": 0.3})  # as the images are
+    assert advice("entropy", unbalanced, unbalanced) == []
+    assert advice("expert_kl", LOW, FINE) == []
+
+
+def test_low_agreement_and_collapse_are_named() -> None:
+    (said,) = advice("entropy", LOW, FINE)
+    assert "30 % (a)" in said and "objective=expert_kl is the better choice" in said
+    (said,) = advice("entropy", FINE, NARROW)
+    assert "a 0.22" in said and "b " not in said.split("prediction")[2].split(";")[0]
+    assert said.endswith("try objective=infomax or objective=expert_kl")
+    assert advice("infomax", FINE, NARROW)[0].endswith("try objective=expert_kl")
+    assert len(advice("entropy", LOW, NARROW)) == 2
