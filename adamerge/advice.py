@@ -71,8 +71,8 @@ def advice(objective: str, before: Signs | None, after: Signs | None) -> list[st
     if low and before is not None and objective != "expert_kl":
         shares = ", ".join(f"{100 * before.agreement[task]:.0f} % ({task})" for task in low)
         said.append(
-            f"before adapting, the merge names the expert's class for {shares} of the images: where "
-            "it is more often wrong than right, entropy confirms its mistakes; "
+            f"before adapting, the merge names the expert's class for {shares} of the images: "
+            "where it is more often wrong than right, entropy confirms its mistakes; "
             "objective=expert_kl is the better choice"
         )
     narrow = [] if after is None else _collapsed(after)
