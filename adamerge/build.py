@@ -156,19 +156,31 @@ def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
     checkpoint = read(source)
     clip = build_clip(_architecture(architecture, checkpoint))
     load_pretrained(clip, checkpoint)
-    _check_activation(clip, checkpoint, str(architecture))
+    _check_stated(clip, checkpoint, str(architecture))
     return clip, {"pretrained": checkpoint.record()}
 
 
-def _check_activation(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None:
-    """Refuses weights whose own config states another activation than the architecture has."""
-    stated, built = checkpoint.quick_gelu(), bool(clip.config["model_cfg"].get("quick_gelu"))
-    if stated is None or stated == built:
+def _check_stated(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None:
+    """Refuses weights whose own config states what the architecture has not, though shapes fit."""
+    model, stated = clip.config["model_cfg"], checkpoint.stated()
+    vision = model["vision_cfg"]
+    built = {
+        "quick_gelu": bool(model.get("quick_gelu")),
+        "heads": vision.get("width", 768) // vision.get("head_width", 64),
+        "layer_norm_eps": 1e-5,
+    }
+    for key in ("heads", "layer_norm_eps"):
+        if stated and stated[key] != built[key]:
+            raise AdamergeError(
+                f"{checkpoint.source} was trained with {key} = {stated[key]} in its image tower, "
+                f"{architecture} has {built[key]}, though all shapes fit: set suite.architecture "
+                "to the model it was trained as"
+            )
+    if not stated or stated["quick_gelu"] == built["quick_gelu"]:
         return
-    name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if stated else "")
-    mend = (
-        name if name in open_clip.list_models() else f"one with quick_gelu: {str(stated).lower()}"
-    )
+    gelu = stated["quick_gelu"]
+    name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if gelu else "")
+    mend = name if name in open_clip.list_models() else f"one with quick_gelu: {str(gelu).lower()}"
     raise AdamergeError(
         f"{checkpoint.source} was trained with another activation than {architecture} has "
         f"(QuickGELU or not), which silently costs accuracy: set suite.architecture to {mend}"
@@ -199,7 +211,7 @@ def load_suite(config: Config) -> Suite:
         expert = read(str(entry["expert"]))
         sources[task], files[task] = expert.source, expert.record()
         experts[task] = tower_state(expert, clip.backbone)
-        _check_activation(clip, expert, str(suite.get("architecture")))
+        _check_stated(clip, expert, str(suite.get("architecture")))
         if entry.get("head") is not None:
             files[f"head of {task}"] = read(entry["head"]).record()
     vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources, share=True)

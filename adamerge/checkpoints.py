@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from adamerge.layouts import (
     transformers_prefix,
 )
 from adamerge.lora import LoraConfig, lora_expert
+from adamerge.model_configs import VISION
 from adamerge.weight_files import open_weights
 
 log = logging.getLogger("adamerge")
@@ -65,19 +67,24 @@ class Checkpoint:
             found |= {"source": self.source, "revision": self.revision}
         return found
 
-    def quick_gelu(self) -> bool | None:
-        """The activation that transformers' `config.json` beside the weights states, if any does.
-
-        True for QuickGELU, False for another.
+    def stated(self) -> dict[str, Any]:
+        """What transformers' `config.json` beside the weights states of the image tower and its
+        tensors' shapes do not show: `quick_gelu`, `heads` and `layer_norm_eps`; empty without one.
         """
         path = self.files[0].parent / "config.json"
         try:
             config = json.loads(path.read_text())
-            stated = {"hidden_act": "quick_gelu", **(config.get("vision_config") or config)}
+            given = {**VISION, **(config.get("vision_config") or config)}
             kind = str(config.get("model_type"))
         except (OSError, ValueError, AttributeError, TypeError):  # it is not needed for reading
-            return None
-        return stated["hidden_act"] == "quick_gelu" if kind.startswith("clip") else None
+            return {}
+        if not kind.startswith("clip"):
+            return {}
+        return {
+            "quick_gelu": given["hidden_act"] == "quick_gelu",
+            "heads": given["num_attention_heads"],
+            "layer_norm_eps": given["layer_norm_eps"],
+        }
 
 
 def read(source: str | Path) -> Checkpoint:
@@ -203,7 +210,8 @@ def load_pretrained(clip: Clip, checkpoint: Checkpoint) -> None:
     if missing and ("token_embedding.weight" in missing or len(missing) == len(own)):
         raise AdamergeError(
             f"{where} lacks tensor {missing[0]!r}: expected a whole CLIP, because the heads are "
-            "made by its text tower"
+            "made by its text tower; name the CLIP it was fine-tuned from (of `adamerge convert`: "
+            "--pretrained)"
         )
     for names, verb in ((missing, "lacks"), (extra, "has the unknown")):
         if names:

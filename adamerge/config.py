@@ -66,6 +66,11 @@ def load(words: Sequence[str] = ()) -> Config:
             raise AdamergeError(
                 f"{group}.defaults is {overrides!r}: expected settings of configs/train.yaml"
             )
+        if "suite" in overrides:
+            raise AdamergeError(
+                f"{group}.defaults sets suite: expected other settings of configs/train.yaml; "
+                "write what belongs to a suite into its file"
+            )
         tree[group] = loaded
         tree.merge_with(overrides)
     for key, value in settings:

@@ -77,7 +77,9 @@ def fetch(source: str) -> Fetched:
     except AdamergeError:
         raise
     except Exception as error:  # of the hub, the network or the cache: one thing to the user
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split()).partition(" To enable")[0][:240]
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            reason = f"HF_HUB_OFFLINE is set, and it is not in the cache; {reason}"
         raise AdamergeError(
             f"{source} cannot be fetched ({type(error).__name__}: {reason}): check the name, the "
             "revision and the connection (a private repository needs a token: `hf auth login`), or "

@@ -72,9 +72,12 @@ class LoraConfig:
                     "(merge_and_unload) and give the merged checkpoint"
                 )
 
-    def scale(self, module: str, rank: int) -> float:
-        """s of a module; a pattern matches a whole dotted end of its name, as in PEFT."""
-        alpha = self.alpha
+    def scale(self, key: str, rank: int) -> float:
+        """s of the module of a tensor's key; a pattern matches a whole dotted end of the module's
+        name in the model that was adapted, as in PEFT."""
+        # PEFT gives the output projection of an `nn.MultiheadAttention` the settings of the whole.
+        name = key.removeprefix("base_model.model.").replace(".base_layer.out_proj.", ".")
+        module, alpha = name.partition(".lora_")[0], self.alpha
         for pattern, value in self.alphas.items():
             name = pattern.lstrip("^").rstrip("$")
             if module == name or (module.endswith(f".{name}") and not pattern.startswith("^")):
@@ -158,13 +161,11 @@ def _changes(adapter: Mapping[str, Tensor], config: LoraConfig) -> dict[str, _Ch
         target = f"{module}.in_proj_weight" if module.endswith(".attn") else f"{module}.weight"
         embedding = kind.startswith("embedding")
         found[target] = functools.partial(
-            _add, adapter, key, other, module, config, config.transposed or embedding
+            _add, adapter, key, other, config, config.transposed or embedding
         )
         bias = other.replace(".weight", ".bias")
         if bias != other and bias in adapter:
-            found[f"{module}.bias"] = functools.partial(
-                _add_bias, adapter, key, bias, module, config
-            )
+            found[f"{module}.bias"] = functools.partial(_add_bias, adapter, key, bias, config)
     return found
 
 
@@ -189,14 +190,13 @@ def _add(
     adapter: Mapping[str, Tensor],
     key_a: str,
     key_b: str,
-    module: str,
     config: LoraConfig,
     transposed: bool,
     before: Tensor,
 ) -> Tensor:
     a, b = adapter[key_a].to(before.dtype), adapter[key_b].to(before.dtype)
     times = 2 if _TWICE in key_a else 1
-    delta = (b.flatten(1) @ a.flatten(1)) * (times * config.scale(module, len(a)))
+    delta = (b.flatten(1) @ a.flatten(1)) * (times * config.scale(key_a, len(a)))
     return before + (delta.T if transposed else delta).reshape(before.shape)
 
 
@@ -204,8 +204,7 @@ def _add_bias(
     adapter: Mapping[str, Tensor],
     key_a: str,
     key_bias: str,
-    module: str,
     config: LoraConfig,
     before: Tensor,
 ) -> Tensor:
-    return before + adapter[key_bias].to(before.dtype) * config.scale(module, len(adapter[key_a]))
+    return before + adapter[key_bias].to(before.dtype) * config.scale(key_a, len(adapter[key_a]))

@@ -8,7 +8,7 @@ from typing import Any
 from adamerge.errors import AdamergeError
 
 # Defaults of transformers' CLIPVisionConfig and CLIPTextConfig, which its files may leave out.
-_VISION = {
+VISION = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -28,6 +28,7 @@ _TEXT = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+_EPS = 1e-5  # of open_clip's layer norms
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 _MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # OpenAI's
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors store them
@@ -55,12 +56,24 @@ def from_transformers(
         )
     # The very old files have the same under `…_config_dict`, the newest leave defaults out.
     parts = [(config.get(f"{part}_config") or {}) for part in ("vision", "text")]
-    vision, text = {**_VISION, **parts[0]}, {**_TEXT, **parts[1]}
+    vision, text = {**VISION, **parts[0]}, {**_TEXT, **parts[1]}
     activation = vision["hidden_act"]
     if activation not in _ACTIVATIONS or activation != text["hidden_act"]:
         raise AdamergeError(
             f"{where} has hidden_act {vision['hidden_act']!r} and {text['hidden_act']!r}: expected "
             "quick_gelu or gelu in both towers; open_clip cannot express others"
+        )
+    for part in (vision, text):
+        if part["layer_norm_eps"] != _EPS:
+            raise AdamergeError(
+                f"{where} has layer_norm_eps {part['layer_norm_eps']!r}: open_clip computes with "
+                f"{_EPS}, so features would differ; there is no exact conversion"
+            )
+    end, highest = text.get("eos_token_id", 49407), text["vocab_size"] - 1
+    if end not in (2, highest):  # 2, of old files, stands for the highest id too
+        raise AdamergeError(
+            f"{where} has text_config.eos_token_id {end!r}: open_clip takes the text's features at "
+            f"the highest token id, {highest}, so heads would differ; there is no exact conversion"
         )
     model = {
         "embed_dim": config.get("projection_dim", 512),
@@ -71,7 +84,7 @@ def from_transformers(
             "layers": vision["num_hidden_layers"],
             "width": vision["hidden_size"],
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+            "mlp_ratio": _ratio(vision),
         },
         "text_cfg": {
             "context_length": text["max_position_embeddings"],
@@ -79,7 +92,7 @@ def from_transformers(
             "width": text["hidden_size"],
             "heads": text["num_attention_heads"],
             "layers": text["num_hidden_layers"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+            "mlp_ratio": _ratio(text),
         },
     }
     return {
@@ -90,6 +103,13 @@ def from_transformers(
             "interpolation": _RESAMPLING.get(processor.get("resample", 3), "bicubic"),
         },
     }
+
+
+def _ratio(part: Mapping[str, Any]) -> float:
+    """What open_clip multiplies the width with, and rounds down, to get the hidden size."""
+    width, hidden = int(part["hidden_size"]), int(part["intermediate_size"])
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 _KNOWN = {

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from adamerge.errors import AdamergeError
 
-MOST_OPCODES = 2_000_000  # a pickled CLIP has some 20 thousand; bounds the memory of a crafted file
-_LONGEST_COPY = 4096  # items or characters a call may copy, for the same reason
+MOST_OPCODES = 500_000  # a pickled CLIP has some 20 thousand; bounds the memory of a crafted file
+_LONGEST_COPY = 16  # items a call may copy, for the same reason; shapes have fewer
 
 
 def _words(text: str) -> frozenset[str]:
@@ -84,7 +84,11 @@ class TensorRef:
 
 
 class Refused(AdamergeError):
-    """The pickle asks for something that no weights need, or is not well formed."""
+    """The pickle is not well formed, or not of weights."""
+
+
+class Unsafe(Refused):
+    """The pickle asks for a call, or names something to call, that no weights need."""
 
 
 def load(stream: BinaryIO | bytes) -> Any:
@@ -173,9 +177,9 @@ def _named(module: Any, name: Any) -> Named:
     path = f"{module}.{name}"
     risky = module.partition(".")[0] in _DANGEROUS
     if risky or (module in _BUILTINS and name not in _PLAIN_BUILTINS):
-        raise Refused(f"{path}, which no weights need")
+        raise Unsafe(f"{path}, which no weights need")
     if "." in name:
-        raise Refused(f"{path}, a dotted name")
+        raise Unsafe(f"{path}, a dotted name")
     return Named(path)
 
 
@@ -215,7 +219,7 @@ def _class_like(path: str, arguments: tuple[Any, ...]) -> Standin:
     name = path.rpartition(".")[2].lstrip("_")
     if path in _MAKERS or name[:1].isupper():  # a class by the convention of every library
         return Standin(path, arguments)
-    raise Refused(f"a call of {path}")
+    raise Unsafe(f"a call of {path}")
 
 
 def _container(path: str, arguments: tuple[Any, ...], otherwise: Callable[[], Any]) -> Any:
@@ -274,12 +278,11 @@ def _reconstruct(kind: Any, *rest: Any) -> Any:
     return _object(kind, ())
 
 
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+def _encode(text: Any, encoding: Any = "latin1") -> str:
+    """Bytes, of no use for weights: the text they come as, so that no file can multiply it."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise Refused("_codecs.encode with another encoding than latin1")
-    if len(text) > _LONGEST_COPY:
-        raise Refused(f"_codecs.encode of {len(text)} characters")
-    return text.encode("latin1")
+    return text
 
 
 def _jit_list(items: Any) -> Any:

@@ -88,7 +88,7 @@ class TaskVectors:
         if not self.names:
             raise AdamergeError(f"{where('pretrained')} holds no floating-point tensor to merge")
         for stored, keys in promoted.items():
-            log.info("stored in %s, promoted to float32: %s", stored, ", ".join(keys))
+            log.info("stored in %s, promoted to float32: %s", stored, ", ".join(map(str, keys)))
         self._check_distinct(where)
 
     def _read_layer(
@@ -113,6 +113,11 @@ class TaskVectors:
                     f"{where(task)} has tensor {name!r} of shape {list(tensor.shape)}, but the "
                     f"pretrained weights have {list(base.shape)}: use an expert fine-tuned "
                     "from this architecture"
+                )
+            if not tensor.is_floating_point():
+                raise AdamergeError(
+                    f"{where(task)} has tensor {name!r} of type {tensor.dtype}: expected "
+                    "floating-point weights; give the expert as it was before it was quantised"
                 )
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 _note(promoted, tensor, task)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
-from adamerge.safe_pickle import Refused, Standin, StorageRef, TensorRef, load
+from adamerge.safe_pickle import Refused, Standin, StorageRef, TensorRef, Unsafe, load
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a legacy file
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_DEEPEST, _MOST_MODULES = 64, 100_000  # modules within modules; CLIP has 8 levels, some 200
+_DEEPEST, _MOST_PARTS = 64, 100_000  # modules and tensors; CLIP has 8 levels, some 500
 
 _KINDS: dict[str, torch.dtype] = {
     "FloatStorage": torch.float32,
@@ -168,6 +168,11 @@ class TorchFile:
 def _blaming(path: Path) -> Iterator[None]:
     try:
         yield
+    except Unsafe as error:
+        raise AdamergeError(
+            f"{path} cannot be read safely ({error}): it holds more than weights, and nothing in "
+            "it is ever executed; get the weights elsewhere, best as a state dict in .safetensors"
+        ) from error
     except Refused as error:
         raise AdamergeError(
             f"{path} cannot be read safely ({error}): it is truncated, damaged, or holds objects "
@@ -242,13 +247,13 @@ def module_tensors(module: Standin) -> dict[str, TensorRef]:
 def _collect(
     module: Standin, prefix: str, found: dict[str, TensorRef], visits: Iterator[int]
 ) -> None:
-    if next(visits) > _MOST_MODULES or prefix.count(".") > _DEEPEST:
-        raise AdamergeError(
-            f"a pickled {module.path} nests modules deeper than any model, or within themselves: "
-            "it is damaged or made to harm; save a state dict"
-        )
     for part in _parts(module):
         for name, value in part.items():
+            if next(visits) > _MOST_PARTS or prefix.count(".") > _DEEPEST:
+                raise AdamergeError(
+                    f"a pickled {module.path} nests modules deeper than any model, or within "
+                    "themselves: it is damaged or made to harm; save a state dict"
+                )
             if isinstance(value, TensorRef):
                 found[f"{prefix}{name}"] = value
             elif isinstance(value, Standin):

@@ -41,7 +41,7 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
         AdamergeError: missing, truncated, damaged, of another format, or holding no tensors.
     """
     if not path.is_file():
-        raise AdamergeError(f"checkpoint {path} does not exist: check the path in the suite")
+        raise AdamergeError(f"checkpoint {path} does not exist: check the path")
     if _is_safetensors(path):
         return SafetensorsFile(path)
     file = TorchFile(path)
@@ -71,7 +71,7 @@ def _what(head: bytes, size: int) -> str:
     for start, what in _SIGNATURES:
         if head.startswith(start):
             return what
-    if head.lstrip().lower().startswith(_PAGES):
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
         return "a web page saved under that name: the download failed (a login? a limit?)"
     if not head.strip(b"\0"):
         return "zeros where its header should be: an interrupted download; download it again"
@@ -133,8 +133,9 @@ def _references(path: Path, root: Any) -> dict[str, TensorRef]:
         if isinstance(root, Standin):
             return _some(path, module_tensors(root))
         if not isinstance(root, Mapping):
+            kind = "bare tensor" if isinstance(root, TensorRef) else type(root).__name__
             raise AdamergeError(
-                f"{path} holds a {type(root).__name__}: expected a state dict (names -> tensors) "
+                f"{path} holds a {kind}: expected a state dict (names -> tensors) "
                 "or a pickled module; save a state dict"
             )
         inner = next((k for k in _INNER if isinstance(root.get(k), Mapping | Standin)), None)

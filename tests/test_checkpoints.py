@@ -85,6 +85,8 @@ def truncated_zip(path: Path) -> None:
         ("a.pt", truncated_zip, "cannot be read safely.*its end is missing"),
         ("a.pt", lambda p: p.write_text("<!DOCTYPE html><p>404"), "is a web page saved under"),
         ("a.pt", lambda p: p.write_text("\n<html>"), "is a web page saved under that name"),
+        ("a.pt", lambda p: p.write_text("\ufeff<html>"), "is a web page saved under that name"),
+        ("a.pt", lambda p: torch.save(torch.ones(2), p), "holds a bare tensor: expected a state"),
         ("a.pt", lambda p: p.write_text("Entry not found"), "a text that begins 'Entry not found'"),
         ("a.pt", lambda p: p.write_text('{"error": "gated"}'), 'text that begins \'{"error"'),
         ("a.pt", lambda p: p.write_text(LFS), "a Git LFS pointer.*git lfs pull"),

@@ -133,3 +133,10 @@ def test_broken_suites(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(AdamergeError, match=message):
         build.check(config.load([f"suite={path}"]))
+
+
+def test_defaults_do_not_rewrite_the_suite(tmp_path: Path) -> None:
+    text = (config.config_root() / "method" / "layer_wise.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(f"{text}\ndefaults: {{suite: {{pretrained: x}}}}\n")
+    with pytest.raises(AdamergeError, match=r"method\.defaults sets suite"):
+        config.load([f"method={tmp_path / 'mine.yaml'}"])

@@ -289,6 +289,10 @@ ADAPTERS = {
         "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "fc1", "fc2"],
         "rank_pattern": {"fc1": 2, "layers.1.mlp.fc2": 3}, "alpha_pattern": {"fc1": 5},
     },
+    "whole names": {
+        "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+        "alpha_pattern": {"vision_model.encoder.layers.0.self_attn.q_proj": 64, "v_proj": 2},
+    },
     "everything": {
         "r": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2",
                                    "patch_embedding", "position_embedding"],
@@ -324,6 +328,19 @@ def test_lora_on_open_clip_names(clip: Clip, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = merged(IMAGES)
     assert (wanted - features(clip)).abs().max() > 0.05
+    torch.testing.assert_close(features(clip, state), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_patterns_on_open_clip_names(clip: Clip, tmp_path: Path) -> None:
+    """The output projection has the settings of its attention."""
+    tower = build_clip(str(tmp_path / "suite" / "model"))
+    load_pretrained(tower, read(tmp_path / "suite" / "model"))
+    patterns = {"transformer.resblocks.0.attn": 20, "1.mlp.c_fc": 1}
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["attn", "c_fc"]}
+    merged = trained(tower.backbone, tmp_path / "lora", **settings, alpha_pattern=patterns)
+    state = tower_state(read(tmp_path / "lora"), clip.backbone)
+    with torch.no_grad():
+        wanted = merged(IMAGES)
     torch.testing.assert_close(features(clip, state), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -380,6 +397,11 @@ def test_adapters_that_do_not_fit(clip: Clip, tmp_path: Path) -> None:
         ({"model_type": "clip_vision_model"}, "describes an image tower alone"),
         ({"model_type": "bert"}, "a model of type 'bert'"),
         ({"vision_config": {**VISION, "hidden_act": "relu"}}, "hidden_act 'relu' and 'gelu'"),
+        ({"vision_config": {**VISION, "layer_norm_eps": 1e-2}}, r"layer_norm_eps 0\.01: open_clip"),
+        (
+            {"text_config": {**TEXT, "eos_token_id": 5}},
+            r"eos_token_id 5: .*highest token id, 49407",
+        ),
     ],
 )
 def test_transformers_configs_that_are_no_clip(
@@ -389,6 +411,20 @@ def test_transformers_configs_that_are_no_clip(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(AdamergeError, match=message):
         build_clip(str(tmp_path))
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(176, 240), (48, 100), (32, 128)])
+def test_any_hidden_size(tmp_path: Path, width: int, hidden: int) -> None:
+    vision = {**VISION, "hidden_size": width, "intermediate_size": hidden}
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=16)
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    clip = build_clip(str(tmp_path / "hf"))
+    load_pretrained(clip, read(tmp_path / "hf"))
+    torch.testing.assert_close(features(clip), pooled(model), atol=1e-5, rtol=1e-5)
+    convert(str(tmp_path / "hf"), tmp_path / "again", "transformers")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert written["vision_config"]["intermediate_size"] == hidden
 
 
 def test_shards_elsewhere_or_twice(tmp_path: Path) -> None:

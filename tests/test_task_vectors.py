@@ -140,3 +140,9 @@ def test_expert_equal_to_pretrained_and_duplicate_and_no_tasks() -> None:
         TaskVectors(pretrained, {})
     with pytest.raises(AdamergeError, match=r"shape \[2\]: expected \[3\] or \[3, 3\]"):
         TaskVectors(pretrained, experts).combine(torch.ones(2))
+
+
+def test_integer_weights_are_refused() -> None:
+    experts = {"x": {"a": torch.ones(2, dtype=torch.int8)}}
+    with pytest.raises(AdamergeError, match=r"'a' of type torch\.int8: expected floating"):
+        TaskVectors({"a": torch.ones(2)}, experts)

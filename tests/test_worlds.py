@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adamerge import AdamergeError
-from adamerge.build import load_clip
+from adamerge import AdamergeError, config
+from adamerge.build import load_clip, load_suite
 from adamerge.checkpoints import load_pretrained, read
 from adamerge.cli import main
 from adamerge.convert import convert
@@ -152,3 +152,24 @@ def test_an_activation_that_contradicts_the_weights_is_refused(tmp_path: Path) -
     ):
         load_clip(suite)
     assert load_clip({"pretrained": str(tmp_path / "hf")})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_attention_heads", 4, "trained with heads = 4 in its image tower, .* has 2, though"),
+        ("layer_norm_eps", 1e-3, r"trained with layer_norm_eps = 0\.001"),
+        ("hidden_act", "quick_gelu", "another activation"),
+    ],
+)
+def test_what_an_expert_states_and_its_shapes_do_not_show(
+    key: str, value: object, message: str, tmp_path: Path
+) -> None:
+    path = make_suite(tmp_path / "suite")
+    suite = yaml.safe_load(path.read_text())
+    suite["tasks"]["dots"]["expert"] = to_transformers_expert(tmp_path / "suite", "dots")
+    stated = tmp_path / "suite" / "dots-hf" / "config.json"
+    stated.write_text(json.dumps({**json.loads(stated.read_text()), key: value}))
+    path.write_text(yaml.safe_dump(suite, sort_keys=False))
+    with pytest.raises(AdamergeError, match=message):
+        load_suite(config.load([f"suite={path}"]))
