@@ -28,13 +28,24 @@ VARIANTS = (
     ("layer_wise", "infomax"),
     ("layer_wise_pp", "entropy"),
     ("layer_wise_pp", "infomax"),
+    ("layer_wise", "expert_kl"),
+    ("wemoe", "entropy"),
+    ("wemoe", "infomax"),
+    ("wemoe", "expert_kl"),
+    ("e_wemoe", "entropy"),
+    ("surgery", "surgery"),
+    ("surgery_v2", "surgery_v2"),
+    # On top of the merge that `layer_wise`, `entropy` has learned with the same seed.
+    ("surgery on layer_wise", "surgery"),
 )
 
 
 def run(method: str, objective: str, seed: int, baselines: bool, folder: Path) -> dict[str, Any]:
     """`results.json` of one run, and its seconds."""
-    target = folder / f"{method}-{objective}-{seed}"
+    target = folder / f"{method}-{objective}-{seed}".replace(" ", "-")
+    method, _, below = method.partition(" on ")
     words = [f"method={method}", f"objective={objective}", f"seed={seed}", f"run_dir={target}"]
+    words += [f"method.base={folder / f'{below}-entropy-{seed}'}"] if below else []
     words += [f"evaluate.baselines={str(baselines).lower()}", "wandb=off"]
     start = time.perf_counter()
     if adamerge(["train", "suite=demo", *words]) != 0:
@@ -69,10 +80,16 @@ def main() -> None:
             ]
             if not lines:
                 tasks = list(found[0]["rows"][0]["accuracy"])
-                for row in found[0]["rows"][:-1]:
+                for row in found[0]["rows"]:
+                    if row["name"] == method:
+                        break
                     at = f" (λ = {row['coefficient']})" if "coefficient" in row else ""
                     lines.append(line(row["name"].replace("_", " ") + at, [row]))
-            lines.append(line(f"{method}, {objective}", [f["rows"][-1] for f in found]))
+            own = method.partition(" on ")[0]  # as trained, then its folds that give something up
+            names = [r["name"] for r in found[0]["rows"] if r["name"].partition(",")[0] == own]
+            for name in names:
+                rows = [row for result in found for row in result["rows"] if row["name"] == name]
+                lines.append(line(f"{method}, {objective}{name.removeprefix(own)}", rows))
     text = (
         f"# The demo suite\n\n{date.today()}, accuracy in %, protocol paper, mean over seeds "
         f"{', '.join(map(str, arguments.seeds))} (± standard deviation).\n\n"
