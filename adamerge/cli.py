@@ -50,11 +50,12 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="export a run's last checkpoint",
-        description="Fold the last checkpoint of a run and export it, verified, as an open_clip "
-        "folder.",
+        description="Fold the last checkpoint of a run and export it, verified. fold=per_task or "
+        "fold=single choose another fold of methods that have one.",
     )
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--to", type=Path, default=None, help="default: RUN/merged")
+    export.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
     _add_convert(commands)
     show = commands.add_parser(
         "show",
@@ -143,7 +144,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.command == "evaluate":
         return deliver.evaluate(options.target, options.settings, options.to)
-    return deliver.export_run(options.run, options.to)
+    return deliver.export_run(options.run, options.to, options.settings)
 
 
 def _show(what: str, settings: Sequence[str]) -> int:
