@@ -85,9 +85,7 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     if job.scorer(device).measures:
         found = folding.statistics(method, job.data, normalizer, device, size)
         rows += folding.rows(method, name, found, job.scorer(device))
-    results = _results(job, rows, name)
-    if job.settings["fold"] is not None:
-        results["exported"] = folding.title(name, job.settings["fold"])
+    results = _results(job, rows, name) | _exported(job.settings)
     table = evaluation.write_results(results, run_dir)
     drawn = draw_coefficients(job, run_dir)
     if results["rows"][0]["accuracy"]:
@@ -138,6 +136,12 @@ def _results(job: Job, rows: Sequence[Row], method: str) -> dict[str, Any]:
     settings = job.settings
     suite, protocol = settings["suite"]["name"], settings["protocol"]
     return evaluation.as_json(rows, suite, method, protocol, settings["seed"])
+
+
+def _exported(settings: Config) -> dict[str, str]:
+    """The row of the results that is exported, where a fold is asked for."""
+    fold = settings["fold"]
+    return {} if fold is None else {"exported": folding.title(settings["method"]["name"], fold)}
 
 
 def export_merged(
@@ -195,8 +199,9 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     saved = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     check_fingerprint(saved, job.fingerprint(), run_dir)
     job.module.load_state_dict(saved["state_dict"])
-    found = run_dir / "results.json"
-    results, table = evaluation.read_results(found) if found.is_file() else ({}, "")
+    found, results, table = run_dir / "results.json", {}, ""
+    if found.is_file():
+        results, table = evaluation.read_results(found, _exported(settings))
     _say_exported(export_merged(job, folder or run_dir / "merged", results, table))
     return 0
 

@@ -257,7 +257,8 @@ def write_results(results: Mapping[str, Any], folder: Path) -> str:
     return table
 
 
-def read_results(path: Path) -> tuple[dict[str, Any], str]:
-    """A written `results.json` and its table."""
+def read_results(path: Path, exported: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """A written `results.json` and its table, with another `exported` row, or none."""
     results: dict[str, Any] = json.loads(path.read_text())
+    results = {key: value for key, value in results.items() if key != "exported"} | dict(exported)
     return results, as_markdown(results)

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from adamerge.export_files import ADAPTERS, HEADS, OWN_WEIGHTS, task_folder
+from adamerge.folding import IMAGES
 from adamerge.heads import Heads
 
 _WHAT = {
     "static": "One CLIP whose image tower merges the experts of {tasks}.",
-    "per_task": "One CLIP per task, made of the experts of {tasks}: the image tower of each is a "
+    "per_task": "One CLIP per task, made of the experts of {tasks}:\nthe image tower of each is a "
     "merge of all, for images of its own task.",
-    "dynamic": "An image tower whose MLPs are merged anew for every image, out of the experts of "
+    "dynamic": "An image tower whose MLPs are merged anew for every image, out of the experts of\n"
     "{tasks}, by routers that look at the image.",
-    "adapters": "A merged image tower with small adapters for the images of each task: {tasks}.",
+    "adapters": "A merged image tower with small adapters for the images of each task:\n{tasks}.",
 }
 
 
@@ -36,7 +37,8 @@ tags: [model-merging, adamerge]
 
 # {title}
 
-{_WHAT[kind].format(tasks=tasks)} What was learned was learned without labels by adamerge.
+{_WHAT[kind].format(tasks=tasks)}
+What was learned was learned without labels by adamerge.
 {_folded(record)}
 ```python
 import adamerge
@@ -65,10 +67,10 @@ Features read back from this folder differ from {_compared(record)} by at most
 def _folded(record: Mapping[str, Any]) -> str:
     if not record.get("fold") or record.get("fold_is_exact", True):
         return ""
-    what = "of each task" if record["fold"] == "per_task" else "of all tasks"
+    what = "that task" if record["fold"] == "per_task" else "all tasks"
     return (
-        f"The routers were folded into their mean gates over unlabeled images {what}: features "
-        "are not those of the routers; the table has the accuracies of both.\n"
+        f"The routers were replaced by their mean gates over unlabeled images of {what}, at most\n"
+        f"{IMAGES} of each; the table has the accuracies before and after.\n"
     )
 
 
@@ -95,14 +97,14 @@ tokenizer = open_clip.get_tokenizer("local-dir:{place}")
         )
     if kind == "dynamic":
         return (
-            f"open_clip has no such tower and does not load this folder. `{OWN_WEIGHTS}` holds the "
-            "routers, the MLPs' pretrained weights and task vectors, and the static rest; the text "
-            "tower, which classification does not need, is left out."
+            f"open_clip has no such tower and does not load this folder. `{OWN_WEIGHTS}` holds\n"
+            "the routers, the MLPs' pretrained weights and task vectors, and the static rest; the\n"
+            "text tower, which classification does not need, is left out."
         )
     if kind == "adapters":
         return (
-            f"open_clip loads the encoder without the adapters of `{ADAPTERS}`, which gives the "
-            f"merge before they were learned:\n\n{code}"
+            f"open_clip loads the encoder without the adapters of `{ADAPTERS}`, which gives\n"
+            f"the merge before they were learned:\n\n{code}"
         )
     return (
         f"open_clip loads this folder like any other; the text tower is the pretrained one:\n\n"
