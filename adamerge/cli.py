@@ -92,7 +92,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake prints one sentence and gives status 2."""
-    options = parser().parse_args(arguments)
+    options = _parsed(arguments)
     # Must be set before torch loads OpenMP: threads that spin while they wait make a run many
     # times slower as soon as another program wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -122,6 +122,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 2
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, with settings also after options: `export RUN --to FOLDER fold=single`."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if rest and (not hasattr(options, "settings") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.settings += rest
+    return options
 
 
 def _run(options: argparse.Namespace) -> int:

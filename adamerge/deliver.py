@@ -199,9 +199,8 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     saved = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     check_fingerprint(saved, job.fingerprint(), run_dir)
     job.module.load_state_dict(saved["state_dict"])
-    found, results, table = run_dir / "results.json", {}, ""
-    if found.is_file():
-        results, table = evaluation.read_results(found, _exported(settings))
+    found, which = run_dir / "results.json", _exported(settings)
+    results, table = evaluation.read_results(found, which) if found.is_file() else ({}, "")
     _say_exported(export_merged(job, folder or run_dir / "merged", results, table))
     return 0
 

@@ -164,8 +164,8 @@ def _adapted(path: Path, encoder: nn.Module, tasks: tuple[str, ...]) -> AdaptedE
             own = within(tensors, f"{task_folder(task)}/")
             places = range(len(own) // 2)
             adapters[task] = [(own[f"{place}/down"], own[f"{place}/up"]) for place in places]
-        if len({len(own) for own in adapters.values()} | {0}) != 2:
-            raise KeyError("positions")
+        if len({len(own) for own in adapters.values()}) != 1 or not next(iter(adapters.values())):
+            raise KeyError("an adapter")
         return AdaptedEncoder(encoder, adapters, notes["activation"])
     except KeyError as error:
         raise _damaged(path, f"{error} is missing") from error

