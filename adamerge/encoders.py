@@ -38,6 +38,12 @@ _TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
 
+# What open_clip raises of a config that is wrong, or damaged in any way.
+_REFUSALS = (
+    *(TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError),
+    *(AssertionError, OSError),
+)
+
 
 @dataclass
 class Clip:
@@ -125,7 +131,7 @@ def _built(config: Mapping[str, Any], name: str) -> Iterator[tuple[nn.Module, st
             with _quiet():
                 model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
             yield model, folder
-        except (TypeError, ValueError, RuntimeError, KeyError, AssertionError, OSError) as error:
+        except _REFUSALS as error:
             reason = " ".join(str(error).split())[:200]
             raise AdamergeError(
                 f"architecture {name!r} is not a model open_clip can build "

@@ -177,9 +177,18 @@ def _config(path: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), dict):
             raise _damaged(path, f"{key} is missing")
     try:
-        open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
+        cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
     except TypeError as error:
         raise _damaged(path, f"preprocess_cfg: {error}") from error
+    size = [cfg.size] * 2 if isinstance(cfg.size, int) else cfg.size
+    for key, value, count, kind in (
+        ("mean", cfg.mean, 3, int | float),
+        ("std", cfg.std, 3, int | float),
+        ("size", size, 2, int),
+    ):
+        fits = isinstance(value, list | tuple) and len(value) == count
+        if not fits or not all(isinstance(number, kind) and number >= 0 for number in value):
+            raise _damaged(path, f"preprocess_cfg.{key} is {value!r}")
     return config
 
 

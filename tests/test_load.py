@@ -376,6 +376,17 @@ assert callable(adamerge.load)
     assert answer.returncode == 0, answer.stderr
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_on_a_gpu(name: str, trained: Run) -> None:
+    pictures = list(tiny.images("dots")["image"])
+    here, there = (adamerge.load(trained(name), device) for device in ("cpu", "cuda"))
+    torch.testing.assert_close(
+        there.probabilities(pictures, "dots"), here.probabilities(pictures, "dots"),
+        rtol=1e-3, atol=1e-3,
+    )  # fmt: skip
+
+
 def test_exports_from_before_there_were_kinds(trained: Run, tmp_path: Path) -> None:
     shutil.copytree(trained("layer_wise") / "merged", tmp_path / "old")
     record = json.loads((tmp_path / "old" / "merge.json").read_text())
@@ -422,6 +433,16 @@ def other_shape(file: str) -> Callable[[Path], None]:
     return spoil
 
 
+def spoil_config(group: str, key: str, value: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = next(folder.glob("*_config.json"))
+        config = json.loads(path.read_text())
+        config[group][key] = value
+        path.write_text(json.dumps(config))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
@@ -433,6 +454,11 @@ def other_shape(file: str) -> Callable[[Path], None]:
         ("wemoe", cut("encoder.safetensors"), r"encoder.safetensors is damaged \("),
         ("wemoe", cut("merge.json"), r"merge.json is damaged"),
         ("wemoe", cut("adamerge_config.json"), r"adamerge_config.json is damaged"),
+        ("wemoe", spoil_config("preprocess_cfg", "mean", 1), r"preprocess_cfg.mean is 1\)"),
+        ("wemoe", spoil_config("preprocess_cfg", "size", [8]), r"preprocess_cfg.size is \[8\]"),
+        ("wemoe", spoil_config("preprocess_cfg", "x", 1), r"damaged \(preprocess_cfg: .*'x'"),
+        ("wemoe", spoil_config("model_cfg", "vision_cfg", "x"), r"is not a model open_clip can b"),
+        ("wemoe", spoil_config("model_cfg", "embed_dim", 8), r"not hold the encoder of adamerge"),
         ("wemoe", other_shape("encoder.safetensors"), r"does not hold the encoder of adamerge_c"),
         ("layer_wise", other_shape("open_clip_model.safetensors"), r"not hold the encoder of open"),
         ("per_task", lambda f: shutil.rmtree(f / "dots"), r"dots/open_clip_config.json is missing"),
