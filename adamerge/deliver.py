@@ -81,7 +81,7 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     export.write_coefficients(run_dir / "coefficients.csv", method, tasks)
     name, size = job.settings["method"]["name"], job.settings["evaluate"]["batch_size"]
     normalizer, device, found = build.normalizer(job.suite.clip), _device(job), None
-    rows = score(job, method.fold())
+    rows = score(job, method.fold(), name)
     if job.scorer(device).measures:
         found = folding.statistics(method, job.data, normalizer, device, size)
         rows += folding.rows(method, name, found, job.scorer(device))
@@ -116,8 +116,8 @@ def _device(job: Job) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def score(job: Job, encoder: torch.nn.Module) -> list[Row]:
-    """The encoder's row, after the baselines' if they are wanted."""
+def score(job: Job, encoder: torch.nn.Module, name: str) -> list[Row]:
+    """The encoder's row of that name, after the baselines' if they are wanted."""
     scorer = job.scorer(_device(job))
     rows = []
     if job.settings["evaluate"]["baselines"] and scorer.measures:
@@ -128,8 +128,8 @@ def score(job: Job, encoder: torch.nn.Module) -> list[Row]:
             job.settings["evaluate"]["oracle"],
             lambda what: log.info("scoring: %s", what),
         )
-    log.info("scoring: %s", job.settings["method"]["name"])
-    return [*rows, scorer.row(job.settings["method"]["name"], encoder)]
+    log.info("scoring: %s", name)
+    return [*rows, scorer.row(name, encoder)]
 
 
 def _results(job: Job, rows: Sequence[Row], method: str) -> dict[str, Any]:
@@ -221,9 +221,8 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
             "it on a suite it was merged from, or of the same model"
         )
     encoder = loading.for_tasks(encoder, layout, job.suite.heads.tasks)
-    rows = score(job, encoder)
-    rows[-1].name = target.resolve().name
-    results = _results(job, rows, rows[-1].name)
+    name = target.resolve().name
+    results = _results(job, score(job, encoder, name), name)
     (to or target / "evaluation").mkdir(parents=True, exist_ok=True)
     print(f"\n{evaluation.write_results(results, to or target / 'evaluation')}")
     return 0

@@ -82,7 +82,7 @@ def export(
     try:
         layout = write_encoder(temporary, encoder, clip, heads.tasks)
         weights = {task: heads.weight(task) for task in heads.tasks}
-        write_safetensors(temporary / HEADS, weights, {"classes": json.dumps(heads.classes)})
+        write_safetensors(temporary / HEADS, weights, ("classes", json.dumps(heads.classes)))
         difference = verify(temporary, layout, wanted, clip, *samples)
         if method is not None:
             write_coefficients(temporary / "coefficients.csv", method, heads.tasks)

@@ -166,8 +166,8 @@ def _adapted(path: Path, encoder: nn.Module, tasks: tuple[str, ...]) -> AdaptedE
             adapters[task] = [(own[f"{place}/down"], own[f"{place}/up"]) for place in places]
         if len({len(own) for own in adapters.values()}) != 1 or not next(iter(adapters.values())):
             raise KeyError("an adapter")
-        return AdaptedEncoder(encoder, adapters, notes["activation"])
-    except KeyError as error:
+        return AdaptedEncoder(encoder, adapters, json.loads(notes["adapters"])["activation"])
+    except (KeyError, ValueError, TypeError) as error:
         raise _damaged(path, f"{error} is missing") from error
 
 

@@ -65,8 +65,8 @@ def write_encoder(folder: Path, encoder: nn.Module, clip: Clip, tasks: tuple[str
             for place, adapter in enumerate(cast(Any, own))
             for name, tensor in (("down", adapter.down), ("up", adapter.up))
         }
-        notes = {"activation": encoder.activation, "tasks": json.dumps(encoder.tasks)}
-        write_safetensors(folder / ADAPTERS, adapters, notes)
+        notes = {"activation": encoder.activation, "tasks": encoder.tasks}
+        write_safetensors(folder / ADAPTERS, adapters, ("adapters", json.dumps(notes)))
         return Layout("adapters", tasks, base.kind)
     raise _unknown(encoder)
 
@@ -103,16 +103,17 @@ def _write_config(path: Path, clip: Clip) -> None:
 
 
 def write_safetensors(
-    target: Path, state: Mapping[str, Tensor], notes: Mapping[str, str] | None = None
+    target: Path, state: Mapping[str, Tensor], note: tuple[str, str] = ("format", "pt")
 ) -> None:
     """Writes tensors in the form every library reads, whole or not at all.
 
     Args:
-        notes: texts for the file's metadata.
+        note: the one entry of the file's metadata; several are written in any order, and the same
+            weights must make the same file.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with replacing(target) as path:
-        save_file(plain, path, metadata={"format": "pt", **(notes or {})})
+        save_file(plain, path, metadata=dict([note]))
 
 
 @torch.no_grad()

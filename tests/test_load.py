@@ -193,8 +193,8 @@ def test_open_clip_loads_the_encoder_under_adapters(trained: Run) -> None:
     bare: Any = model.encoder
     torch.testing.assert_close(theirs.eval().encode_image(images), bare.encoder(images))
     with safe_open(trained("surgery_v2") / "merged" / "adapters.safetensors", "pt") as file:
-        assert file.metadata()["activation"] == "relu"
-        assert json.loads(file.metadata()["tasks"]) == list(tiny.CLASSES)
+        notes = json.loads(file.metadata()["adapters"])
+        assert notes == {"activation": "relu", "tasks": list(tiny.CLASSES)}
         assert set(file.keys()) == {
             f"{task}/{place}/{part}"
             for task in tiny.CLASSES
@@ -295,6 +295,16 @@ def test_exporting_a_run_in_another_fold(trained: Run, tmp_path: Path, capsys: C
     assert "Exported: wemoe, folded to one." in (tmp_path / "x" / "README.md").read_text()
     assert main(["export", str(trained("wemoe")), "fold=twice"]) == 2
     assert "fold is 'twice': expected dynamic or per_task or single" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_exporting_again_gives_the_same_bytes(name: str, trained: Run, tmp_path: Path) -> None:
+    assert main(["export", str(trained(name)), "--to", str(tmp_path / "x")]) == 0
+    merged = trained(name) / "merged"
+    files = {path.relative_to(merged) for path in merged.rglob("*") if path.is_file()}
+    assert files == {p.relative_to(tmp_path / "x") for p in tmp_path.rglob("*") if p.is_file()}
+    for file in files - {Path("merge.json")}:  # has the time
+        assert (tmp_path / "x" / file).read_bytes() == (merged / file).read_bytes(), file
 
 
 @pytest.mark.parametrize(
