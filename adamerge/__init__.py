@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adamerge import encoders, heads, methods, objectives, transforms
     from adamerge.errors import AdamergeError
+    from adamerge.loading import load
     from adamerge.task_vectors import TaskVectors
 
 __version__ = "0.1.0"
 
-_HOMES = {"TaskVectors": "adamerge.task_vectors", "AdamergeError": "adamerge.errors"}
+_HOMES = {
+    "TaskVectors": "adamerge.task_vectors",
+    "AdamergeError": "adamerge.errors",
+    "load": "adamerge.loading",
+}
 _MODULES = ("encoders", "heads", "methods", "objectives", "transforms")
 
 __all__ = [
@@ -20,6 +25,7 @@ __all__ = [
     "TaskVectors",
     "encoders",
     "heads",
+    "load",
     "methods",
     "objectives",
     "transforms",

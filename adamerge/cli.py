@@ -50,11 +50,12 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="export a run's last checkpoint",
-        description="Fold the last checkpoint of a run and export it, verified, as an open_clip "
-        "folder.",
+        description="Fold the last checkpoint of a run and export it, verified. fold=per_task or "
+        "fold=single choose another fold of methods that have one.",
     )
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--to", type=Path, default=None, help="default: RUN/merged")
+    export.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
     _add_convert(commands)
     _add_init(commands)
     show = commands.add_parser(
@@ -107,7 +108,7 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake prints one sentence and gives status 2."""
-    options = parser().parse_args(arguments)
+    options = _parsed(arguments)
     # Must be set before torch loads OpenMP: threads that spin while they wait make a run many
     # times slower as soon as another program wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -139,6 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, with settings also after options: `export RUN --to FOLDER fold=single`."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if rest and (not hasattr(options, "settings") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.settings += rest
+    return options
+
+
 def _run(options: argparse.Namespace) -> int:
     if options.command == "show":
         return _show(options.what, options.settings)
@@ -165,7 +177,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.command == "evaluate":
         return deliver.evaluate(options.target, options.settings, options.to)
-    return deliver.export_run(options.run, options.to)
+    return deliver.export_run(options.run, options.to, options.settings)
 
 
 def _show(what: str, settings: Sequence[str]) -> int:

@@ -107,6 +107,8 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
         raise AdamergeError(f"{run} holds no run: expected its config.yaml; give a run folder")
     defaults = _plain(_read(config_root() / "train.yaml"))
     tree = _read(path)
+    for key in defaults.keys() - tree.keys():  # settings that are younger than the run
+        tree[key] = defaults[key]
     for key, value in (_word(word) for word in words):
         if key in GROUPS:
             raise AdamergeError(
@@ -226,10 +228,11 @@ def _unknown(config: Config, defaults: Config) -> Iterable[str]:
                     yield f"{key}.{inner} is unknown{nearest(inner, defaults[key])}"
 
 
-_NULLABLE = {"micro_batch": int, "run_dir": str, "resume": str, "cache_dir": str}
+_NULLABLE = {"micro_batch": int, "run_dir": str, "resume": str, "cache_dir": str, "fold": str}
 _CHOICES = {
     "protocol": ("paper", "heldout"),
     "on_bad_image": ("error", "skip"),
+    "fold": ("dynamic", "per_task", "single"),
     "mode": ("auto", "online", "offline", "off"),
     "precision": ("32-true", "bf16-mixed"),
 }
@@ -261,6 +264,8 @@ def _mistyped(config: Config, defaults: Config, prefix: str = "") -> Iterable[st
                 yield from _mistyped({**default, **value}, default, f"{where}.")
             else:
                 yield f"{where} is {value!r}: expected {', '.join(f'{where}.{k}' for k in default)}"
+        elif key in _NULLABLE and value is None:
+            continue
         elif key in _CHOICES and value not in _CHOICES[key]:
             yield (
                 f"{where} is {value!r}: expected {' or '.join(_CHOICES[key])}"
@@ -270,7 +275,7 @@ def _mistyped(config: Config, defaults: Config, prefix: str = "") -> Iterable[st
             continue
         elif key in _NULLABLE or not fits(value, type(default)):
             wanted = _NULLABLE.get(key, type(default))
-            if not (key in _NULLABLE and value is None) and not fits(value, wanted):
+            if not fits(value, wanted):
                 yield f"{where} is {value!r}: expected {wanted.__name__}"
         if key in _LEAST and isinstance(value, int) and value < _LEAST[key]:
             yield f"{where} is {value}: expected at least {_LEAST[key]}"

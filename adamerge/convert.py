@@ -13,7 +13,7 @@ from adamerge import build
 from adamerge.checkpoints import load_pretrained, read, tower_state
 from adamerge.encoders import Clip, build_clip
 from adamerge.errors import AdamergeError
-from adamerge.export import write_open_clip, write_safetensors
+from adamerge.export_kinds import write_open_clip, write_safetensors
 from adamerge.files import replace_folder
 from adamerge.layouts import clip_to_transformers
 from adamerge.model_configs import to_transformers

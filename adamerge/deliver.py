@@ -12,12 +12,22 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers import WandbLogger
 
-from adamerge import build, config, evaluation, export, pictures, tracking
+from adamerge import (
+    build,
+    config,
+    evaluation,
+    export,
+    export_files,
+    folding,
+    loading,
+    pictures,
+    tracking,
+)
 from adamerge.adaptation import Adaptation
 from adamerge.build import Suite
 from adamerge.config import Config
 from adamerge.data import TaskData
-from adamerge.encoders import FoldedEncoder, Tower
+from adamerge.encoders import Tower
 from adamerge.errors import AdamergeError
 from adamerge.evaluation import Row, Scorer
 from adamerge.heads import Heads
@@ -61,6 +71,7 @@ def load_job(settings: Config) -> Job:
     data = build.load_data(settings, suite.clip)
     unseen = build.load_unseen(settings, suite.clip)
     method = build.build_method(settings, suite)
+    folding.check(settings["fold"], method, settings["method"]["name"])
     return Job(settings, suite, data, build.build_adaptation(settings, suite, method), unseen)
 
 
@@ -68,13 +79,19 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     """Folds, scores, draws and exports a trained job, and prints the table."""
     method, tasks = job.module.method.eval(), job.suite.heads.tasks
     export.write_coefficients(run_dir / "coefficients.csv", method, tasks)
-    results = _results(job, score(job, method.fold()), job.settings["method"]["name"])
+    name, size = job.settings["method"]["name"], job.settings["evaluate"]["batch_size"]
+    normalizer, device, found = build.normalizer(job.suite.clip), _device(job), None
+    rows = score(job, method.fold(), name)
+    if job.scorer(device).measures:
+        found = folding.statistics(method, job.data, normalizer, device, size)
+        rows += folding.rows(method, name, found, job.scorer(device))
+    results = _results(job, rows, name) | _exported(job.settings)
     table = evaluation.write_results(results, run_dir)
     drawn = draw_coefficients(job, run_dir)
     if results["rows"][0]["accuracy"]:
         drawn["accuracy"] = run_dir / "accuracy.png"
         pictures.save(pictures.accuracy_figure(results), drawn["accuracy"])
-    done = export_merged(job, run_dir / "merged", results, table)
+    done = export_merged(job, run_dir / "merged", results, table, found)
     artifact = done.folder if job.settings["wandb"]["artifact"] else None
     tracking.log_results(wandb, results, drawn, artifact)
     print(f"\n{table}")
@@ -92,11 +109,16 @@ def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
     return {"coefficients": path}
 
 
-def score(job: Job, encoder: torch.nn.Module) -> list[Row]:
-    """The encoder's row, after the baselines' if they are wanted."""
+def _device(job: Job) -> torch.device:
+    """Where encoders are scored."""
     accelerator = job.settings["trainer"]["accelerator"]
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-    scorer = job.scorer(torch.device("cuda" if on_gpu else "cpu"))
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def score(job: Job, encoder: torch.nn.Module, name: str) -> list[Row]:
+    """The encoder's row of that name, after the baselines' if they are wanted."""
+    scorer = job.scorer(_device(job))
     rows = []
     if job.settings["evaluate"]["baselines"] and scorer.measures:
         rows = evaluation.baseline_rows(
@@ -106,7 +128,8 @@ def score(job: Job, encoder: torch.nn.Module) -> list[Row]:
             job.settings["evaluate"]["oracle"],
             lambda what: log.info("scoring: %s", what),
         )
-    return [*rows, scorer.row(job.settings["method"]["name"], encoder)]
+    log.info("scoring: %s", name)
+    return [*rows, scorer.row(name, encoder)]
 
 
 def _results(job: Job, rows: Sequence[Row], method: str) -> dict[str, Any]:
@@ -115,14 +138,33 @@ def _results(job: Job, rows: Sequence[Row], method: str) -> dict[str, Any]:
     return evaluation.as_json(rows, suite, method, protocol, settings["seed"])
 
 
-def export_merged(job: Job, folder: Path, results: dict[str, Any], table: str) -> export.Exported:
-    """Writes the merged folder with its provenance; features are compared on real images."""
-    suite, settings = job.suite, job.settings
-    normalizer = build.normalizer(suite.clip)
-    images = torch.cat([normalizer(job.data.sample(task, 8)) for task in suite.heads.tasks])
+def _exported(settings: Config) -> dict[str, str]:
+    """The row of the results that is exported, where a fold is asked for."""
+    fold = settings["fold"]
+    return {} if fold is None else {"exported": folding.title(settings["method"]["name"], fold)}
+
+
+def export_merged(
+    job: Job, folder: Path, results: dict[str, Any], table: str, found: Any = None
+) -> export.Exported:
+    """Writes the merged folder with its provenance; features are compared on real images.
+
+    Args:
+        found: what `folding.statistics` gave; made here if it is needed.
+    """
+    suite, settings, normalizer = job.suite, job.settings, build.normalizer(job.suite.clip)
+    method, fold = job.module.method.eval().float(), settings["fold"]
+    if found is None and fold is not None and not method.folds[fold]:
+        size = settings["evaluate"]["batch_size"]
+        found = folding.statistics(method, job.data, normalizer, _device(job), size)
+    encoder, exact = folding.encoder(method, fold, found)
+    images = [normalizer(job.data.sample(task, 8)) for task in suite.heads.tasks]
+    ids = [torch.full((len(part),), index) for index, part in enumerate(images)]
     provenance = {
         "suite": settings["suite"]["name"],
         "method": settings["method"]["name"],
+        "fold": fold,
+        "fold_is_exact": exact,
         "protocol": settings["protocol"],
         "config": settings,
         "inputs": suite.files,
@@ -131,8 +173,10 @@ def export_merged(job: Job, folder: Path, results: dict[str, Any], table: str) -
         "metrics": results,
         **export.environment(),
     }
-    method = job.module.method.float()
-    return export.export(folder, method, suite.clip, suite.heads, images, provenance, table)
+    samples, wanted = (torch.cat(images), torch.cat(ids)), method if exact else encoder
+    return export.export(
+        folder, encoder, wanted, suite.clip, suite.heads, samples, provenance, table, method
+    )
 
 
 def _images(data: TaskData) -> dict[str, dict[str, Any]]:
@@ -143,48 +187,42 @@ def _images(data: TaskData) -> dict[str, dict[str, Any]]:
 
 
 def _say_exported(done: export.Exported) -> None:
-    print(f"merged model: {done.folder}")
-    print(f"largest relative difference after reloading with open_clip: {done.difference:.1e}")
+    print(f"merged model: {done.folder} ({done.kind}, {done.bytes:,} bytes of weights)")
+    print(f"largest relative difference after reloading: {done.difference:.1e}")
 
 
-def export_run(run_dir: Path, folder: Path | None) -> int:
-    """Exports a run's last checkpoint again (`adamerge export`)."""
-    settings = config.load_run(run_dir)
+def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) -> int:
+    """Exports a run's last checkpoint again, or in another fold (`adamerge export`)."""
+    settings = config.load_run(run_dir, words)
     build.check(settings)
     job = load_job(settings)
     saved = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     check_fingerprint(saved, job.fingerprint(), run_dir)
     job.module.load_state_dict(saved["state_dict"])
-    found = run_dir / "results.json"
-    results, table = evaluation.read_results(found) if found.is_file() else ({}, "")
+    found, which = run_dir / "results.json", _exported(settings)
+    results, table = evaluation.read_results(found, which) if found.is_file() else ({}, "")
     _say_exported(export_merged(job, folder or run_dir / "merged", results, table))
     return 0
 
 
 def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
     """Scores an exported folder, or a run's, on a suite; writes results (`adamerge evaluate`)."""
-    is_run = (target / "config.yaml").is_file()
-    folder = target / "merged" if is_run else target
-    if not (folder / "open_clip_config.json").is_file():
-        raise AdamergeError(
-            f"{folder} is no exported model (no open_clip_config.json): give a finished run or a "
-            "folder that `adamerge export` wrote"
-        )
+    is_run, folder = (target / "config.yaml").is_file(), export_files.find_export(target)
+    layout = export_files.read_layout(folder)
     own_suite = any(word.startswith("suite=") for word in words)
     settings = config.load_run(target, words) if is_run and not own_suite else config.load(words)
     build.check(settings)
     settings["protocol"] = _protocol(folder, settings["protocol"])
     job = load_job(settings)
-    clip, _ = build.load_clip({"architecture": str(folder), "pretrained": str(folder)})
-    if clip.config["model_cfg"] != job.suite.clip.config["model_cfg"]:
+    encoder, stated = export_files.read_encoder(folder, layout)
+    if stated["model_cfg"] != job.suite.clip.config["model_cfg"]:
         raise AdamergeError(
             f"{folder} is of another architecture than suite {settings['suite']['name']}: evaluate "
             "it on a suite it was merged from, or of the same model"
         )
-    encoder = FoldedEncoder(Tower(clip.backbone), clip.backbone.state_dict())
-    rows = score(job, encoder)
-    rows[-1].name = target.resolve().name
-    results = _results(job, rows, rows[-1].name)
+    encoder = loading.for_tasks(encoder, layout, job.suite.heads.tasks)
+    name = target.resolve().name
+    results = _results(job, score(job, encoder, name), name)
     (to or target / "evaluation").mkdir(parents=True, exist_ok=True)
     print(f"\n{evaluation.write_results(results, to or target / 'evaluation')}")
     return 0

@@ -7,7 +7,7 @@ import copy
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ __all__ = [
     "Normalizer",
     "PerTaskEncoder",
     "Tower",
+    "build_backbone",
     "build_clip",
     "merged_encoder",
 ]
@@ -35,6 +36,12 @@ __all__ = [
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
+
+# What open_clip raises of a config that is wrong, or damaged in any way.
+_REFUSALS = (
+    *(TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError),
+    *(AssertionError, OSError),
 )
 
 
@@ -79,28 +86,12 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
         AdamergeError: unknown name or tag, or an unreadable config.
     """
     config = _read_config(architecture, pretrained_tag)
-    with tempfile.TemporaryDirectory() as folder:
-        # One path for built-in, folder and file alike: open_clip reads configs from a folder.
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
-        # A tokenizer's own files lie beside an open_clip config, or come with the built-in name.
-        own = (Path(architecture) / "open_clip_config.json").is_file()
+    # A tokenizer's own files lie beside an open_clip config, or come with the built-in name.
+    own = (Path(architecture) / "open_clip_config.json").is_file()
+    with _built(config, architecture) as (model, folder):
+        built_in = architecture in open_clip.list_models()
         source = f"local-dir:{architecture if own else folder}"
-        try:
-            with _quiet():
-                model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-            built_in = architecture in open_clip.list_models()
-            tokenizer = open_clip.get_tokenizer(architecture if built_in else source)
-        except (TypeError, ValueError, RuntimeError, KeyError, AssertionError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise AdamergeError(
-                f"architecture {architecture!r} is not a model open_clip can build "
-                f"({reason}): expected model_cfg with embed_dim, vision_cfg and text_cfg"
-            ) from error
-        except ImportError as error:
-            raise AdamergeError(
-                f"architecture {architecture!r} needs a package that is not installed ({error}): "
-                "install it, as with `pip install transformers`"
-            ) from error
+        tokenizer = open_clip.get_tokenizer(architecture if built_in else source)
     weights = None
     if pretrained_tag is not None:
         weights = _download(architecture, pretrained_tag)
@@ -110,6 +101,47 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
     extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES if own)
     return Clip(model, config, tokenizer, weights, tuple(p for p in extras if p.is_file()))
+
+
+def build_backbone(config: Mapping[str, Any], name: str) -> nn.Module:
+    """The image tower of an open_clip config, with random weights and without a text tower.
+
+    Args:
+        config: as `Clip.config`.
+        name: what errors call it.
+
+    Raises:
+        AdamergeError: open_clip cannot build it.
+    """
+    image_part = {k: config["model_cfg"].get(k) for k in ("embed_dim", "vision_cfg", "quick_gelu")}
+    image_part["quick_gelu"] = bool(image_part["quick_gelu"])
+    smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    part = {**config, "model_cfg": {**image_part, "text_cfg": smallest}}
+    with torch.random.fork_rng(devices=[]), _built(part, name) as (model, _):
+        return cast(nn.Module, model.visual).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _built(config: Mapping[str, Any], name: str) -> Iterator[tuple[nn.Module, str]]:
+    """open_clip's model of a config, and the folder that holds the config meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        # One path for built-in, folder and file alike: open_clip reads configs from a folder.
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
+        try:
+            with _quiet():
+                model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+            yield model, folder
+        except _REFUSALS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise AdamergeError(
+                f"architecture {name!r} is not a model open_clip can build "
+                f"({reason}): expected model_cfg with embed_dim, vision_cfg and text_cfg"
+            ) from error
+        except ImportError as error:
+            raise AdamergeError(
+                f"architecture {name!r} needs a package that is not installed ({error}): "
+                "install it, as with `pip install transformers`"
+            ) from error
 
 
 def _download(architecture: str, tag: str) -> Path:

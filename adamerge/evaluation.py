@@ -102,11 +102,13 @@ class Scorer:
     def row(self, name: str, encoder: nn.Module, tasks: Sequence[str] | None = None) -> Row:
         """Scores an encoder; under `heldout` also on the half it was adapted on.
 
-        Without `tasks` it is also scored on the unseen ones.
+        Without `tasks` it is also scored on the unseen ones, unless it encodes images of its own
+        `tasks` alone.
         """
         row = Row(name, self.accuracy(encoder, tasks))
         if self.unseen is not None:
-            row.unseen = self.unseen.accuracy(encoder) if tasks is None else {}
+            able = tasks is None and not hasattr(encoder, "tasks")
+            row.unseen = self.unseen.accuracy(encoder) if able else {}
         if self.data.protocol == "heldout":
             row.adapted = self.accuracy(encoder, tasks, part="adapt")
         encoder.to("cpu")
@@ -219,6 +221,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         if any("average_adapted" in row for row in rows):
             heads["average_adapted"] = "average, adapted half"
         blocks.append(_table(rows, "accuracy", tasks, heads))
+    if "exported" in results:
+        blocks.append(f"Exported: {results['exported']}.")
     if unseen:
         blocks.append("Unseen tasks: neither merged nor adapted on, all of their images scored.")
         blocks.append(_table(rows, "unseen", unseen, {"average_unseen": "average"}))
@@ -253,7 +257,8 @@ def write_results(results: Mapping[str, Any], folder: Path) -> str:
     return table
 
 
-def read_results(path: Path) -> tuple[dict[str, Any], str]:
-    """A written `results.json` and its table."""
+def read_results(path: Path, exported: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """A written `results.json` and its table, with another `exported` row, or none."""
     results: dict[str, Any] = json.loads(path.read_text())
+    results = {key: value for key, value in results.items() if key != "exported"} | dict(exported)
     return results, as_markdown(results)

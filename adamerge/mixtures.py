@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.errors import AdamergeError
-from adamerge.gated import Deltas, DenseDeltas, SparseDeltas, gated_linear
+from adamerge.gated import Deltas, DenseDeltas, SparseDeltas, gated_linear, largest
+from adamerge.task_vectors import TaskVectors
 from adamerge.towers import Tower, resblocks
 
 
@@ -192,6 +193,53 @@ def spread_router(tower: Tower, weights: Mapping[str, Tensor]) -> dict[str, Tens
         for key, tensor in shared.items():
             spread.setdefault(f"{name}.router.{key}", tensor)
     return spread
+
+
+def expert_mlps(vectors: TaskVectors, blocks: tuple[str, ...], density: float) -> dict[str, Tensor]:
+    """The MLPs' θ0 and τ, under the names of `GatedLinear`; below density 1 matrices sparse.
+
+    Raises:
+        AdamergeError: no expert has an MLP of its own.
+    """
+    found = {n: t for n, t in vectors.constants.items() if n.startswith(blocks)}
+    if not any(name.startswith(blocks) for name in vectors.names):
+        raise AdamergeError(
+            "no expert changed an MLP of the tower, so WEMoE has nothing to mix: use AdaMerging "
+            "(method=layer_wise), or experts with fine-tuned MLPs"
+        )
+    for name in vectors.names:
+        if not name.startswith(blocks):
+            continue
+        found[name] = vectors.pretrained[name]
+        deltas = largest(vectors.deltas[name], density)
+        if density < 1 and deltas.ndim == 3:
+            sparse = SparseDeltas.of(deltas)
+            found[f"{name}_values"], found[f"{name}_places"] = sparse.values, sparse.places
+            found[f"{name}_starts"] = torch.tensor(sparse.starts)
+        else:
+            found[f"{name}_deltas"] = deltas
+    return found
+
+
+def merged_mlp(parts: Mapping[str, Tensor], gates: Tensor) -> dict[str, Tensor]:
+    """One MLP's plain tensors, of the tensors of a `Mixture` and gates `[T]`."""
+    merged = {}
+    for name, tensor in parts.items():
+        if not name.endswith(("weight", "bias")):
+            continue
+        row = gates.to(tensor)
+        if f"{name}_deltas" in parts:
+            rows = parts[f"{name}_deltas"].flatten(1)
+        elif f"{name}_values" not in parts:  # no expert changed it
+            merged[name] = tensor
+            continue
+        else:
+            keys = (f"{name}_values", f"{name}_places", f"{name}_starts")
+            values, places, starts = (parts[key] for key in keys)
+            shape = (len(gates), tensor.shape[0], tensor.shape[1])
+            rows = SparseDeltas(values, places, starts, shape).rows(0, len(tensor))
+        merged[name] = torch.addmv(tensor.flatten(), rows.T, row).view(tensor.shape)
+    return merged
 
 
 def within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -79,6 +79,7 @@ _COLOURS = {
     "task_arithmetic_best": "#5f83ab",
     "expert": "#f2d29b",
 }
+_FOLDED = ("#e08a74", "#eebfb0")  # neighbours differ
 
 
 def accuracy_figure(results: Mapping[str, Any]) -> Figure:
@@ -94,7 +95,8 @@ def accuracy_figure(results: Mapping[str, Any]) -> Figure:
         heights.append(100 * row["average"])
         label = TITLES.get(row["name"], row["name"]).split(" (")[0]
         offset = (index - (len(rows) - 1) / 2) * width
-        colour = _COLOURS.get(row["name"], "#c8442f")
+        own = _FOLDED[index % 2] if "fold" in row else "#c8442f"
+        colour = _COLOURS.get(row["name"], own)
         axis.bar(places + offset, heights, width, label=label, color=colour)
     axis.set_xticks(places, [*tasks, "average"])
     axis.set_ylabel("accuracy, %")

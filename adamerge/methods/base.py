@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,7 +56,24 @@ class MergeMethod(nn.Module):
         return self.encode(self.weights(), images, task_ids)
 
     def fold(self) -> nn.Module:
-        """An encoder of plain tensors with nothing left to learn."""
+        """An encoder of plain tensors with nothing left to learn; exact."""
+        raise NotImplementedError
+
+    @property
+    def folds(self) -> dict[str, bool]:
+        """What `fold_as` makes, by name, and whether it is as exact as `fold`.
+
+        `dynamic` merges anew for every image, `per_task` is a static encoder per task, `single` one
+        static encoder.
+        """
+        return {}
+
+    def statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        """What `fold_as` must know of unlabeled images: of `[B, 3, H, W]` and task ids `[B]`."""
+        return None
+
+    def fold_as(self, name: str, statistics: Any) -> nn.Module:
+        """The encoder of a name in `folds`; a `PerTaskEncoder` for `per_task`."""
         raise NotImplementedError
 
     def coefficient_table(self) -> tuple[list[str], Tensor] | None:

@@ -158,6 +158,14 @@ class Surgery(MergeMethod):
             folded[task] = FoldedEncoder(tower, {**weights, "proj": projection})
         return PerTaskEncoder(folded)
 
+    @property
+    def folds(self) -> dict[str, bool]:
+        linear = self.activation == "identity" and not self._blocks
+        return {"per_task": True} if linear and "backbone.proj" in self._frozen else {}
+
+    def fold_as(self, name: str, statistics: None) -> nn.Module:
+        return self.fold_linear()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Surgery:
         """Takes the frozen encoder along when the module is moved; it is no part of it."""
         super()._apply(fn, recurse)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from adamerge.errors import AdamergeError
 from adamerge.experts import PerTaskEncoder
-from adamerge.gated import SparseDeltas, largest
 from adamerge.methods.base import MergeMethod
 from adamerge.mixtures import (
     DynamicEncoder,
     Router,
+    expert_mlps,
+    merged_mlp,
     mixture_tower,
     mlp_names,
     routers_of,
@@ -79,7 +80,7 @@ class WEMoE(MergeMethod):
         )
         self._frozen = {
             **_static(task_vectors, base, init, self.blocks),
-            **_experts(task_vectors, self.blocks, density),
+            **expert_mlps(task_vectors, self.blocks, density),
         }
         routers = {name: t.detach() for name, t in self.named_parameters()}
         self._mixed = mixture_tower(self.tower, self._all(routers))
@@ -142,13 +143,28 @@ class WEMoE(MergeMethod):
         static = {k: t for k, t in self._frozen.items() if not k.startswith(self.blocks)}
         for block, row in zip(self.blocks, gates, strict=True):
             parts = within(self._frozen, f"{block}.")
-            static |= {f"{block}.{k}": t for k, t in _merged(parts, row).items()}
+            static |= {f"{block}.{k}": t for k, t in merged_mlp(parts, row).items()}
         return FoldedEncoder(self.tower, static)
 
     def fold_per_task(self, gates: Tensor) -> PerTaskEncoder:
         """A static encoder per task of its mean gates, `[tasks, blocks, T]`."""
         rows = zip(self.tasks, gates, strict=True)
         return PerTaskEncoder({task: self.fold_static(row) for task, row in rows})
+
+    @property
+    def folds(self) -> dict[str, bool]:
+        exact_static = self._static_gates() is not None
+        return {} if exact_static else {"dynamic": True, "per_task": False, "single": False}
+
+    def statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The mean gates, see `mean_gates`."""
+        return self.mean_gates(batches)
+
+    def fold_as(self, name: str, statistics: tuple[Tensor, Tensor]) -> nn.Module:
+        if name == "dynamic":
+            return self.fold()
+        per_task, overall = statistics
+        return self.fold_per_task(per_task) if name == "per_task" else self.fold_static(overall)
 
     def coefficient_table(self) -> tuple[list[str], Tensor] | None:
         """Blocks and their gates `[T, blocks]`, where these do not depend on the image."""
@@ -227,46 +243,3 @@ def _static(
                 f"{list(tensor.shape)}; give a static encoder of the same architecture"
             )
     return {name: given[name].detach().to(tensor) for name, tensor in wanted.items()}
-
-
-def _experts(vectors: TaskVectors, blocks: tuple[str, ...], density: float) -> dict[str, Tensor]:
-    """The MLPs' θ0 and τ, under the names of `mixtures.GatedLinear`."""
-    found = {n: t for n, t in vectors.constants.items() if n.startswith(blocks)}
-    if not any(name.startswith(blocks) for name in vectors.names):
-        raise AdamergeError(
-            "no expert changed an MLP of the tower, so WEMoE has nothing to mix: use AdaMerging "
-            "(method=layer_wise), or experts with fine-tuned MLPs"
-        )
-    for name in vectors.names:
-        if not name.startswith(blocks):
-            continue
-        found[name] = vectors.pretrained[name]
-        deltas = largest(vectors.deltas[name], density)
-        if density < 1 and deltas.ndim == 3:
-            sparse = SparseDeltas.of(deltas)
-            found[f"{name}_values"], found[f"{name}_places"] = sparse.values, sparse.places
-            found[f"{name}_starts"] = torch.tensor(sparse.starts)
-        else:
-            found[f"{name}_deltas"] = deltas
-    return found
-
-
-def _merged(parts: Mapping[str, Tensor], gates: Tensor) -> dict[str, Tensor]:
-    """One MLP's plain tensors, of the tensors of a `Mixture` and gates `[T]`."""
-    merged = {}
-    for name, tensor in parts.items():
-        if not name.endswith(("weight", "bias")):
-            continue
-        row = gates.to(tensor)
-        if f"{name}_deltas" in parts:
-            rows = parts[f"{name}_deltas"].flatten(1)
-        elif f"{name}_values" not in parts:
-            merged[name] = tensor
-            continue
-        else:
-            keys = (f"{name}_values", f"{name}_places", f"{name}_starts")
-            values, places, starts = (parts[key] for key in keys)
-            shape = (len(gates), tensor.shape[0], tensor.shape[1])
-            rows = SparseDeltas(values, places, starts, shape).rows(0, len(tensor))
-        merged[name] = torch.addmv(tensor.flatten(), rows.T, row).view(tensor.shape)
-    return merged
