@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from adamerge import (
+    advice,
     build,
     config,
     evaluation,
@@ -21,15 +23,17 @@ from adamerge import (
     folding,
     loading,
     pictures,
+    preflight,
     tracking,
 )
 from adamerge.adaptation import Adaptation
 from adamerge.build import Suite
 from adamerge.config import Config
 from adamerge.data import TaskData
-from adamerge.encoders import Tower
+from adamerge.encoders import Experts, Tower
 from adamerge.errors import AdamergeError
 from adamerge.evaluation import Row, Scorer
+from adamerge.files import replacing
 from adamerge.heads import Heads
 from adamerge.resume import check_fingerprint, read_checkpoint
 
@@ -75,6 +79,44 @@ def load_job(settings: Config) -> Job:
     return Job(settings, suite, data, build.build_adaptation(settings, suite, method), unseen)
 
 
+SIGNS = "signs.json"  # in a run's folder
+
+
+def look(job: Job, encoder: torch.nn.Module) -> advice.Signs:
+    """Label-free signs of an encoder, on the images that the pre-flight looks at."""
+    settings, suite, device = job.settings, job.suite, _device(job)
+    chosen = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
+    normalizer, heads = build.normalizer(suite.clip).to(device), suite.heads.to(device)
+    images = {task: normalizer(pixels.to(device)) for task, pixels in chosen.pixels.items()}
+    teacher = Experts(suite.clip.backbone, suite.task_vectors)
+    found = advice.signs(encoder.to(device), teacher, heads, images)
+    heads.to("cpu")
+    encoder.to("cpu")
+    return found
+
+
+def look_before(job: Job, run_dir: Path) -> None:
+    """Signs before anything is learned, kept in the run's folder; with the pre-flight only."""
+    if job.settings["preflight"]["enabled"]:
+        found = dataclasses.asdict(look(job, job.module.method.fold()))
+        with replacing(run_dir / SIGNS) as temporary:
+            temporary.write_text(json.dumps(found, indent=2))
+
+
+def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
+    """Signs before and after, and what they speak for, for the results."""
+    try:
+        before = advice.Signs(**json.loads((run_dir / SIGNS).read_text()))
+    except (OSError, ValueError, TypeError):  # no look was taken
+        return {}
+    after = look(job, encoder)
+    said = advice.advice(job.settings["objective"]["name"], before, after)
+    for sentence in said:
+        log.warning("advice: %s", sentence)
+    signs = {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}
+    return {"signs": signs, "advice": said}
+
+
 def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     """Folds, scores, draws and exports a trained job, and prints the table."""
     method, tasks = job.module.method.eval(), job.suite.heads.tasks
@@ -86,6 +128,7 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
         found = folding.statistics(method, job.data, normalizer, device, size)
         rows += folding.rows(method, name, found, job.scorer(device))
     results = _results(job, rows, name) | _exported(job.settings)
+    results |= _signs(job, method.fold(), run_dir)
     table = evaluation.write_results(results, run_dir)
     drawn = draw_coefficients(job, run_dir)
     if results["rows"][0]["accuracy"]:

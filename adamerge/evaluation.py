@@ -209,8 +209,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     """`results.json` as tables in percent: the merged tasks, then the unseen ones if there are."""
     rows = results["rows"]
     tasks, unseen = (list(rows[0].get(key, ())) if rows else [] for key in ("accuracy", "unseen"))
+    said = [f"Advice: {sentence}." for sentence in results.get("advice", ())]
     if not tasks and not unseen:
-        return f"Suite {results['suite']}: no task has labels, so no accuracy was measured.\n"
+        none = f"Suite {results['suite']}: no task has labels, so no accuracy was measured."
+        return "\n\n".join([none, *said]) + "\n"
     setting = _PROTOCOL.get(results["protocol"], results["protocol"])
     blocks = [
         f"Suite {results['suite']}, accuracy in %; protocol {results['protocol']}: {setting}; "
@@ -226,7 +228,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     if unseen:
         blocks.append("Unseen tasks: neither merged nor adapted on, all of their images scored.")
         blocks.append(_table(rows, "unseen", unseen, {"average_unseen": "average"}))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([*blocks, *said]) + "\n"
 
 
 def _table(

@@ -50,6 +50,7 @@ def train(words: Sequence[str]) -> int:
         _announce(job, run_dir)
         if not resumed:
             check.before_training(job, run_dir)
+            deliver.look_before(job, run_dir)
     _prepare(job)
     wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
     stopped_by = _fit(job, run_dir, checkpoint, step, wandb)
@@ -97,7 +98,7 @@ def _refuse_used_folder(run_dir: Path) -> None:
     if not is_main_process() or not run_dir.exists():
         return
     # A run that failed before its first step leaves its settings and pre-flight: nothing to lose.
-    harmless = ("config.yaml", *preflight_report.FILES)
+    harmless = ("config.yaml", deliver.SIGNS, *preflight_report.FILES)
     left = [p for p in run_dir.rglob("*") if p.is_file() and p.name not in harmless]
     if not run_dir.is_dir() or left:
         raise AdamergeError(

@@ -4,13 +4,15 @@
 
 Every cell comes from a run of `adamerge train` as a user would start it, with the suite's own
 defaults; the seed is that of the order of the unlabeled images. `least` is the lowest accuracy of
-any task in any seed, to show a collapse.
+any task in any seed, to show a collapse. `--only "wemoe, entropy" …` runs some of the variants; a
+method on another one's merge needs that one in the same call.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -70,11 +72,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=None)
+    names = [f"{method}, {objective}" for method, objective in VARIANTS]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="VARIANT")
     arguments = parser.parse_args()
     lines: list[str] = []
     tasks: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for method, objective in VARIANTS:
+        for method, objective in (v for v in VARIANTS if ", ".join(v) in arguments.only):
             found = [
                 run(method, objective, seed, not lines, Path(folder)) for seed in arguments.seeds
             ]
@@ -93,7 +97,7 @@ def main() -> None:
     text = (
         f"# The demo suite\n\n{date.today()}, accuracy in %, protocol paper, mean over seeds "
         f"{', '.join(map(str, arguments.seeds))} (± standard deviation).\n\n"
-        f"    python benchmarks/demo.py {' '.join(sys.argv[1:])}\n\n"
+        f"    python benchmarks/demo.py {shlex.join(sys.argv[1:])}\n\n"
         f"| | {' | '.join(tasks)} | average | least |\n|---|{'--:|' * (len(tasks) + 2)}\n"
         + "\n".join(lines)
         + "\n"

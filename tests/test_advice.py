@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from adamerge import config, deliver
 from adamerge.advice import Signs, advice, signs
+from adamerge.cli import main
 from adamerge.heads import Heads
+from tests.tiny import make_suite
 
 HEADS = Heads({"a": torch.eye(4) * 9, "b": torch.eye(4)[:2] * 9}, {"a": "wxyz", "b": "yn"})
 
@@ -61,3 +67,34 @@ def test_low_agreement_and_collapse_are_named() -> None:
     assert said.endswith("try objective=infomax or objective=expert_kl")
     assert advice("infomax", FINE, NARROW)[0].endswith("try objective=expert_kl")
     assert len(advice("entropy", LOW, NARROW)) == 2
+
+
+def test_a_run_reports_its_signs(tmp_path: Path) -> None:
+    """The tiny suite's towers are random: merges and experts disagree, and the report says so."""
+    suite = make_suite(tmp_path / "suite")
+    words = [
+        f"suite={suite}",
+        f"cache_dir={tmp_path / 'cache'}",
+        "trainer.max_steps=2",
+        "wandb=off",
+    ]
+    words += ["trainer.accelerator=cpu", "batch_size=4", "evaluate.oracle=false"]
+    run = tmp_path / "run"
+    assert main(["train", *words, f"run_dir={run}"]) == 0
+    results = json.loads((run / "results.json").read_text())
+    for part in ("before", "after"):
+        found = results["signs"][part]
+        assert set(found) == {"agreement", "spread", "expert_spread"}
+        assert all(0 <= v <= 1.001 for values in found.values() for v in values.values())
+    before = Signs(**results["signs"]["before"])
+    assert results["advice"] == advice("entropy", before, Signs(**results["signs"]["after"]))
+    text = (run / "results.md").read_text()
+    assert all(f"Advice: {sentence}." in text for sentence in results["advice"])
+    settings = config.load_run(run)
+    job = deliver.load_job(settings)
+    again = deliver.look(job, job.module.method.fold())
+    assert dataclasses.asdict(again) == results["signs"]["before"]
+    assert main(["train", *words, "preflight=off", f"run_dir={tmp_path / 'off'}"]) == 0
+    assert "signs" not in json.loads((tmp_path / "off" / "results.json").read_text())
+    csv = [(path / "coefficients.csv").read_bytes() for path in (run, tmp_path / "off")]
+    assert csv[0] == csv[1]
