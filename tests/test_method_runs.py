@@ -1,0 +1,88 @@
+"""Mixtures and adapters as whole runs: resuming, seeds and processes change nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from adamerge.cli import main
+from tests.tiny import make_suite
+
+ROOT = Path(__file__).parent.parent
+METHODS = {
+    "wemoe": ["method=wemoe", "optim.lr=1e-2"],
+    "wemoe, batch gates": ["method=wemoe", "optim.lr=1e-2", "method.batch_gate=true"],
+    "e_wemoe": ["method=e_wemoe", "optim.lr=1e-2", "objective=infomax"],
+    "wemoe, taught": ["method=wemoe", "optim.lr=1e-2", "objective=expert_kl"],
+    "surgery": ["method=surgery", "optim.lr=1e-2"],
+    "surgery, computed": ["method=surgery", "optim.lr=1e-2", "store=false"],
+    "surgery_v2": ["method=surgery_v2", "optim.lr=1e-2"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("methods")
+    return [
+        f"suite={make_suite(folder / 'suite')}",
+        f"cache_dir={folder / 'cache'}",
+        *("trainer.max_steps=4", "trainer.accelerator=cpu", "batch_size=4", "wandb=off"),
+        *("evaluate.baselines=false", "preflight=off", "log_every=1"),
+    ]
+
+
+def learned(run: Path) -> dict[str, Tensor]:
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state: dict[str, Tensor] = saved["state_dict"]
+    return state
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resuming_changes_nothing(name: str, base: list[str], tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["train", *base, *METHODS[name], f"run_dir={whole}"]) == 0
+    short = [*METHODS[name], "trainer.max_steps=2"]
+    assert main(["train", *base, *short, f"run_dir={cut}"]) == 0
+    half = learned(cut)
+    assert main(["train", f"resume={cut}", "trainer.max_steps=4"]) == 0
+    assert equal(learned(cut), learned(whole)) and not equal(half, learned(whole))
+    for rows in ("metrics.csv", "results.json"):
+        one, other = ((run / rows).read_text().splitlines() for run in (whole, cut))
+        assert len(one) == len(other)
+
+
+def test_another_seed_draws_other_routers_and_images(base: list[str], tmp_path: Path) -> None:
+    states = []
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        words = [*base, *METHODS["wemoe"], f"seed={seed}", f"run_dir={tmp_path / run}"]
+        assert main(["train", *words]) == 0
+        states.append(learned(tmp_path / run))
+    assert equal(states[0], states[1]) and not equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("name", ["wemoe", "surgery"])
+def test_two_processes_equal_one_fed_the_same_images(
+    name: str, base: list[str], tmp_path: Path
+) -> None:
+    words = [*base, *METHODS[name]]
+    assert main(["train", *words, f"run_dir={tmp_path / 'one'}"]) == 0
+    command = [sys.executable, str(ROOT / "train.py"), *words, "batch_size=2"]
+    command += ["trainer.devices=2", "trainer.strategy=ddp", f"run_dir={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)
