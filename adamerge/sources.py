@@ -116,7 +116,7 @@ def _load(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dat
         shards = shards_in(inner, split if inner == local else None)
         if shards is not None:
             return read_shards(*shards)
-        return image_folder(inner)
+        return image_folder(inner, data.get("label", "label") is not None)
     if not local.exists() and glob.has_magic(path):
         return _globbed(path)
     found: datasets.Dataset = datasets.load_dataset(

@@ -56,13 +56,13 @@ def take_task_files(suite: Mapping[str, Any], read: Callable[[str, str], Entry])
 def _over(own: Any, below: Any) -> Any:
     """An entry's `data:` over its task file's, key by key.
 
-    A function and a place take different keys: where one is given and not the other, the entry's
-    own stands alone.
+    A function, or another place, has its own splits and columns: where an entry names one, its own
+    keys are all that counts.
     """
     own, below = ({"path": data} if isinstance(data, str) else data for data in (own, below))
     if not isinstance(own, dict) or not isinstance(below, dict):
         return own
-    if ("_target_" in own and "path" in below) or ("path" in own and "_target_" in below):
+    if any(key in own and own[key] != below.get(key) for key in ("_target_", "path")):
         return own
     return {**below, **own}
 

@@ -208,6 +208,61 @@ def test_every_kind_gives_the_same_images_key_and_labels(tmp_path: Path, write: 
     assert sorted((tmp_path / "cache" / "images").rglob("*")) == before
 
 
+def folder_of(root: Path, *places: str) -> Data:
+    for row, place in enumerate(places):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(png(row))
+    return {"path": str(root)}
+
+
+def test_class_folders_named_by_number(tmp_path: Path) -> None:
+    classes = tuple(f"kind {letter}" for letter in "lkjihgfedcba")
+    data = folder_of(tmp_path / "x", *(f"{number}/a.png" for number in range(12)))
+    assert cached(tmp_path, data, classes).labels.tolist() == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_saved_folder_of_numbers_is_not_in_the_order_of_texts(tmp_path: Path) -> None:
+    """What `load_dataset("imagefolder")` makes of the same folders."""
+    classes = tuple(f"kind {letter}" for letter in "lkjihgfedcba")
+    names = sorted(map(str, range(12)))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    columns = {
+        "image": [{"bytes": png(row), "path": None} for row in range(12)],
+        "label": range(12),
+    }
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "saved"))
+    found = cached(tmp_path, {"path": str(tmp_path / "saved")}, classes)
+    assert found.labels.tolist() == [int(name) for name in names]
+
+
+def test_folders_that_are_no_classes(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "x", "2020/01/a.png", "2020/02/b.png", "2021/01/c.png")
+    with pytest.raises(AdamergeError, match=r"'01', '02'; its classes are red, .* set label: null"):
+        cached(tmp_path, data)
+    assert cached(tmp_path, {**data, "label": None}).labels is None
+
+
+@pytest.mark.parametrize("stray", ["stray.png", "red/more/stray.png"])
+def test_images_at_several_depths(tmp_path: Path, stray: str) -> None:
+    data = folder_of(tmp_path / "x", "red/a.png", "red/b.png", "blue/c.png", stray)
+    message = rf"has 3 images 1 folders deep and 1 at another depth, such as {stray}, .*label: null"
+    with pytest.raises(AdamergeError, match=message):
+        cached(tmp_path, data)
+    found = cached(tmp_path, {**data, "label": None})
+    assert len(found.images) == 4 and found.labels is None
+    (tmp_path / "x" / stray).unlink()
+    assert cached(tmp_path, data).labels.tolist() == [2, 0, 0]
+
+
+def test_links_in_circles_repeat_no_image(tmp_path: Path) -> None:
+    folder_of(tmp_path / "elsewhere", "a.png")
+    data = folder_of(tmp_path / "x", "red/a.png", "red/b.png")
+    for link, target in (("red/up", ".."), ("red/out", "../.."), ("again", "red"),
+                         ("blue", "../elsewhere"), ("blue2", "../elsewhere")):  # fmt: skip
+        (tmp_path / "x" / link).symlink_to(target)
+    assert cached(tmp_path, data).labels.tolist() == [2, 0, 0]
+
+
 def test_grey_arrays(tmp_path: Path) -> None:
     np.save(tmp_path / "grey.npy", PIXELS[..., 0])
     np.savez(tmp_path / "rgb.npz", images=PIXELS[..., :1].repeat(3, axis=-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,33 @@ def test_an_entry_goes_over_its_task_file(tmp_path: Path) -> None:
         "expert": "a.pt", **svhn, "data": {**svhn["data"], "split": "train"}
     }  # fmt: skip
     assert tasks["two"]["data"] == {**svhn["data"], "split": "extra", "label": None}
-    assert tasks["three"]["data"] == {**svhn["data"], "path": "images"}
+    assert tasks["three"]["data"] == {"path": "images"}
     assert tasks["three"]["templates"] == ["{}"] and tasks["three"]["classes"] == svhn["classes"]
     assert tasks["four"]["data"] == {
         "_target_": "adamerge.demo_images.dataset", "task": "digits", "split": "test"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        ("svhn", {"path": "own"}),
+        ("mnist", {"path": "own", "label": None}),
+        ("food101", {"path": "own.parquet", "label": "kind"}),
+    ],
+)
+def test_another_place_takes_nothing_of_the_task_files(
+    tmp_path: Path, task: str, data: dict[str, str | None]
+) -> None:
+    path = write(tmp_path, f"  one: {{task: {task}, expert: a.pt, data: {json.dumps(data)}}}\n")
+    found = load_suite(f"suite={path}")["tasks"]["one"]
+    assert found["data"] == data and found["classes"] == task_file(task)["classes"]
+    path = write(tmp_path, f"  one: {{task: {task}, expert: a.pt}}\n")
+    word = "suite.tasks.one.data.path=own"
+    assert load_suite(f"suite={path}", word)["tasks"]["one"]["data"] == {"path": "own"}
+    below = task_file(task)["data"]
+    same = load_suite(f"suite={path}", f"suite.tasks.one.data.path={below['path']}")
+    assert same["tasks"]["one"]["data"] == below
 
 
 def test_a_task_file_of_ones_own(tmp_path: Path) -> None:
@@ -164,7 +187,7 @@ def test_the_template_runs_once_it_is_filled(suite: Path, tmp_path: Path) -> Non
         ("expert: eurosat.safetensors", f"expert: {here / 'stripes.safetensors'}"),
         ("expert: mine.safetensors", f"expert: {here / 'dots.safetensors'}"),
         (
-            "# data: {path: images/eurosat, split: null, label: null}",
+            "# data: {path: images/eurosat, label: null}",
             f"data: {{path: {here / 'stripes-images'}, label: null}}",
         ),
         ("data: {path: images/mine}", f"data: {{path: {here / 'dots-images'}}}"),
