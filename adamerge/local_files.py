@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -26,6 +28,8 @@ _IMAGES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".pcx", ".sgi", ".ico"),
 )
+_MAGIC = (b"PAR1", b"ARROW1", b"\x93NUMPY", b"PK")
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = {
     "train": ("train", "training"),
@@ -39,16 +43,59 @@ def shard_kind(file: Path) -> str | None:
     return _SHARDS.get(file.suffix.lower())
 
 
+def require_sound(file: Path) -> None:
+    """Refuses what a failed download left under a data file's name.
+
+    Raises:
+        AdamergeError: an empty file, zeros, a Git LFS pointer, a web page or another text.
+    """
+    with file.open("rb") as opened:
+        head = opened.read(512)
+    text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
+    what = None
+    if not head:
+        what = "empty (0 bytes): get it again"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer, not the data: run `git lfs pull` there"
+    elif head.lstrip().lower().startswith(_PAGES):
+        what = "a web page saved under that name: the download failed (a login? a limit?)"
+    elif not head.strip(b"\0") and file.suffix.lower() != ".tar":
+        what = "zeros where its header should be: an interrupted download; get it again"
+    elif (
+        not head.startswith(_MAGIC) and "".join(text.split()).isprintable() and "\ufffd" not in text
+    ):
+        what = f"a text that begins {text[:40]!r}, no data: the download failed?"
+    if what is not None:
+        raise AdamergeError(f"path: {file} is {what}")
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """`datasets` prints a line of its own for what is raised, and told, anyway."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
 def read_shards(kind: str, files: Sequence[Path]) -> datasets.Dataset:
     """All rows of the files, in the files' order, by a reader that comes with `datasets`.
 
     It keeps an Arrow copy in its own cache, under a name made of the files' sizes and times.
+
+    Raises:
+        AdamergeError: a file that is no data at all; `datasets` raises its own for others.
     """
+    for file in files:
+        require_sound(file)
     paths = [str(file.resolve()) for file in files]
     stamp = hashlib.sha256(repr(file_stats(paths)).encode()).hexdigest()[:32]
-    loaded: datasets.Dataset = datasets.load_dataset(
-        kind, name=stamp, data_files=[_escaped(path) for path in paths], split="train"
-    )
+    with _silent():
+        loaded: datasets.Dataset = datasets.load_dataset(
+            kind, name=stamp, data_files=[_escaped(path) for path in paths], split="train"
+        )
     return loaded
 
 
@@ -131,9 +178,10 @@ def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
     files = _files(folder)
     if any(file.name in _METADATA for file in files):
         stamp = hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()[:32]
-        loaded: datasets.Dataset = datasets.load_dataset(
-            "imagefolder", name=stamp, data_dir=str(folder), split="train"
-        )
+        with _silent():
+            loaded: datasets.Dataset = datasets.load_dataset(
+                "imagefolder", name=stamp, data_dir=str(folder), split="train"
+            )
         return loaded
     files = [file for file in files if is_image(file)]
     if not files:

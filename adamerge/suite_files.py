@@ -92,12 +92,22 @@ def locate(suite: Entry, folder: Path) -> None:
 
 
 def locate_data(task: Entry, *bases: Path) -> None:
-    """Makes the path of an entry's `data:` absolute; a bare text is a path."""
+    """Makes the path of an entry's `data:` absolute; a bare text is a path.
+
+    So is one that leads nowhere yet begins with a folder that is there: it is no hub name.
+    """
+    if isinstance(task.get("data"), str):
+        task["data"] = {"path": task["data"]}
     data = task.get("data")
-    if isinstance(data, dict) and "path" in data:
-        data["path"] = _found(data["path"], *bases)
-    elif isinstance(data, str):
-        task["data"] = {"path": _found(data, *bases)}
+    if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+        return
+    value = os.path.expanduser(data["path"])
+    found = _found(value, *bases)
+    first, slash, _ = value.partition("/")
+    if found == value and slash and first and not Path(value).exists():
+        base = next((base for base in bases if (base / first).is_dir()), None)
+        found = value if base is None else str(base / value)
+    data["path"] = found
 
 
 def _found(value: Any, *bases: Path) -> Any:

@@ -408,7 +408,7 @@ def test_places_without_images_are_named(tmp_path: Path) -> None:
     dataset().to_parquet(tmp_path / "a.parquet")
     refused(r"matches 2 files of several kinds: expected files of one kind", "a.*")
     refused(r"holds parquet and webdataset files: expected one kind", "")
-    refused(r"cannot read .*a\.tar", "a.tar")
+    refused(r"data\.path: .*a\.tar is empty \(0 bytes\): get it again", "a.tar")
     (tmp_path / "x.csv").write_text("a,b")
     refused(r"x\.csv is of no kind that is read: expected a hub name", "x.csv")
     for split in ("train", "val"):
@@ -422,7 +422,92 @@ def test_places_without_images_are_named(tmp_path: Path) -> None:
     refused(r"data\.path: cannot read .*only'", "only", split="train")
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.tar", "x.npy", "x.npz"])
+def test_what_is_no_data_at_all_is_named(tmp_path: Path, name: str) -> None:
+    for content, message in (
+        (b"", r"is empty \(0 bytes\): get it again"),
+        (b"\n<!DOCTYPE html>\n<html>", "is a web page saved under that name: the download failed"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, .* `git lfs pull`"),
+        (b'{"error": "no such\n file"}', "a text that begins .*error.* the download failed"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AdamergeError, match=rf"suite\.tasks\.t\.data\.path: .*{message}"):
+            open_dataset("t", {"path": str(tmp_path / name)})
+
+
+def test_a_damaged_shard_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parquet_file(tmp_path)
+    whole = bytearray((tmp_path / "some.parquet").read_bytes())
+    whole[4:200] = b"\xff" * 196
+    (tmp_path / "some.parquet").write_bytes(whole)
+    logger = logging.getLogger("datasets")
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(AdamergeError, match=r"cannot read .*some\.parquet' \(Dataset"):
+            open_dataset("t", {"path": str(tmp_path / "some.parquet")})
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.text
+
+
+def test_a_pointer_in_a_saved_folder(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(AdamergeError, match=r"\.arrow is a Git LFS pointer"):
+        open_dataset("t", {"path": str(tmp_path / "saved")})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": ["a", "b"]}, r"path is \['a', 'b'\]: expected a path or a hub name$"),
+        ({"path": 5}, r"path is 5: expected a path or a hub name$"),
+        ({"path": ""}, r"path is '': expected a path or a hub name$"),
+        ({"path": "x", "split": 5}, r"split is 5: expected a text or null$"),
+        ({"path": "x", "label": False}, r"label is False: expected a text or null$"),
+        ({"path": "x", "image": None}, r"image is None: expected a text$"),
+        ({"path": "x", "name": 3}, r"name is 3: expected a text or null$"),
+        ({"path": "x", "revision": 1.5}, r"revision is 1\.5: expected a text or null$"),
+        ({"_target_": "adamerge.demo_images.dataset", "task": "digits", "split": "test",
+          "label": 3}, r"label is 3: expected a text or null$"),
+    ],
+)  # fmt: skip
+def test_mistyped_keys(data: Data, message: str) -> None:
+    with pytest.raises(AdamergeError, match=rf"^suite\.tasks\.t\.data\.{message}"):
+        open_dataset("t", data)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["test.parquet", "./x", "/no/where", "~/nowhere-at-all", "a/b/c", "here/eurosta", "x.csv"],
+)
+def test_a_mistyped_path_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    (tmp_path / "here" / "eurosat").mkdir(parents=True)
+    with pytest.raises(AdamergeError, match=r"data\.path: no such file or folder .* mend the path"):
+        open_dataset("t", {"path": path})
+    with pytest.raises(AdamergeError, match=r"eurosta' \(did you mean 'eurosat'\?\)"):
+        open_dataset("t", {"path": "here/eurosta"})
+
+
+def test_the_home_folder_and_a_glob_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flat_folder(tmp_path)
+    found = cached(tmp_path, {"path": "~/0*.png"})
+    assert len(found.images) == 12 and found.labels is None
+    assert found.key == cached(tmp_path, npy(tmp_path)).key
+
+
 def test_a_hub_out_of_reach_is_one_sentence() -> None:
-    with pytest.raises(AdamergeError, match=r"data\.path: cannot read 'owner/name' .*reach") as e:
+    message = (
+        r"data\.path: cannot read 'owner/name' from the hub .*reach.* no file or folder of that"
+    )
+    with pytest.raises(AdamergeError, match=message) as e:
         open_dataset("t", {"path": "owner/name", "split": "test"})
     assert "\n" not in str(e.value)

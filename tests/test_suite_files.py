@@ -65,6 +65,20 @@ def test_another_place_takes_nothing_of_the_task_files(
     assert same["tasks"]["one"]["data"] == below
 
 
+def test_a_path_below_a_folder_that_is_there_is_no_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    for given, expected in (
+        ("data/eurosta", str(tmp_path / "data" / "eurosta")),
+        ("owner/name", "owner/name"),
+        ("~/images", str(tmp_path / "home" / "images")),
+    ):
+        path = write(tmp_path, f"  one: {{task: svhn, expert: a.pt, data: {given}}}\n")
+        assert load_suite(f"suite={path}")["tasks"]["one"]["data"] == {"path": expected}
+
+
 def test_a_task_file_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "sub" / "images").mkdir(parents=True)
     own = tmp_path / "sub" / "mine.yaml"
