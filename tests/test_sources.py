@@ -436,14 +436,11 @@ def test_what_is_no_data_at_all_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_damaged_shard_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    parquet_file(tmp_path)
-    whole = bytearray((tmp_path / "some.parquet").read_bytes())
-    whole[4:200] = b"\xff" * 196
-    (tmp_path / "some.parquet").write_bytes(whole)
+    (tmp_path / "some.parquet").write_bytes(b"PAR1" + bytes(1000))
     logger = logging.getLogger("datasets")
     logger.addHandler(caplog.handler)
     try:
-        with pytest.raises(AdamergeError, match=r"cannot read .*some\.parquet' \(Dataset"):
+        with pytest.raises(AdamergeError, match=r"cannot read .*some\.parquet' \(Arrow"):
             open_dataset("t", {"path": str(tmp_path / "some.parquet")})
     finally:
         logger.removeHandler(caplog.handler)
