@@ -26,6 +26,17 @@ def entries(suite: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
                 yield f"suite.{part}.{name}", entry
 
 
+def name_by_text(suite: Entry) -> None:
+    """Makes texts of the task names that YAML reads as numbers (`101:`), in place."""
+    for part in ("tasks", "unseen"):
+        tasks = suite.get(part)
+        if isinstance(tasks, dict):
+            suite[part] = {
+                str(name) if type(name) in (int, float) else name: entry
+                for name, entry in tasks.items()
+            }
+
+
 def take_task_files(suite: Mapping[str, Any], read: Callable[[str, str], Entry]) -> None:
     """Replaces every entry's `task:` by what that file says, under the entry's own keys.
 

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ import yaml
 from PIL import Image
 
 from adamerge import AdamergeError, config
+from adamerge.arrays import ArraySource
 from adamerge.cli import main
 from adamerge.image_cache import TaskImages, cache_images
 from adamerge.sources import open_dataset
@@ -394,6 +396,55 @@ def test_numpy_files_that_do_not_fit(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("notes.txt", "no array")
     refused(r"cannot read .*x\.npz' as a NumPy file")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_rows_of_an_npz_in_any_order(tmp_path: Path, save: Callable[..., None]) -> None:
+    save(tmp_path / "x.npz", images=PIXELS)
+    source = ArraySource("data", tmp_path / "x.npz", "test")
+    for start, stop in ((0, 3), (3, 4), (7, 9), (2, 3), (10, 20), (0, 12), (11, 12)):
+        np.testing.assert_array_equal(source.images("images", start, stop), PIXELS[start:stop])
+
+
+def test_an_npz_is_never_unpacked_whole(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", images=np.zeros((400, 256, 256, 3), np.uint8))
+    source = ArraySource("data", tmp_path / "x.npz", "test")
+    tracemalloc.start()
+    try:
+        for start in range(0, 400, 10):
+            assert len(source.images("images", start, start + 10)) == 10
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10e6 < 400 * 256 * 256 * 3  # of 79 MB
+
+
+def test_damage_in_an_npz_is_found_after_going_on_from_half_way(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=PIXELS)
+    whole = bytearray((tmp_path / "x.npz").read_bytes())
+    whole[5000] ^= 1
+    (tmp_path / "x.npz").write_bytes(whole)
+    source = ArraySource("data", tmp_path / "x.npz", "test")
+    with pytest.raises(AdamergeError, match=r"cannot read array 'images' .*Bad CRC-32"):
+        source.images("images", 10, 12)
+
+
+def test_arrays_of_an_npz_that_cannot_be_read_row_by_row(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.asfortranarray(PIXELS), labels=np.zeros((12, 2), int))
+    source = ArraySource("data", tmp_path / "x.npz", "test")
+    with pytest.raises(
+        AdamergeError, match=r"data\.path: array 'images' .* is stored in Fortran or"
+    ):
+        source.images("images", 0, 1)
+    with pytest.raises(AdamergeError, match=r"data\.label: array 'labels' .* shape \[12, 2\]: exp"):
+        source.labels("labels")
+    with zipfile.ZipFile(tmp_path / "y.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        claimed = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 999, 999)}
+        np.lib.format.write_array_header_1_0(header, claimed)
+        archive.writestr("images.npy", header.getvalue() + bytes(1000))
+    with pytest.raises(AdamergeError, match=r"is cut short: \d+ bytes are fewer than its shape"):
+        ArraySource("data", tmp_path / "y.npz", "test")
 
 
 def test_places_without_images_are_named(tmp_path: Path) -> None:

@@ -159,6 +159,23 @@ MISTAKES = [
     ("a: {tsk: svhn, expert: a.pt}", "", r"a\.tsk is unknown \(did you mean 'task'\?\)"),
     ("a: {task: svhn, expert: '${vars.x}'}", "",
      r"key 'vars\.x' not found \(in tasks\.a\.expert\): write another value there, or set what"),
+    ("a: {task: svhn, expert: a.pt, classes: [yes, no]}", "",
+     r"suite\.tasks\.a\.classes: True is no text to YAML .*: quote it; .*False is no text"),
+    ("a: {task: svhn, expert: a.pt, classes: [a, null]}", "", r"classes: None is no text .*quote"),
+    ("a: {task: svhn, expert: a.pt, classes: [a, [b]]}", "", r"classes: \['b'\] is no text .*: q"),
+    ("a: {task: svhn, expert: a.pt, classes: [a, ' ']}", "", r"classes: ' ' is empty: name that"),
+    ("a: {task: svhn, expert: a.pt, classes: [a]}", "",
+     r"suite\.tasks\.a\.classes has 'a' alone: expected at least two classes"),
+    ("a: {task: svhn, expert: a.pt, templates: [off]}", "",
+     r"suite\.tasks\.a\.templates: False is no text to YAML: quote it"),
+    ("a: {task: svhn, expert: a.pt, templates: ['']}", "", r"templates: '' has no single \{\} for"),
+    ("no: {task: svhn, expert: a.pt}", "", r"suite\.tasks: the task name False is no text .*: q"),
+    ("101: {task: svhn, expert: a.pt}\n  '101': {task: svhn, expert: a.pt}", "",
+     r"is not valid YAML \(Conflicting integer and string keys: 101 and '101'"),
+    *((f"{name}: {{task: svhn, expert: a.pt}}", "", r"suite\.tasks: .* cannot name a task, as")
+      for name in ("a/b", "'a\\b'", "v1.5", "1.5", "'..'", "' a'", '"a\\n"', '"a\\tb"', "''")),
+    ("a: {task: svhn, expert: a.pt}", "unseen: {a/b: {task: svhn}}\n",
+     r"suite\.unseen: 'a/b' cannot name a task"),
     ("a: {task: svhn, expert: a.pt}", "vars: 5\n", r"suite\.vars is 5: expected names and values"),
     ("a: {task: svhn, expert: a.pt}", "vars: {b: [1]}\n", r"suite\.vars\.b is \[1\]: expected a s"),
     ("a: {task: svhn, expert: a.pt}", "root: 5\n", r"suite\.root is 5: expected a name or a path"),
@@ -179,6 +196,20 @@ MISTAKES = [
 def test_mistakes_are_named(tmp_path: Path, task: str, more: str, message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         load_suite(f"suite={write(tmp_path, f'  {task}', more)}")
+
+
+def test_tasks_and_classes_that_are_numbers_are_texts(tmp_path: Path) -> None:
+    entry = "  101: {task: svhn, expert: a.pt, classes: [0, 1, 1.5]}\n"
+    path = write(tmp_path, entry, "unseen: {7: {task: svhn}}\n")
+    words = [f"suite={path}", "suite.tasks.101.data.split=train", "suite.unseen.7.data.split=extra"]
+    suite = load_suite(*words)
+    assert list(suite["tasks"]) == ["101"] and list(suite["unseen"]) == ["7"]
+    assert suite["tasks"]["101"]["data"]["split"] == "train"
+    assert suite["unseen"]["7"]["data"]["split"] == "extra"
+    prompts = build.prompts({"suite": suite})
+    assert prompts["101"].classes == ("0", "1", "1.5")
+    config.save(config.load(words), tmp_path / "config.yaml")
+    assert list(config.load_run(tmp_path)["suite"]["tasks"]) == ["101"]
 
 
 def test_a_run_keeps_its_root_and_variables(suite: Path, tmp_path: Path) -> None:
