@@ -16,14 +16,15 @@ import numpy as np
 from adamerge.errors import AdamergeError
 from adamerge.image_source import file_stats
 
+_SKIP = 1 << 20  # bytes that are unpacked at once on the way to a row
 _IMAGES = "uint8 images [N, H, W], [N, H, W, 3] or [N, 3, H, W]"
 
 
 class ArraySource:
     """The arrays of one `.npy` (its images, as `image`) or `.npz` file.
 
-    Only the headers are read at first: an `.npz` is unpacked when its images are asked for, which
-    a finished cache never does.
+    Only the headers are read at first. The images of an `.npz` are unpacked in their order, no more
+    of them at once than are asked for, which a finished cache never does.
 
     Args:
         where: the configuration's key, for messages.
@@ -36,7 +37,7 @@ class ArraySource:
 
     def __init__(self, where: str, path: Path, split: str) -> None:
         self.where, self.path, self.split = where, path, split
-        self._loaded: dict[str, np.ndarray] = {}
+        self._opened: dict[str, _Rows] = {}
         try:
             self.shapes = _npz(path) if path.suffix.lower() == ".npz" else _npy(path)
         except AdamergeError as error:
@@ -56,12 +57,16 @@ class ArraySource:
         return self.shapes[column][0][0]
 
     def images(self, column: str, start: int, stop: int) -> Sequence[Any]:
-        return list(self._array(column)[start:stop])
+        return list(self._rows(column, start, min(stop, self.rows(column))))
 
     def labels(self, column: str) -> tuple[Sequence[Any], list[str] | None]:
-        array = self._array(column)
-        if array.ndim == 2 and array.shape[1] == 1:  # a column vector
-            array = array[:, 0]
+        shape, _ = self.shapes[column]
+        if len(shape) != 1 and shape[1:] != (1,):
+            raise AdamergeError(
+                f"{self.where}.label: array {column!r} of {self.path} has shape {list(shape)}: "
+                "expected one label for each image, [N] or [N, 1]"
+            )
+        array = self._rows(column, 0, shape[0]).reshape(-1)
         if array.dtype.kind == "S":
             array = array.astype(str)
         return array.tolist(), None
@@ -83,25 +88,73 @@ class ArraySource:
             return False
         return len(shape) == 3 or shape[-1] in (1, 3, 4) or shape[1] in (1, 3)
 
-    def _array(self, column: str) -> np.ndarray:
-        if column not in self._loaded:
-            try:
-                self._loaded[column] = self._load(column)
-            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise AdamergeError(
-                    f"{self.where}.path: cannot read array {column!r} of {self.path} ({reason}): "
-                    "the file is damaged; get it again"
-                ) from error
-        return self._loaded[column]
+    def _rows(self, column: str, start: int, stop: int) -> np.ndarray:
+        try:
+            if self.path.suffix.lower() != ".npz":
+                mapped: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
+                return mapped[start:stop]
+            if column not in self._opened:
+                self._opened[column] = _Rows(self.path, column)
+            return self._opened[column].read(start, stop)
+        except AdamergeError as error:
+            raise AdamergeError(f"{self.where}.path: {error}") from error
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            self._opened.pop(column, None)
+            reason = " ".join(str(error).split())[:200]
+            raise AdamergeError(
+                f"{self.where}.path: cannot read array {column!r} of {self.path} ({reason}): "
+                "the file is damaged; get it again"
+            ) from error
 
-    def _load(self, column: str) -> np.ndarray:
-        if self.path.suffix.lower() == ".npz":
-            with np.load(self.path, allow_pickle=False) as archive:
-                unpacked: np.ndarray = archive[column]
-                return unpacked
-        mapped: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return mapped
+
+class _Rows:
+    """The rows of one array of an `.npz`: unpacked as they are asked for, never all at once.
+
+    Rows are cheap to ask for in their order; going back starts anew. The checksum, which is of the
+    whole array, is held against it once the last row is read.
+    """
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self.column = path, column
+        self._at = 0  # the row that comes next
+        self._open()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`, `[stop - start, …]`; EOFError or a zip error if damaged."""
+        if self._file.closed or start < self._at:
+            self._file.close()
+            self._at = 0
+            self._open()
+        left = (start - self._at) * self._width
+        while left:  # not `seek`, which may lose the checksum
+            left -= len(self._take(min(left, _SKIP)))
+        content = self._take((stop - start) * self._width)
+        self._at = stop
+        if stop == self.shape[0]:
+            self._file.read(1)  # to the very end, where the checksum is looked at
+            self._file.close()
+        return np.ndarray((stop - start, *self.shape[1:]), self.dtype, content)
+
+    def _take(self, size: int) -> bytes:
+        found = self._file.read(size)
+        if len(found) < size:
+            raise EOFError(f"it ends {size - len(found)} bytes too early")
+        return found
+
+    def _open(self) -> None:
+        with zipfile.ZipFile(self.path) as archive:
+            names = (f"{self.column}.npy", self.column)
+            member = next(m for m in archive.infolist() if m.filename in names)
+            self._file = archive.open(member)  # stays open without the archive
+        what = f"array {self.column!r} of {self.path}"
+        self.shape, self.dtype, by_column = _header(self._file, what, member.file_size)
+        if by_column:
+            self._file.close()
+            raise AdamergeError(
+                f"{what} is stored in Fortran order, of which no single image can be unpacked: "
+                "save np.ascontiguousarray of it, or a .npy file"
+            )
+        self._width = math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
@@ -109,7 +162,7 @@ Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 def _npy(path: Path) -> Shapes:
     with path.open("rb") as file:
-        shape, dtype = _header(file, str(path), os.path.getsize(path))
+        shape, dtype, _ = _header(file, str(path), os.path.getsize(path))
     if dtype != np.uint8 or len(shape) not in (3, 4):
         raise AdamergeError(f"{path} holds {dtype} of shape {list(shape)}: expected {_IMAGES}")
     return {"image": (shape, dtype)}
@@ -121,19 +174,20 @@ def _npz(path: Path) -> Shapes:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             with archive.open(member) as file:
-                found[name] = _header(file, f"array {name!r} of {path}", member.file_size)
+                what = f"array {name!r} of {path}"
+                found[name] = _header(file, what, member.file_size)[:2]
     return found
 
 
-def _header(file: IO[bytes], what: str, size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type, after checking that the file is as long as they say."""
+def _header(file: IO[bytes], what: str, size: int) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    """Shape, type and whether it is in Fortran order, if the file is as long as they say."""
     version = np.lib.format.read_magic(file)
     read = (
         np.lib.format.read_array_header_1_0
         if version == (1, 0)
         else np.lib.format.read_array_header_2_0
     )
-    shape, _, dtype = read(file)
+    shape, by_column, dtype = read(file)
     if dtype.hasobject:
         raise AdamergeError(
             f"{what} holds Python objects, which are never unpickled: save plain arrays of numbers "
@@ -144,4 +198,4 @@ def _header(file: IO[bytes], what: str, size: int) -> tuple[tuple[int, ...], np.
             f"{what} is cut short: {size} bytes are fewer than its shape {list(shape)} needs; get "
             "it again"
         )
-    return shape, dtype
+    return shape, dtype, by_column

@@ -17,7 +17,7 @@ from adamerge.binding import fits, nearest
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
 from adamerge.suite_check import suite_problems
-from adamerge.suite_files import locate, locate_data, take_task_files
+from adamerge.suite_files import locate, locate_data, name_by_text, take_task_files
 
 Config = dict[str, Any]
 
@@ -163,14 +163,25 @@ def _group(group: str, name: str, words: Sequence[tuple[str, Any]] = ()) -> Dict
             f"of {', '.join(names(group))}"
         )
     tree = _read(path)
+    if group == "suite":  # before the words, whose keys are texts
+        tree = _named_by_text(tree)
     for key, value in words:
         _set(tree, key, value)
     plain = {"name": path.stem, **_plain(tree, f"{group} {name}")}
     if group == "suite":
+        name_by_text(plain)  # what the words have set
         folder = path.resolve().parent
         take_task_files(plain, lambda where, source: _task(where, source, folder))
         locate(plain, folder)
     return OmegaConf.create(plain)
+
+
+def _named_by_text(tree: DictConfig) -> DictConfig:
+    raw = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(raw, dict)  # as `_read` has made sure
+    suite = {str(key): value for key, value in raw.items()}
+    name_by_text(suite)
+    return OmegaConf.create(suite)
 
 
 def _task(where: str, source: str, folder: Path) -> Config:

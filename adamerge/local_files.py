@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -25,6 +28,8 @@ _IMAGES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".pcx", ".sgi", ".ico"),
 )
+_MAGIC = (b"PAR1", b"ARROW1", b"\x93NUMPY", b"PK")
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = {
     "train": ("train", "training"),
@@ -38,16 +43,59 @@ def shard_kind(file: Path) -> str | None:
     return _SHARDS.get(file.suffix.lower())
 
 
+def require_sound(file: Path) -> None:
+    """Refuses what a failed download left under a data file's name.
+
+    Raises:
+        AdamergeError: an empty file, zeros, a Git LFS pointer, a web page or another text.
+    """
+    with file.open("rb") as opened:
+        head = opened.read(512)
+    text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
+    what = None
+    if not head:
+        what = "empty (0 bytes): get it again"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer, not the data: run `git lfs pull` there"
+    elif head.lstrip().lower().startswith(_PAGES):
+        what = "a web page saved under that name: the download failed (a login? a limit?)"
+    elif not head.strip(b"\0") and file.suffix.lower() != ".tar":
+        what = "zeros where its header should be: an interrupted download; get it again"
+    elif (
+        not head.startswith(_MAGIC) and "".join(text.split()).isprintable() and "\ufffd" not in text
+    ):
+        what = f"a text that begins {text[:40]!r}, no data: the download failed?"
+    if what is not None:
+        raise AdamergeError(f"path: {file} is {what}")
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """`datasets` prints a line of its own for what is raised, and told, anyway."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
 def read_shards(kind: str, files: Sequence[Path]) -> datasets.Dataset:
     """All rows of the files, in the files' order, by a reader that comes with `datasets`.
 
     It keeps an Arrow copy in its own cache, under a name made of the files' sizes and times.
+
+    Raises:
+        AdamergeError: a file that is no data at all; `datasets` raises its own for others.
     """
+    for file in files:
+        require_sound(file)
     paths = [str(file.resolve()) for file in files]
     stamp = hashlib.sha256(repr(file_stats(paths)).encode()).hexdigest()[:32]
-    loaded: datasets.Dataset = datasets.load_dataset(
-        kind, name=stamp, data_files=[_escaped(path) for path in paths], split="train"
-    )
+    with _silent():
+        loaded: datasets.Dataset = datasets.load_dataset(
+            kind, name=stamp, data_files=[_escaped(path) for path in paths], split="train"
+        )
     return loaded
 
 
@@ -114,48 +162,94 @@ def _split_of(file: Path, wanted: str) -> str:
     return next((split for split, names in _SPLITS.items() if set(names) & set(words)), "")
 
 
-def image_folder(folder: Path) -> datasets.Dataset:
+def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
     """The images of a folder, in the order of their paths, as an unread data set.
 
-    Class subfolders become labels, in alphabetic order, if all images lie equally deep and in
-    more than one folder. A metadata file (`file_name` and other columns) is read by `datasets`.
+    Class subfolders' names become labels if images lie in more than one folder. A metadata file
+    (`file_name` and other columns) is read by `datasets`.
+
+    Args:
+        labelled: false where no labels are asked for, and folders are only folders.
 
     Raises:
-        AdamergeError: no image below the folder, or images split and unsplit by class.
+        AdamergeError: no image below the folder, or images at different depths, of which no
+            classes can be told.
     """
     files = _files(folder)
     if any(file.name in _METADATA for file in files):
         stamp = hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()[:32]
-        loaded: datasets.Dataset = datasets.load_dataset(
-            "imagefolder", name=stamp, data_dir=str(folder), split="train"
-        )
+        with _silent():
+            loaded: datasets.Dataset = datasets.load_dataset(
+                "imagefolder", name=stamp, data_dir=str(folder), split="train"
+            )
         return loaded
-    files = [file for file in files if file.suffix.lower() in _IMAGES]
+    files = [file for file in files if is_image(file)]
     if not files:
         raise AdamergeError(
             f"path: {folder} holds no images: expected files such as .jpg or .png, or parquet, "
             "arrow or .tar files"
         )
-    paths = pa.array([str(file) for file in files])
-    columns = {
-        "image": pa.StructArray.from_arrays(
-            [pa.nulls(len(files), pa.binary()), paths], ["bytes", "path"]
+    if labelled:
+        _require_one_depth(folder, files)
+    names = [file.parent.name for file in files]
+    return image_list(files, names if labelled and len({*names}) > 1 else None)
+
+
+def _require_one_depth(folder: Path, files: Sequence[Path]) -> None:
+    depths = Counter(len(file.parts) for file in files)
+    usual = depths.most_common(1)[0][0]
+    astray = [file for file in files if len(file.parts) != usual]
+    if astray:
+        deep = usual - len(folder.parts) - 1
+        raise AdamergeError(
+            f"path: {folder} has {len(files) - len(astray)} images {deep} folders deep and "
+            f"{len(astray)} at another depth, such as {astray[0].relative_to(folder)}, so which "
+            "folders are classes cannot be told: move or remove those, or set label: null to use "
+            "no labels"
         )
-    }
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file is named as an image."""
+    return file.suffix.lower() in _IMAGES
+
+
+def image_list(files: Sequence[Path], labels: Sequence[str] | None = None) -> datasets.Dataset:
+    """Image files, and their class names if they are known, as an unread data set."""
+    paths = pa.array([str(file) for file in files])
+    nothing = pa.nulls(len(files), pa.binary())
+    columns = {"image": pa.StructArray.from_arrays([nothing, paths], ["bytes", "path"])}
     features = datasets.Features(image=datasets.Image())
-    depths = {len(file.parts) for file in files}
-    names = sorted({file.parent.name for file in files})
-    if len(depths) == 1 and len(names) > 1:
-        places = {name: place for place, name in enumerate(names)}
-        columns["label"] = pa.array([places[file.parent.name] for file in files], pa.int64())
-        features["label"] = datasets.ClassLabel(names=names)
+    if labels is not None:
+        columns["label"] = pa.array(labels, pa.string())
+        features["label"] = datasets.Value("string")
     # Straight from Arrow: `from_dict` would look at every file.
     return datasets.Dataset(InMemoryTable(pa.table(columns, schema=features.arrow_schema)))
 
 
 def _files(folder: Path) -> list[Path]:
-    found = []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        found += [Path(root, name) for name in names if not name.startswith(".")]
+    """All files below a folder, but hidden ones, each once: links may lead in circles.
+
+    What lies in the folder itself comes before what links lead to.
+    """
+    found: list[Path] = []
+    seen = {_identity(parent) for parent in folder.resolve().parents}
+    waiting = [folder]
+    while waiting:
+        start = waiting.pop(0)
+        if _identity(start) in seen:
+            continue
+        for root, folders, names in os.walk(start):
+            inner = [Path(root, n) for n in sorted(folders) if not n.startswith((".", "__"))]
+            waiting += [path for path in inner if path.is_symlink()]
+            seen.add(_identity(Path(root)))
+            folders[:] = [
+                path.name for path in inner if not path.is_symlink() and _identity(path) not in seen
+            ]
+            found += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,22 @@ from adamerge.arrays import ArraySource
 from adamerge.binding import call, find, function_to, nearest, problems
 from adamerge.errors import AdamergeError
 from adamerge.image_source import ImageSource
-from adamerge.local_files import image_folder, read_shards, shard_kind, shards_in, subfolder
+from adamerge.local_files import (
+    image_folder,
+    image_list,
+    is_image,
+    read_shards,
+    require_sound,
+    shard_kind,
+    shards_in,
+    subfolder,
+)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # told as what it is, not as unreadable data
 _KEYS = ("path", "name", "split", "revision", "image", "label")
+_NULLABLE = ("name", "split", "revision", "label")
+_ARRAYS = (".npy", ".npz")
+_NO_READER = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip", ".gz", ".tgz", ".7z", ".h5", ".pt")
 _EXPECTED = (
     "a hub name, a folder saved by `datasets`, parquet, arrow or webdataset (.tar) files, a folder "
     "of images, or a .npy or .npz file"
@@ -33,7 +46,8 @@ def open_dataset(
         task: for messages.
         data: `path` is a hub name (with `name`, `split`, `revision`); a folder saved by
             `datasets`; a parquet, arrow or webdataset file, a folder of them or a glob; a folder
-            of images with or without class subfolders; or a `.npy` or `.npz` file. Or `_target_`
+            of images with or without class subfolders, or a glob; or a `.npy` or `.npz` file; `~`
+            is the home folder. Or `_target_`
             is the dotted path of a function that returns a `datasets.Dataset`, with its arguments.
         part: where the task stands in the suite, `tasks` or `unseen`; for messages.
 
@@ -60,12 +74,25 @@ def data_problems(where: str, data: Any) -> list[str]:
     if not isinstance(data, Mapping):
         return [f"{where} is {data!r}: expected {', '.join(_KEYS)}, or _target_"]
     if "_target_" in data:
+        columns = {key: data[key] for key in ("image", "label") if key in data}
         try:
-            return problems(_function(where, data), _arguments(data), where, ())
+            found = problems(_function(where, data), _arguments(data), where, ())
         except AdamergeError as error:
-            return [str(error)]
-    found = [f"{where}.{key} is unknown{nearest(key, _KEYS)}" for key in data if key not in _KEYS]
-    return found + ([] if "path" in data else [f"{where}.path is missing"])
+            found = [str(error)]
+        return found + _mistyped(where, columns)
+    unknown = [key for key in data if key not in _KEYS]
+    found = [f"{where}.{key} is unknown{nearest(str(key), _KEYS)}" for key in unknown]
+    return found + _mistyped(where, data) + ([] if "path" in data else [f"{where}.path is missing"])
+
+
+def _mistyped(where: str, data: Mapping[str, Any]) -> list[str]:
+    found = []
+    for key in (key for key in _KEYS if key in data):
+        value, null = data[key], " or null" * (key in _NULLABLE)
+        if value == "" or not (isinstance(value, str) or (value is None and null)):
+            wanted = "a path or a hub name" if key == "path" else f"a text{null}"
+            found.append(f"{where}.{key} is {value!r}: expected {wanted}")
+    return found
 
 
 def _function(where: str, data: Mapping[str, Any]) -> Callable[..., Any]:
@@ -81,24 +108,30 @@ def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource:
-    path, split = str(data["path"]), data.get("split")
+    path, split = os.path.expanduser(data["path"]), data.get("split")
     local = Path(path)
-    if local.is_file() and local.suffix.lower() in (".npy", ".npz"):
-        return ArraySource(where, local, split or "test")
     try:
+        if local.is_file() and local.suffix.lower() in _ARRAYS:
+            require_sound(local)
+            return ArraySource(where, local, split or "test")
         loaded = _load(path, split, data)
     except AdamergeError as error:
-        raise AdamergeError(f"{where}.{error}") from error
+        own = str(error).startswith(where)
+        raise error if own else AdamergeError(f"{where}.{error}") from error
     except Exception as error:  # `datasets` raises a dozen types for one thing: not readable
         root = _root(error)
         if isinstance(root, OSError) and root.errno in _FULL:
             raise root from error
         reason = " ".join(f"{error} {root if root is not error else ''}".split())[:300]
+        here = local.exists() or glob.has_magic(path)
         raise AdamergeError(
-            f"{where}.path: cannot read {path!r} ({type(error).__name__}: {reason}): expected "
-            f"{_EXPECTED}"
+            f"{where}.path: cannot read {path!r} {'' if here else 'from the hub '}"
+            f"({type(error).__name__}: {reason}){'' if here else _NOT_HERE}: expected {_EXPECTED}"
         ) from error
     return loaded
+
+
+_NOT_HERE = ", and no file or folder of that name is here"
 
 
 def _load(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dataset:
@@ -116,16 +149,38 @@ def _load(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dat
         shards = shards_in(inner, split if inner == local else None)
         if shards is not None:
             return read_shards(*shards)
-        return image_folder(inner)
+        return image_folder(inner, data.get("label", "label") is not None)
     if not local.exists() and glob.has_magic(path):
         return _globbed(path)
+    if not local.exists() and _means_a_file(path):
+        beside = os.listdir(local.parent) if local.parent.is_dir() else []
+        raise AdamergeError(
+            f"path: no such file or folder {path!r}{nearest(local.name, beside)}: mend the path, "
+            "which starts at the suite's file or the working folder; a data set of the hub is "
+            "named `name` or `owner/name`"
+        )
     found: datasets.Dataset = datasets.load_dataset(
         path, data.get("name"), split=split or "test", revision=data.get("revision")
     )
     return found
 
 
+def _means_a_file(path: str) -> bool:
+    """Whether a path that leads nowhere cannot be meant for the hub."""
+    local = Path(path)
+    known = shard_kind(local) or is_image(local)
+    return bool(
+        path.startswith((".", "~", "/"))
+        or path.count("/") > 1
+        or known
+        or local.suffix.lower() in (*_ARRAYS, *_NO_READER)
+        or ("/" in path and Path(local.parts[0]).is_dir())
+    )
+
+
 def _saved(path: str, split: str | None) -> datasets.Dataset:
+    for file in sorted(Path(path).rglob("*.arrow")):
+        require_sound(file)
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.DatasetDict):
         if (split or "test") not in loaded:
@@ -139,12 +194,14 @@ def _saved(path: str, split: str | None) -> datasets.Dataset:
 def _globbed(pattern: str) -> datasets.Dataset:
     files = sorted(Path(found) for found in glob.glob(pattern, recursive=True))
     files = [file for file in files if file.is_file()]
+    if files and all(is_image(file) for file in files):
+        return image_list(files)
     kinds = {shard_kind(file) for file in files}
     if not files or len(kinds) > 1 or None in kinds:
         raise AdamergeError(
             f"path: {pattern} matches {len(files)} files"
             f"{' of several kinds' if len(kinds) > 1 else ''}: expected files of one kind: "
-            "parquet, arrow or webdataset (.tar)"
+            "parquet, arrow, webdataset (.tar) or images"
         )
     return read_shards(str(kinds.pop()), files)
 

@@ -31,6 +31,7 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
         yield "suite.tasks is empty: expected at least one task with its expert"
         return
     for name, task in tasks.items():
+        yield from _name_problems("suite.tasks", name)
         yield from _task_problems(f"suite.tasks.{name}", task, _TASK, name in shipped)
     unseen = suite.get("unseen")
     if unseen is not None and not isinstance(unseen, Mapping):
@@ -38,12 +39,24 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
         return
     for name, task in (unseen or {}).items():
         where = f"suite.unseen.{name}"
+        yield from _name_problems("suite.unseen", name)
         if name in tasks:
             yield f"{where} is in suite.tasks too: a task is merged or unseen; leave one out"
         if isinstance(task, Mapping) and "expert" in task:
             yield f"{where}.expert: an unseen task is only scored; move it to suite.tasks to merge"
             task = {key: value for key, value in task.items() if key != "expert"}
         yield from _task_problems(where, task, _UNSEEN, name in shipped)
+
+
+def _name_problems(where: str, name: Any) -> Iterable[str]:
+    """Tasks name files and, between dots, settings."""
+    if not isinstance(name, str):
+        yield f"{where}: the task name {name!r} is no text to YAML: quote it"
+    elif not name or name != name.strip() or any(c in "/\\." or not c.isprintable() for c in name):
+        yield (
+            f"{where}: {name!r} cannot name a task, as files and settings are named by it: "
+            "expected a name without /, \\, dots, control characters and spaces around it"
+        )
 
 
 def _variables(given: Any) -> Iterable[str]:
@@ -73,13 +86,26 @@ def _task_problems(where: str, task: Any, keys: Sequence[str], shipped: bool) ->
             yield f"{where}.{key} is {value!r}: expected a list of texts"
     templates = task.get("templates")
     for template in templates if isinstance(templates, list) else []:
-        if not _takes_a_name(str(template)):
+        if not isinstance(template, str):
+            yield f"{where}.templates: {template!r} is no text to YAML: quote it"
+        elif not _takes_a_name(template):
             yield f"{where}.templates: {template!r} has no single {{}} for the class name"
-    classes = task.get("classes")
-    listed = [str(name) for name in classes] if isinstance(classes, list) else []
+    if isinstance(task.get("classes"), list):
+        yield from _class_problems(f"{where}.classes", task["classes"])
+
+
+def _class_problems(where: str, classes: list[Any]) -> Iterable[str]:
+    listed = [str(name) for name in classes]
     for one in dict.fromkeys(listed):
         if listed.count(one) > 1:
-            yield f"{where}.classes: {one!r} is listed twice"
+            yield f"{where}: {one!r} is listed twice"
+    for name in classes:
+        if isinstance(name, bool) or not isinstance(name, str | int | float):
+            yield f"{where}: {name!r} is no text to YAML (as no, off and null are not): quote it"
+        elif not str(name).strip():
+            yield f"{where}: {name!r} is empty: name that class"
+    if len(classes) == 1:
+        yield f"{where} has {listed[0]!r} alone: expected at least two classes"
 
 
 def _takes_a_name(template: str) -> bool:

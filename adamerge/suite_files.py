@@ -26,6 +26,17 @@ def entries(suite: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
                 yield f"suite.{part}.{name}", entry
 
 
+def name_by_text(suite: Entry) -> None:
+    """Makes texts of the task names that YAML reads as numbers (`101:`), in place."""
+    for part in ("tasks", "unseen"):
+        tasks = suite.get(part)
+        if isinstance(tasks, dict):
+            suite[part] = {
+                str(name) if type(name) in (int, float) else name: entry
+                for name, entry in tasks.items()
+            }
+
+
 def take_task_files(suite: Mapping[str, Any], read: Callable[[str, str], Entry]) -> None:
     """Replaces every entry's `task:` by what that file says, under the entry's own keys.
 
@@ -56,13 +67,13 @@ def take_task_files(suite: Mapping[str, Any], read: Callable[[str, str], Entry])
 def _over(own: Any, below: Any) -> Any:
     """An entry's `data:` over its task file's, key by key.
 
-    A function and a place take different keys: where one is given and not the other, the entry's
-    own stands alone.
+    A function, or another place, has its own splits and columns: where an entry names one, its own
+    keys are all that counts.
     """
     own, below = ({"path": data} if isinstance(data, str) else data for data in (own, below))
     if not isinstance(own, dict) or not isinstance(below, dict):
         return own
-    if ("_target_" in own and "path" in below) or ("path" in own and "_target_" in below):
+    if any(key in own and own[key] != below.get(key) for key in ("_target_", "path")):
         return own
     return {**below, **own}
 
@@ -92,12 +103,22 @@ def locate(suite: Entry, folder: Path) -> None:
 
 
 def locate_data(task: Entry, *bases: Path) -> None:
-    """Makes the path of an entry's `data:` absolute; a bare text is a path."""
+    """Makes the path of an entry's `data:` absolute; a bare text is a path.
+
+    So is one that leads nowhere yet begins with a folder that is there: it is no hub name.
+    """
+    if isinstance(task.get("data"), str):
+        task["data"] = {"path": task["data"]}
     data = task.get("data")
-    if isinstance(data, dict) and "path" in data:
-        data["path"] = _found(data["path"], *bases)
-    elif isinstance(data, str):
-        task["data"] = {"path": _found(data, *bases)}
+    if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+        return
+    value = os.path.expanduser(data["path"])
+    found = _found(value, *bases)
+    first, slash, _ = value.partition("/")
+    if found == value and slash and first and not Path(value).exists():
+        base = next((base for base in bases if (base / first).is_dir()), None)
+        found = value if base is None else str(base / value)
+    data["path"] = found
 
 
 def _found(value: Any, *bases: Path) -> Any:

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ import yaml
 from PIL import Image
 
 from adamerge import AdamergeError, config
+from adamerge.arrays import ArraySource
 from adamerge.cli import main
 from adamerge.image_cache import TaskImages, cache_images
 from adamerge.sources import open_dataset
@@ -208,6 +210,61 @@ def test_every_kind_gives_the_same_images_key_and_labels(tmp_path: Path, write: 
     assert sorted((tmp_path / "cache" / "images").rglob("*")) == before
 
 
+def folder_of(root: Path, *places: str) -> Data:
+    for row, place in enumerate(places):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(png(row))
+    return {"path": str(root)}
+
+
+def test_class_folders_named_by_number(tmp_path: Path) -> None:
+    classes = tuple(f"kind {letter}" for letter in "lkjihgfedcba")
+    data = folder_of(tmp_path / "x", *(f"{number}/a.png" for number in range(12)))
+    assert cached(tmp_path, data, classes).labels.tolist() == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_saved_folder_of_numbers_is_not_in_the_order_of_texts(tmp_path: Path) -> None:
+    """What `load_dataset("imagefolder")` makes of the same folders."""
+    classes = tuple(f"kind {letter}" for letter in "lkjihgfedcba")
+    names = sorted(map(str, range(12)))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    columns = {
+        "image": [{"bytes": png(row), "path": None} for row in range(12)],
+        "label": range(12),
+    }
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "saved"))
+    found = cached(tmp_path, {"path": str(tmp_path / "saved")}, classes)
+    assert found.labels.tolist() == [int(name) for name in names]
+
+
+def test_folders_that_are_no_classes(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "x", "2020/01/a.png", "2020/02/b.png", "2021/01/c.png")
+    with pytest.raises(AdamergeError, match=r"'01', '02'; its classes are red, .* set label: null"):
+        cached(tmp_path, data)
+    assert cached(tmp_path, {**data, "label": None}).labels is None
+
+
+@pytest.mark.parametrize("stray", ["stray.png", "red/more/stray.png"])
+def test_images_at_several_depths(tmp_path: Path, stray: str) -> None:
+    data = folder_of(tmp_path / "x", "red/a.png", "red/b.png", "blue/c.png", stray)
+    message = rf"has 3 images 1 folders deep and 1 at another depth, such as {stray}, .*label: null"
+    with pytest.raises(AdamergeError, match=message):
+        cached(tmp_path, data)
+    found = cached(tmp_path, {**data, "label": None})
+    assert len(found.images) == 4 and found.labels is None
+    (tmp_path / "x" / stray).unlink()
+    assert cached(tmp_path, data).labels.tolist() == [2, 0, 0]
+
+
+def test_links_in_circles_repeat_no_image(tmp_path: Path) -> None:
+    folder_of(tmp_path / "elsewhere", "a.png")
+    data = folder_of(tmp_path / "x", "red/a.png", "red/b.png")
+    for link, target in (("red/up", ".."), ("red/out", "../.."), ("again", "red"),
+                         ("blue", "../elsewhere"), ("blue2", "../elsewhere")):  # fmt: skip
+        (tmp_path / "x" / link).symlink_to(target)
+    assert cached(tmp_path, data).labels.tolist() == [2, 0, 0]
+
+
 def test_grey_arrays(tmp_path: Path) -> None:
     np.save(tmp_path / "grey.npy", PIXELS[..., 0])
     np.savez(tmp_path / "rgb.npz", images=PIXELS[..., :1].repeat(3, axis=-1))
@@ -341,6 +398,55 @@ def test_numpy_files_that_do_not_fit(tmp_path: Path) -> None:
     refused(r"cannot read .*x\.npz' as a NumPy file")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_rows_of_an_npz_in_any_order(tmp_path: Path, save: Callable[..., None]) -> None:
+    save(tmp_path / "x.npz", images=PIXELS)
+    source = ArraySource("data", tmp_path / "x.npz", "test")
+    for start, stop in ((0, 3), (3, 4), (7, 9), (2, 3), (10, 20), (0, 12), (11, 12)):
+        np.testing.assert_array_equal(source.images("images", start, stop), PIXELS[start:stop])
+
+
+def test_an_npz_is_never_unpacked_whole(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", images=np.zeros((400, 256, 256, 3), np.uint8))
+    source = ArraySource("data", tmp_path / "x.npz", "test")
+    tracemalloc.start()
+    try:
+        for start in range(0, 400, 10):
+            assert len(source.images("images", start, start + 10)) == 10
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10e6 < 400 * 256 * 256 * 3  # of 79 MB
+
+
+def test_damage_in_an_npz_is_found_after_going_on_from_half_way(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=PIXELS)
+    whole = bytearray((tmp_path / "x.npz").read_bytes())
+    whole[5000] ^= 1
+    (tmp_path / "x.npz").write_bytes(whole)
+    source = ArraySource("data", tmp_path / "x.npz", "test")
+    with pytest.raises(AdamergeError, match=r"cannot read array 'images' .*Bad CRC-32"):
+        source.images("images", 10, 12)
+
+
+def test_arrays_of_an_npz_that_cannot_be_read_row_by_row(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.asfortranarray(PIXELS), labels=np.zeros((12, 2), int))
+    source = ArraySource("data", tmp_path / "x.npz", "test")
+    with pytest.raises(
+        AdamergeError, match=r"data\.path: array 'images' .* is stored in Fortran or"
+    ):
+        source.images("images", 0, 1)
+    with pytest.raises(AdamergeError, match=r"data\.label: array 'labels' .* shape \[12, 2\]: exp"):
+        source.labels("labels")
+    with zipfile.ZipFile(tmp_path / "y.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        claimed = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 999, 999)}
+        np.lib.format.write_array_header_1_0(header, claimed)
+        archive.writestr("images.npy", header.getvalue() + bytes(1000))
+    with pytest.raises(AdamergeError, match=r"is cut short: \d+ bytes are fewer than its shape"):
+        ArraySource("data", tmp_path / "y.npz", "test")
+
+
 def test_places_without_images_are_named(tmp_path: Path) -> None:
     def refused(message: str, path: str, **data: Any) -> None:
         with pytest.raises(AdamergeError, match=message):
@@ -353,7 +459,7 @@ def test_places_without_images_are_named(tmp_path: Path) -> None:
     dataset().to_parquet(tmp_path / "a.parquet")
     refused(r"matches 2 files of several kinds: expected files of one kind", "a.*")
     refused(r"holds parquet and webdataset files: expected one kind", "")
-    refused(r"cannot read .*a\.tar", "a.tar")
+    refused(r"data\.path: .*a\.tar is empty \(0 bytes\): get it again", "a.tar")
     (tmp_path / "x.csv").write_text("a,b")
     refused(r"x\.csv is of no kind that is read: expected a hub name", "x.csv")
     for split in ("train", "val"):
@@ -367,7 +473,89 @@ def test_places_without_images_are_named(tmp_path: Path) -> None:
     refused(r"data\.path: cannot read .*only'", "only", split="train")
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.tar", "x.npy", "x.npz"])
+def test_what_is_no_data_at_all_is_named(tmp_path: Path, name: str) -> None:
+    for content, message in (
+        (b"", r"is empty \(0 bytes\): get it again"),
+        (b"\n<!DOCTYPE html>\n<html>", "is a web page saved under that name: the download failed"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, .* `git lfs pull`"),
+        (b'{"error": "no such\n file"}', "a text that begins .*error.* the download failed"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AdamergeError, match=rf"suite\.tasks\.t\.data\.path: .*{message}"):
+            open_dataset("t", {"path": str(tmp_path / name)})
+
+
+def test_a_damaged_shard_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "some.parquet").write_bytes(b"PAR1" + bytes(1000))
+    logger = logging.getLogger("datasets")
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(AdamergeError, match=r"cannot read .*some\.parquet' \(Arrow"):
+            open_dataset("t", {"path": str(tmp_path / "some.parquet")})
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.text
+
+
+def test_a_pointer_in_a_saved_folder(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(AdamergeError, match=r"\.arrow is a Git LFS pointer"):
+        open_dataset("t", {"path": str(tmp_path / "saved")})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": ["a", "b"]}, r"path is \['a', 'b'\]: expected a path or a hub name$"),
+        ({"path": 5}, r"path is 5: expected a path or a hub name$"),
+        ({"path": ""}, r"path is '': expected a path or a hub name$"),
+        ({"path": "x", "split": 5}, r"split is 5: expected a text or null$"),
+        ({"path": "x", "label": False}, r"label is False: expected a text or null$"),
+        ({"path": "x", "image": None}, r"image is None: expected a text$"),
+        ({"path": "x", "name": 3}, r"name is 3: expected a text or null$"),
+        ({"path": "x", "revision": 1.5}, r"revision is 1\.5: expected a text or null$"),
+        ({"_target_": "adamerge.demo_images.dataset", "task": "digits", "split": "test",
+          "label": 3}, r"label is 3: expected a text or null$"),
+    ],
+)  # fmt: skip
+def test_mistyped_keys(data: Data, message: str) -> None:
+    with pytest.raises(AdamergeError, match=rf"^suite\.tasks\.t\.data\.{message}"):
+        open_dataset("t", data)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["test.parquet", "./x", "/no/where", "~/nowhere-at-all", "a/b/c", "here/eurosta", "x.csv"],
+)
+def test_a_mistyped_path_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    (tmp_path / "here" / "eurosat").mkdir(parents=True)
+    with pytest.raises(AdamergeError, match=r"data\.path: no such file or folder .* mend the path"):
+        open_dataset("t", {"path": path})
+    with pytest.raises(AdamergeError, match=r"eurosta' \(did you mean 'eurosat'\?\)"):
+        open_dataset("t", {"path": "here/eurosta"})
+
+
+def test_the_home_folder_and_a_glob_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flat_folder(tmp_path)
+    found = cached(tmp_path, {"path": "~/0*.png"})
+    assert len(found.images) == 12 and found.labels is None
+    assert found.key == cached(tmp_path, npy(tmp_path)).key
+
+
 def test_a_hub_out_of_reach_is_one_sentence() -> None:
-    with pytest.raises(AdamergeError, match=r"data\.path: cannot read 'owner/name' .*reach") as e:
+    message = (
+        r"data\.path: cannot read 'owner/name' from the hub .*reach.* no file or folder of that"
+    )
+    with pytest.raises(AdamergeError, match=message) as e:
         open_dataset("t", {"path": "owner/name", "split": "test"})
     assert "\n" not in str(e.value)

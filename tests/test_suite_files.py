@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,47 @@ def test_an_entry_goes_over_its_task_file(tmp_path: Path) -> None:
         "expert": "a.pt", **svhn, "data": {**svhn["data"], "split": "train"}
     }  # fmt: skip
     assert tasks["two"]["data"] == {**svhn["data"], "split": "extra", "label": None}
-    assert tasks["three"]["data"] == {**svhn["data"], "path": "images"}
+    assert tasks["three"]["data"] == {"path": "images"}
     assert tasks["three"]["templates"] == ["{}"] and tasks["three"]["classes"] == svhn["classes"]
     assert tasks["four"]["data"] == {
         "_target_": "adamerge.demo_images.dataset", "task": "digits", "split": "test"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        ("svhn", {"path": "own"}),
+        ("mnist", {"path": "own", "label": None}),
+        ("food101", {"path": "own.parquet", "label": "kind"}),
+    ],
+)
+def test_another_place_takes_nothing_of_the_task_files(
+    tmp_path: Path, task: str, data: dict[str, str | None]
+) -> None:
+    path = write(tmp_path, f"  one: {{task: {task}, expert: a.pt, data: {json.dumps(data)}}}\n")
+    found = load_suite(f"suite={path}")["tasks"]["one"]
+    assert found["data"] == data and found["classes"] == task_file(task)["classes"]
+    path = write(tmp_path, f"  one: {{task: {task}, expert: a.pt}}\n")
+    word = "suite.tasks.one.data.path=own"
+    assert load_suite(f"suite={path}", word)["tasks"]["one"]["data"] == {"path": "own"}
+    below = task_file(task)["data"]
+    same = load_suite(f"suite={path}", f"suite.tasks.one.data.path={below['path']}")
+    assert same["tasks"]["one"]["data"] == below
+
+
+def test_a_path_below_a_folder_that_is_there_is_no_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    for given, expected in (
+        ("data/eurosta", str(tmp_path / "data" / "eurosta")),
+        ("owner/name", "owner/name"),
+        ("~/images", str(tmp_path / "home" / "images")),
+    ):
+        path = write(tmp_path, f"  one: {{task: svhn, expert: a.pt, data: {given}}}\n")
+        assert load_suite(f"suite={path}")["tasks"]["one"]["data"] == {"path": expected}
 
 
 def test_a_task_file_of_ones_own(tmp_path: Path) -> None:
@@ -122,6 +159,23 @@ MISTAKES = [
     ("a: {tsk: svhn, expert: a.pt}", "", r"a\.tsk is unknown \(did you mean 'task'\?\)"),
     ("a: {task: svhn, expert: '${vars.x}'}", "",
      r"key 'vars\.x' not found \(in tasks\.a\.expert\): write another value there, or set what"),
+    ("a: {task: svhn, expert: a.pt, classes: [yes, no]}", "",
+     r"suite\.tasks\.a\.classes: True is no text to YAML .*: quote it; .*False is no text"),
+    ("a: {task: svhn, expert: a.pt, classes: [a, null]}", "", r"classes: None is no text .*quote"),
+    ("a: {task: svhn, expert: a.pt, classes: [a, [b]]}", "", r"classes: \['b'\] is no text .*: q"),
+    ("a: {task: svhn, expert: a.pt, classes: [a, ' ']}", "", r"classes: ' ' is empty: name that"),
+    ("a: {task: svhn, expert: a.pt, classes: [a]}", "",
+     r"suite\.tasks\.a\.classes has 'a' alone: expected at least two classes"),
+    ("a: {task: svhn, expert: a.pt, templates: [off]}", "",
+     r"suite\.tasks\.a\.templates: False is no text to YAML: quote it"),
+    ("a: {task: svhn, expert: a.pt, templates: ['']}", "", r"templates: '' has no single \{\} for"),
+    ("no: {task: svhn, expert: a.pt}", "", r"suite\.tasks: the task name False is no text .*: q"),
+    ("101: {task: svhn, expert: a.pt}\n  '101': {task: svhn, expert: a.pt}", "",
+     r"is not valid YAML \(Conflicting integer and string keys: 101 and '101'"),
+    *((f"{name}: {{task: svhn, expert: a.pt}}", "", r"suite\.tasks: .* cannot name a task, as")
+      for name in ("a/b", "'a\\b'", "v1.5", "1.5", "'..'", "' a'", '"a\\n"', '"a\\tb"', "''")),
+    ("a: {task: svhn, expert: a.pt}", "unseen: {a/b: {task: svhn}}\n",
+     r"suite\.unseen: 'a/b' cannot name a task"),
     ("a: {task: svhn, expert: a.pt}", "vars: 5\n", r"suite\.vars is 5: expected names and values"),
     ("a: {task: svhn, expert: a.pt}", "vars: {b: [1]}\n", r"suite\.vars\.b is \[1\]: expected a s"),
     ("a: {task: svhn, expert: a.pt}", "root: 5\n", r"suite\.root is 5: expected a name or a path"),
@@ -144,6 +198,20 @@ def test_mistakes_are_named(tmp_path: Path, task: str, more: str, message: str) 
         load_suite(f"suite={write(tmp_path, f'  {task}', more)}")
 
 
+def test_tasks_and_classes_that_are_numbers_are_texts(tmp_path: Path) -> None:
+    entry = "  101: {task: svhn, expert: a.pt, classes: [0, 1, 1.5]}\n"
+    path = write(tmp_path, entry, "unseen: {7: {task: svhn}}\n")
+    words = [f"suite={path}", "suite.tasks.101.data.split=train", "suite.unseen.7.data.split=extra"]
+    suite = load_suite(*words)
+    assert list(suite["tasks"]) == ["101"] and list(suite["unseen"]) == ["7"]
+    assert suite["tasks"]["101"]["data"]["split"] == "train"
+    assert suite["unseen"]["7"]["data"]["split"] == "extra"
+    prompts = build.prompts({"suite": suite})
+    assert prompts["101"].classes == ("0", "1", "1.5")
+    config.save(config.load(words), tmp_path / "config.yaml")
+    assert list(config.load_run(tmp_path)["suite"]["tasks"]) == ["101"]
+
+
 def test_a_run_keeps_its_root_and_variables(suite: Path, tmp_path: Path) -> None:
     config.save(config.load([f"suite={suite}"]), tmp_path / "config.yaml")
     for word in ("suite.root=elsewhere", "suite.vars.corruption=spatter"):
@@ -164,7 +232,7 @@ def test_the_template_runs_once_it_is_filled(suite: Path, tmp_path: Path) -> Non
         ("expert: eurosat.safetensors", f"expert: {here / 'stripes.safetensors'}"),
         ("expert: mine.safetensors", f"expert: {here / 'dots.safetensors'}"),
         (
-            "# data: {path: images/eurosat, split: null, label: null}",
+            "# data: {path: images/eurosat, label: null}",
             f"data: {{path: {here / 'stripes-images'}, label: null}}",
         ),
         ("data: {path: images/mine}", f"data: {{path: {here / 'dots-images'}}}"),
