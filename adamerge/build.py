@@ -1,34 +1,26 @@
-"""From a checked configuration to the objects of a run."""
+"""From a checked configuration to what learns: method, objective, optimizer; its fingerprint."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 
-from adamerge import hub
 from adamerge.adaptation import Adaptation
 from adamerge.binding import call, find, function_to, nearest, problems, subclass_of
-from adamerge.checkpoints import Checkpoint, load_pretrained, read, read_head, sha256, tower_state
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
 from adamerge.data import TaskData
-from adamerge.encoders import Clip, Normalizer, build_clip
 from adamerge.errors import AdamergeError
-from adamerge.heads import Heads, Prompts, zero_shot_heads
-from adamerge.image_cache import TaskImages, cache_images
+from adamerge.inputs import Suite, normalizer
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
-from adamerge.sources import data_problems, open_dataset
-from adamerge.suite_files import entries, require_root
+from adamerge.sources import data_problems
+from adamerge.suite_files import entries
 from adamerge.supplies import SUPPLIED, Supplies, base_problems, split_base, supplies
 from adamerge.task_vectors import TaskVectors
 
@@ -53,21 +45,6 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
         ("task_vectors",),
     ),
 }
-
-
-@dataclass
-class Suite:
-    """What is merged, loaded.
-
-    Attributes:
-        task_vectors: untransformed.
-        files: sha256 of every weight file, by where it is used (`pretrained`, task names).
-    """
-
-    clip: Clip
-    task_vectors: TaskVectors
-    heads: Heads
-    files: dict[str, dict[str, str]]
 
 
 def check(config: Config) -> None:
@@ -136,145 +113,6 @@ def _target(key: str, part: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     return find(str(part["_target_"]), key, kind, expected), arguments
 
 
-def cache_root(config: Config) -> Path:
-    """Where preprocessed images and heads are kept."""
-    if config["cache_dir"]:
-        return Path(config["cache_dir"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "adamerge"
-
-
-def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
-    """The pretrained CLIP of a suite and the record of its file."""
-    source, architecture = str(suite["pretrained"]), suite.get("architecture")
-    if architecture in open_clip.list_models() and not (
-        Path(source).exists() or hub.is_hub(source)
-    ):
-        clip = build_clip(str(architecture), source)
-        assert clip.weights is not None  # a tag was given
-        return clip, {"pretrained": {"path": source, "sha256": sha256(clip.weights)}}
-    checkpoint = read(source)
-    clip = build_clip(_architecture(architecture, checkpoint))
-    load_pretrained(clip, checkpoint)
-    _check_stated(clip, checkpoint, str(architecture))
-    return clip, {"pretrained": checkpoint.record()}
-
-
-def _check_stated(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None:
-    """Refuses weights whose own config states what the architecture has not, though shapes fit."""
-    model, stated = clip.config["model_cfg"], checkpoint.stated()
-    vision = model["vision_cfg"]
-    built = {
-        "quick_gelu": bool(model.get("quick_gelu")),
-        "heads": vision.get("width", 768) // vision.get("head_width", 64),
-        "layer_norm_eps": 1e-5,
-    }
-    for key in ("heads", "layer_norm_eps"):
-        if stated and stated[key] != built[key]:
-            raise AdamergeError(
-                f"{checkpoint.source} was trained with {key} = {stated[key]} in its image tower, "
-                f"{architecture} has {built[key]}, though all shapes fit: set suite.architecture "
-                "to the model it was trained as"
-            )
-    if not stated or stated["quick_gelu"] == built["quick_gelu"]:
-        return
-    gelu = stated["quick_gelu"]
-    name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if gelu else "")
-    mend = name if name in open_clip.list_models() else f"one with quick_gelu: {str(gelu).lower()}"
-    raise AdamergeError(
-        f"{checkpoint.source} was trained with another activation than {architecture} has "
-        f"(QuickGELU or not), which silently costs accuracy: set suite.architecture to {mend}"
-    )
-
-
-def _architecture(given: Any, pretrained: Checkpoint) -> str:
-    """The architecture as named, fetched from the hub, or as the pretrained's folder says."""
-    if given is not None:
-        return str(hub.fetch(str(given)).path) if hub.is_hub(str(given)) else str(given)
-    folder = pretrained.files[0].parent
-    if any((folder / name).is_file() for name in ("open_clip_config.json", "config.json")):
-        return str(folder)
-    raise AdamergeError(
-        f"the architecture is not named (suite.architecture, or --architecture), and {folder} has "
-        "no open_clip_config.json or config.json that would tell it: name an open_clip model, like "
-        "ViT-B-32-quickgelu"
-    )
-
-
-def load_suite(config: Config) -> Suite:
-    """Pretrained model, task vectors and heads; experts are read tensor by tensor."""
-    suite = config["suite"]
-    require_root(suite)
-    clip, files = load_clip(suite)
-    experts, sources = {}, {"pretrained": str(suite["pretrained"])}
-    for task, entry in suite["tasks"].items():
-        expert = read(str(entry["expert"]))
-        sources[task], files[task] = expert.source, expert.record()
-        experts[task] = tower_state(expert, clip.backbone)
-        _check_stated(clip, expert, str(suite.get("architecture")))
-        if entry.get("head") is not None:
-            files[f"head of {task}"] = read(entry["head"]).record()
-    vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources, share=True)
-    return Suite(clip, vectors, load_heads(config, clip), files)
-
-
-def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:
-    """Zero-shot heads, but for tasks whose `head:` names a stored one."""
-    stored = {
-        task: read_head(entry["head"])
-        for task, entry in config["suite"][part].items()
-        if entry.get("head") is not None
-    }
-    return zero_shot_heads(clip, prompts(config, part), cache_root(config), stored)
-
-
-def prompts(config: Config, part: str = "tasks") -> dict[str, Prompts]:
-    """Class names and templates per task; `part` is `tasks` or `unseen`."""
-    return {
-        task: Prompts(tuple(map(str, entry["classes"])), tuple(map(str, entry["templates"])))
-        for task, entry in (config["suite"].get(part) or {}).items()
-    }
-
-
-def load_data(config: Config, clip: Clip) -> TaskData:
-    """The cached images of every merged task, made on first use."""
-    images = _load_images(config, clip, "tasks")
-    return TaskData(
-        images, config["batch_size"], config["seed"], config["protocol"], config["num_workers"]
-    )
-
-
-def load_unseen(config: Config, clip: Clip) -> tuple[Heads, TaskData] | None:
-    """Heads and images of the tasks that are only scored, all of their images; None without any.
-
-    They are kept apart from those of the merged tasks, which is all that a method, an objective
-    and the batches get.
-    """
-    asked = prompts(config, "unseen")
-    if not asked:
-        return None
-    images = _load_images(config, clip, "unseen")
-    return load_heads(config, clip, "unseen"), TaskData(images)
-
-
-def _load_images(config: Config, clip: Clip, part: str) -> dict[str, TaskImages]:
-    images = {}
-    for task, asked in prompts(config, part).items():
-        source = config["suite"][part][task]["data"]
-        images[task] = cache_images(
-            task,
-            open_dataset(task, source, part),
-            asked.classes,
-            clip.preprocess_cfg,
-            cache_root(config),
-            config["on_bad_image"],
-            str(source.get("image", "image")),
-            source.get("label", "label"),
-            "label" in source and source["label"] is not None,
-        )
-    return images
-
-
 def build_method(config: Config, suite: Suite) -> MergeMethod:
     """The method on the transformed task vectors."""
     vectors = suite.task_vectors
@@ -327,11 +165,6 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         config["micro_batch"],
         config["log_every"],
     )
-
-
-def normalizer(clip: Clip) -> Normalizer:
-    """The backbone's own normalisation."""
-    return Normalizer(clip.preprocess_cfg.mean, clip.preprocess_cfg.std)
 
 
 _DECISIVE = (

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from adamerge import build, config, deliver, preflight, preflight_report, solving, verdicts
+from adamerge import build, config, deliver, inputs, preflight, preflight_report, solving, verdicts
 from adamerge.config import Config
 from adamerge.deliver import Job
 from adamerge.encoders import Tower
@@ -70,7 +70,7 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
     vectors, files = suite.task_vectors, preflight.sources(suite.files)
     products = preflight.gram(vectors)
     cosines, norms = preflight.cosines(products), products.diagonal().sqrt()
-    normalizer = build.normalizer(suite.clip)
+    normalizer = inputs.normalizer(suite.clip)
     with isolate_rng():
         tower = Tower(suite.clip.backbone)
         solved = preflight.measure(tower, vectors, suite.heads, normalizer, images, device, say)
@@ -126,7 +126,7 @@ def _of_activation(
         other,
         suite.task_vectors,
         suite.heads,
-        build.normalizer(suite.clip),
+        inputs.normalizer(suite.clip),
         images.first(_FOR_ACTIVATION),
         own,
         device,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from adamerge import build
+from adamerge import inputs
 from adamerge.checkpoints import load_pretrained, read, tower_state
 from adamerge.encoders import Clip, build_clip
 from adamerge.errors import AdamergeError
@@ -61,7 +61,7 @@ def convert(
 
 def _whole(source: str, pretrained: str | None, architecture: str | None) -> Clip:
     settings = {"architecture": architecture, "pretrained": pretrained or source}
-    clip, _ = build.load_clip(settings)
+    clip, _ = inputs.load_clip(settings)
     if pretrained is not None:
         tower = tower_state(read(source), clip.backbone)
         own = clip.backbone.state_dict()

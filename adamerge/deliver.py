@@ -21,13 +21,13 @@ from adamerge import (
     export,
     export_files,
     folding,
+    inputs,
     loading,
     pictures,
     preflight,
     tracking,
 )
 from adamerge.adaptation import Adaptation
-from adamerge.build import Suite
 from adamerge.config import Config
 from adamerge.data import TaskData
 from adamerge.encoders import Experts, Tower
@@ -35,6 +35,7 @@ from adamerge.errors import AdamergeError
 from adamerge.evaluation import Row, Scorer
 from adamerge.files import replacing
 from adamerge.heads import Heads
+from adamerge.inputs import Suite
 from adamerge.resume import check_fingerprint, read_checkpoint
 
 log = logging.getLogger("adamerge")
@@ -61,7 +62,7 @@ class Job:
     def scorer(self, device: torch.device) -> Scorer:
         """Measures encoders on the suite's scored images, those of unseen tasks included."""
         size = self.settings["evaluate"]["batch_size"]
-        normalizer = build.normalizer(self.suite.clip)
+        normalizer = inputs.normalizer(self.suite.clip)
         unseen = None
         if self.unseen is not None:
             heads, data = self.unseen
@@ -71,9 +72,9 @@ class Job:
 
 def load_job(settings: Config) -> Job:
     """Loads everything that a checked configuration names."""
-    suite = build.load_suite(settings)
-    data = build.load_data(settings, suite.clip)
-    unseen = build.load_unseen(settings, suite.clip)
+    suite = inputs.load_suite(settings)
+    data = inputs.load_data(settings, suite.clip)
+    unseen = inputs.load_unseen(settings, suite.clip)
     method = build.build_method(settings, suite)
     folding.check(settings["fold"], method, settings["method"]["name"])
     return Job(settings, suite, data, build.build_adaptation(settings, suite, method), unseen)
@@ -86,7 +87,7 @@ def look(job: Job, encoder: torch.nn.Module) -> advice.Signs:
     """Label-free signs of an encoder, on the images that the pre-flight looks at."""
     settings, suite, device = job.settings, job.suite, _device(job)
     chosen = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
-    normalizer, heads = build.normalizer(suite.clip).to(device), suite.heads.to(device)
+    normalizer, heads = inputs.normalizer(suite.clip).to(device), suite.heads.to(device)
     images = {task: normalizer(pixels.to(device)) for task, pixels in chosen.pixels.items()}
     teacher = Experts(suite.clip.backbone, suite.task_vectors)
     found = advice.signs(encoder.to(device), teacher, heads, images)
@@ -122,7 +123,7 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     method, tasks = job.module.method.eval(), job.suite.heads.tasks
     export.write_coefficients(run_dir / "coefficients.csv", method, tasks)
     name, size = job.settings["method"]["name"], job.settings["evaluate"]["batch_size"]
-    normalizer, device, found = build.normalizer(job.suite.clip), _device(job), None
+    normalizer, device, found = inputs.normalizer(job.suite.clip), _device(job), None
     rows = score(job, method.fold(), name)
     if job.scorer(device).measures:
         found = folding.statistics(method, job.data, normalizer, device, size)
@@ -195,7 +196,7 @@ def export_merged(
     Args:
         found: what `folding.statistics` gave; made here if it is needed.
     """
-    suite, settings, normalizer = job.suite, job.settings, build.normalizer(job.suite.clip)
+    suite, settings, normalizer = job.suite, job.settings, inputs.normalizer(job.suite.clip)
     method, fold = job.module.method.eval().float(), settings["fold"]
     if found is None and fold is not None and not method.folds[fold]:
         size = settings["evaluate"]["batch_size"]

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
-from adamerge import build, check, config, deliver, preflight_report, stores, tracking
+from adamerge import build, check, config, deliver, inputs, preflight_report, stores, tracking
 from adamerge.callbacks import Checkpoints, Progress, StopOnSignal, Watch
 from adamerge.config import Config
 from adamerge.deliver import Job
@@ -73,7 +73,7 @@ def _prepare(job: Job) -> None:
     ranks = len(devices) if isinstance(devices, list) else devices
     ranks = ranks * trainer.get("num_nodes", 1) if isinstance(ranks, int) and ranks > 0 else 1
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
-    folder, device = build.cache_root(settings) / "features", check.run_device(trainer)
+    folder, device = inputs.cache_root(settings) / "features", check.run_device(trainer)
     made = stores.Stores(job.module, job.data, job.suite.files, folder, device, steps, ranks)
     stores.prepare(made, settings["store"], settings["online"])
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from adamerge import build, config
+from adamerge import build, config, inputs
 from adamerge.methods import Surgery, WEMoE
 from adamerge.objectives import ExpertKL, ExpertL1
 
 
 @pytest.fixture(scope="module")
-def parts(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> build.Suite:
+def parts(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> inputs.Suite:
     cache = f"cache_dir={tmp_path_factory.mktemp('cache')}"
-    return build.load_suite(config.load([f"suite={suite}", cache]))
+    return inputs.load_suite(config.load([f"suite={suite}", cache]))
 
 
-def step(words: list[str], parts: build.Suite, suite: Path) -> build.Adaptation:
+def step(words: list[str], parts: inputs.Suite, suite: Path) -> build.Adaptation:
     settings = config.load([f"suite={suite}", *words])
     build.check(settings)
     adaptation = build.build_adaptation(settings, parts, build.build_method(settings, parts))
@@ -35,14 +35,14 @@ def step(words: list[str], parts: build.Suite, suite: Path) -> build.Adaptation:
 
 
 @pytest.mark.parametrize("name", config.names("method"))
-def test_methods(name: str, parts: build.Suite, suite: Path) -> None:
+def test_methods(name: str, parts: inputs.Suite, suite: Path) -> None:
     method = step([f"method={name}", "log_every=100"], parts, suite).method
     assert isinstance(method, Surgery) == name.startswith("surgery")
     assert isinstance(method, WEMoE) == name.endswith("wemoe")
 
 
 @pytest.mark.parametrize("name", config.names("objective"))
-def test_objectives(name: str, parts: build.Suite, suite: Path) -> None:
+def test_objectives(name: str, parts: inputs.Suite, suite: Path) -> None:
     method = "surgery_v2" if name == "surgery_v2" else "layer_wise"
     words = [f"method={method}", f"objective={name}", "log_every=100"]
     objective = step(words, parts, suite).objective

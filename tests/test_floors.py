@@ -15,7 +15,7 @@ FLOORS = {
     3: "step adaptation advice features callbacks checkpoints hub data demo demo_images estimate "
     "evaluation export export_kinds folding model_card image_cache image_files image_source arrays "
     "labels local_files staging pictures preflight preflight_report resume sources stores tracking",
-    4: "config build supplies inference init_text local_data survey task_names",
+    4: "config inputs build supplies inference init_text local_data survey task_names",
     5: "check convert deliver init run cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adamerge import AdamergeError, build, config
+from adamerge import AdamergeError, build, config, inputs
 from adamerge.checkpoints import load_pretrained, read, tower_state
 from adamerge.cli import main
 from adamerge.convert import convert
@@ -106,7 +106,7 @@ def test_every_format_at_once_runs_as_written(model: Path, tmp_path: Path) -> No
     lines = init(folder, to, data=data)
     assert not [line for line in lines if line.startswith(("fill in", "skipped"))]
     loaded = {**load(to), "cache_dir": str(tmp_path / "cache")}
-    suite = build.load_suite(loaded)
+    suite = inputs.load_suite(loaded)
     own = suite.clip.backbone.state_dict()
     assert [*loaded["suite"]["tasks"]] == ["eurosat", "kmnist", "mnist", "svhn"]
     for task, name in (
@@ -120,7 +120,7 @@ def test_every_format_at_once_runs_as_written(model: Path, tmp_path: Path) -> No
     assert tasks["eurosat"]["data"]["label"] == "label" and tasks["eurosat"]["classes"] == names
     assert tasks["mnist"]["data"]["label"] is None  # no class folders: no labels
     assert tasks["kmnist"]["data"]["label"] is None  # four classes, where the task has ten
-    images = build.load_data(loaded, suite.clip)
+    images = inputs.load_data(loaded, suite.clip)
     sizes = {task: len(found.images) for task, found in images.tasks.items()}
     assert sizes == {"eurosat": 10, "mnist": 2, "svhn": 2, "kmnist": 40}
     assert images.tasks["eurosat"].labels is not None and images.tasks["mnist"].labels is None
@@ -318,7 +318,7 @@ def test_experts_beside_the_pretrained_weights(model: Path, tmp_path: Path) -> N
     suite = load(model / "suite.yaml")["suite"]
     assert suite["pretrained"] == str(model / "open_clip_model.safetensors")
     assert "root" not in suite and "architecture:" not in (model / "suite.yaml").read_text()[300:]
-    assert [*build.load_suite(load(model / "suite.yaml")).task_vectors.tasks] == ["svhn"]
+    assert [*inputs.load_suite(load(model / "suite.yaml")).task_vectors.tasks] == ["svhn"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from adamerge import (
     export_files,
     export_kinds,
     folding,
+    inputs,
     loading,
     methods,
 )
@@ -94,7 +95,7 @@ def job_of(run: Path) -> Job:
 
 def samples(job: Job) -> tuple[Tensor, Tensor]:
     """All images of all tasks, normalised, with their task ids, tasks mixed."""
-    normalizer = build.normalizer(job.suite.clip)
+    normalizer = inputs.normalizer(job.suite.clip)
     parts = [normalizer(job.data.sample(task, 40)) for task in job.suite.heads.tasks]
     ids = torch.arange(len(parts)).repeat_interleave(40)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
@@ -134,7 +135,7 @@ def test_features_come_back(name: str, trained: Run) -> None:
     assert model.record["largest_relative_difference"] <= 1e-5
     fold = job.settings["fold"]
     statistics = folding.statistics(
-        method, job.data, build.normalizer(job.suite.clip), torch.device("cpu"), 256
+        method, job.data, inputs.normalizer(job.suite.clip), torch.device("cpu"), 256
     )
     encoder, exact = folding.encoder(method, fold, statistics)
     assert torch.equal(found, encoder(images, ids)) and exact == (
@@ -274,7 +275,7 @@ def test_folds_look_at_a_bounded_number_of_the_images_adapted_on(
     settings = config.load([*words, "protocol=heldout", "seed=3"])
     job = deliver.load_job(settings)
     monkeypatch.setattr(folding, "IMAGES", 7)
-    normalizer, seen = build.normalizer(job.suite.clip), []
+    normalizer, seen = inputs.normalizer(job.suite.clip), []
     for _ in range(2):
         batches = list(folding._batches(job.data, normalizer, torch.device("cpu"), 5))
         seen.append(torch.cat([images for images, _ in batches]))

@@ -18,11 +18,11 @@ import yaml
 from torch import Tensor
 
 from adamerge import check, config, deliver, preflight, solving, verdicts
-from adamerge.build import normalizer
 from adamerge.cli import main
 from adamerge.encoders import Tower, build_clip
 from adamerge.errors import AdamergeError
 from adamerge.estimate import Estimate, _seconds, of_memory
+from adamerge.inputs import normalizer
 from adamerge.preflight_report import as_markdown
 from adamerge.solving import Solving
 from adamerge.verdicts import Finding

@@ -39,7 +39,7 @@ Writer = Callable[[Path], Data]
 
 
 def cached(tmp_path: Path, data: Data, classes: tuple[str, ...] = CLASSES) -> TaskImages:
-    """As a run does it (`build.load_data`)."""
+    """As a run does it (`inputs.load_data`)."""
     return cache_images(
         "t", open_dataset("t", data), classes, CFG, tmp_path / "cache", "error",
         str(data.get("image", "image")), data.get("label", "label"), data.get("label") is not None,

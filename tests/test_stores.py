@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from adamerge import AdamergeError, build, config
+from adamerge import AdamergeError, build, config, inputs
 from adamerge.cli import main
 from adamerge.experts import Experts
 from adamerge.methods import Surgery
@@ -107,10 +107,10 @@ def test_a_merge_is_adapted_in_a_chain(base: list[str], tmp_path: Path) -> None:
     words = [*base, "method=surgery", f"method.base={first}", f"run_dir={second}"]
     assert main(["train", *words]) == 0
     settings = config.load_run(second)
-    suite = build.load_suite(settings)
+    suite = inputs.load_suite(settings)
     method = build.build_method(settings, suite)
     assert isinstance(method, Surgery)
-    clip, _ = build.load_clip({"pretrained": str(first / "merged")})
+    clip, _ = inputs.load_clip({"pretrained": str(first / "merged")})
     for name, tensor in clip.backbone.state_dict().items():
         assert torch.equal(method.frozen_state()[f"backbone.{name}"], tensor)
     assert suite.files["base"]["path"] == str(first / "merged")
@@ -121,9 +121,9 @@ def test_a_mixture_takes_its_static_part_from_a_run(base: list[str], tmp_path: P
     given = f"method.base={tmp_path / 'first' / 'merged'}"
     settings = config.load([*base, "method=wemoe", given])
     build.check(settings)
-    suite = build.load_suite(settings)
+    suite = inputs.load_suite(settings)
     folded = build.build_method(settings, suite).fold()
-    clip, _ = build.load_clip({"pretrained": str(tmp_path / "first" / "merged")})
+    clip, _ = inputs.load_clip({"pretrained": str(tmp_path / "first" / "merged")})
     found = folded.state_dict()
     for name, tensor in clip.backbone.state_dict().items():
         if ".mlp." not in name:
@@ -146,13 +146,13 @@ def test_a_base_that_is_none(
     monkeypatch.chdir(tmp_path)
     path = Path(base[0].removeprefix("suite="))
     suite = yaml.safe_load(path.read_text())
-    clip, _ = build.load_clip({"pretrained": str(path.parent / suite["pretrained"])})
+    clip, _ = inputs.load_clip({"pretrained": str(path.parent / suite["pretrained"])})
     state = {**clip.backbone.state_dict(), "proj": torch.ones(3, 2)}
     torch.save(state, tmp_path / "other.safetensors")
     with pytest.raises(AdamergeError, match=message):
         settings = config.load([*base, "method=surgery", word])
         build.check(settings)
-        build.build_method(settings, build.load_suite(settings))
+        build.build_method(settings, inputs.load_suite(settings))
 
 
 def test_labels_are_no_part_of_what_is_stored(base: list[str], tmp_path: Path) -> None:

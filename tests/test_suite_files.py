@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adamerge import AdamergeError, build, config
+from adamerge import AdamergeError, config, inputs
 from adamerge.cli import main
 from adamerge.suite_files import require_root
 from tests import tiny
@@ -137,7 +137,7 @@ def test_a_root_that_is_missing_is_named(tmp_path: Path, root: str, message: str
     path = write(tmp_path, "  one: {task: svhn, expert: a.pt}\n", "root: somewhere\n")
     settings = config.load([f"suite={path}", f"suite.root={root}"])
     with pytest.raises(AdamergeError, match=message):
-        build.load_suite(settings)
+        inputs.load_suite(settings)
     (tmp_path / "a.pt").touch()  # found beside the suite: no root is needed
     require_root(config.load([f"suite={path}", f"suite.root={root}"])["suite"])
 
@@ -206,7 +206,7 @@ def test_tasks_and_classes_that_are_numbers_are_texts(tmp_path: Path) -> None:
     assert list(suite["tasks"]) == ["101"] and list(suite["unseen"]) == ["7"]
     assert suite["tasks"]["101"]["data"]["split"] == "train"
     assert suite["unseen"]["7"]["data"]["split"] == "extra"
-    prompts = build.prompts({"suite": suite})
+    prompts = inputs.prompts({"suite": suite})
     assert prompts["101"].classes == ("0", "1", "1.5")
     config.save(config.load(words), tmp_path / "config.yaml")
     assert list(config.load_run(tmp_path)["suite"]["tasks"]) == ["101"]

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adamerge import AdamergeError, config
-from adamerge.build import load_clip, load_suite
 from adamerge.checkpoints import load_pretrained, read
 from adamerge.cli import main
 from adamerge.convert import convert
 from adamerge.encoders import build_clip
+from adamerge.inputs import load_clip, load_suite
 from adamerge.layouts import tower_to_transformers
 from adamerge.model_configs import to_transformers
 from tests.tiny import CLASSES, images, make_suite
