@@ -61,12 +61,14 @@ def require_sound(file: Path) -> None:
         what = "a web page saved under that name: the download failed (a login? a limit?)"
     elif not head.strip(b"\0") and file.suffix.lower() != ".tar":
         what = "zeros where its header should be: an interrupted download; get it again"
-    elif (
-        not head.startswith(_MAGIC) and "".join(text.split()).isprintable() and "\ufffd" not in text
-    ):
+    elif _is_text(text) and not head.startswith(_MAGIC):
         what = f"a text that begins {text[:40]!r}, no data: the download failed?"
     if what is not None:
         raise AdamergeError(f"path: {file} is {what}")
+
+
+def _is_text(text: str) -> bool:
+    return bool(text) and "\ufffd" not in text and "".join(text.split()).isprintable()
 
 
 @contextlib.contextmanager

@@ -116,8 +116,9 @@ def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource
             return ArraySource(where, local, split or "test")
         loaded = _load(path, split, data)
     except AdamergeError as error:
-        own = str(error).startswith(where)
-        raise error if own else AdamergeError(f"{where}.{error}") from error
+        if str(error).startswith(where):
+            raise
+        raise AdamergeError(f"{where}.{error}") from error
     except Exception as error:  # `datasets` raises a dozen types for one thing: not readable
         root = _root(error)
         if isinstance(root, OSError) and root.errno in _FULL:

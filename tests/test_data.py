@@ -194,7 +194,9 @@ def test_data_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_sources(tmp_path: Path) -> None:
-    with pytest.raises(AdamergeError, match=r"tasks\.t\.data\.path: cannot read .*nowhere"):
+    with pytest.raises(
+        AdamergeError, match=r"tasks\.t\.data\.path: no such file or folder .*nowhere"
+    ):
         open_dataset("t", {"path": str(tmp_path / "nowhere")})
     with pytest.raises(AdamergeError, match=r"data\.spilt is unknown \(did you mean 'split'\?\)"):
         open_dataset("t", {"path": "x", "spilt": "test"})

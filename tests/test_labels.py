@@ -89,6 +89,8 @@ TWELVE = tuple(f"kind {letter}" for letter in "lkjihgfedcba")
 
 
 def test_names_that_are_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "adamerge")
+
     def found(values: Sequence[Any], names: list[str] | None = None) -> list[int]:
         result = class_numbers("t", "label", values, names, TWELVE)
         assert result is not None

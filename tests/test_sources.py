@@ -486,6 +486,18 @@ def test_what_is_no_data_at_all_is_named(tmp_path: Path, name: str) -> None:
             open_dataset("t", {"path": str(tmp_path / name)})
 
 
+def test_zeros_of_an_interrupted_download(tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(bytes(1000))
+    with pytest.raises(AdamergeError, match="zeros where its header should be: an interrupted dow"):
+        open_dataset("t", {"path": str(tmp_path / "x.npy")})
+
+
+def test_bytes_that_are_no_text_are_not_called_one(tmp_path: Path) -> None:
+    (tmp_path / "x.arrow").write_bytes(b"\xff" * 600)
+    with pytest.raises(AdamergeError, match=r"path: cannot read .*x\.arrow'"):
+        open_dataset("t", {"path": str(tmp_path / "x.arrow")})
+
+
 def test_a_damaged_shard_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "some.parquet").write_bytes(b"PAR1" + bytes(1000))
     logger = logging.getLogger("datasets")

@@ -139,7 +139,7 @@ def test_a_broken_unseen_task_is_named_before_training(
 ) -> None:
     more = [f"suite.unseen.dots.data.path={tmp_path / 'none'}", f"run_dir={tmp_path / 'run'}"]
     assert main(["train", f"suite={halves[1]}", *words, *more]) == 2
-    assert "suite.unseen.dots.data.path: cannot read" in capsys.readouterr().err
+    assert "suite.unseen.dots.data.path: no such file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
