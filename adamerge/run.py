@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -74,7 +75,8 @@ def _prepare(job: Job) -> None:
     ranks = ranks * trainer.get("num_nodes", 1) if isinstance(ranks, int) and ranks > 0 else 1
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
     folder, device = inputs.cache_root(settings) / "features", check.run_device(trainer)
-    made = stores.Stores(job.module, job.data, job.suite.files, folder, device, steps, ranks)
+    shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
+    made = stores.Stores(job.module, job.data, job.suite.files, shape, folder, device, steps, ranks)
     stores.prepare(made, settings["store"], settings["online"])
 
 

@@ -34,6 +34,7 @@ class Stores:
         module: gives method, objective and normalizer; moved to `device`.
         data: the run's images.
         files: records of the suite's files, for keys.
+        architecture: of the tower, in words: the same weights compute other features in another.
         folder: for the stored arrays.
         steps: that the run takes; negative: unknown, so that all images are taken.
         ranks: processes of the run.
@@ -42,6 +43,7 @@ class Stores:
     module: Adaptation
     data: TaskData
     files: Mapping[str, Mapping[str, str]]
+    architecture: str
     folder: Path
     device: torch.device
     steps: int
@@ -71,10 +73,12 @@ class Stores:
         return found
 
     def _of_images(self, task: str) -> list[object]:
-        """What decides the images of a task and the order in which they are drawn."""
+        """What decides the images of a task, the order in which they are drawn, and, beside an
+        encoder's weights, what it makes of them."""
         normalizer, data = self.module.normalizer, self.data
         shift = [*normalizer.mean.flatten().tolist(), *normalizer.std.flatten().tolist()]
-        return [data.tasks[task].key, shift, data.protocol, data.seed, task, self.device.type]
+        drawn = [data.tasks[task].key, shift, data.protocol, data.seed, task]
+        return [*drawn, self.architecture, self.device.type]
 
     def _stored(
         self, task: str, key: str, run: Callable[[Tensor, Tensor], Tensor | None], name: str

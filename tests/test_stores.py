@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,3 +162,19 @@ def test_labels_are_no_part_of_what_is_stored(base: list[str], tmp_path: Path) -
     for path in (tmp_path / "c" / "features").glob("*.npy"):
         array = np.load(path)
         assert array.dtype == np.float32 and array.shape == (40, 16)
+
+
+def test_another_activation_is_another_store(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same files, images and seed, and yet other features."""
+    taught = counted(monkeypatch, Experts, "forward")
+    model = Path(base[0].removeprefix("suite=")).parent / "model"
+    stated = json.loads((model / "open_clip_config.json").read_text())
+    stated["model_cfg"]["quick_gelu"] = True
+    (tmp_path / "quick.json").write_text(json.dumps(stated))
+    words = [*base, "method=surgery", f"cache_dir={tmp_path / 'cache'}"]
+    assert main(["train", *words, f"run_dir={tmp_path / 'a'}"]) == 0
+    words += [f"suite.architecture={tmp_path / 'quick.json'}", f"run_dir={tmp_path / 'b'}"]
+    assert main(["train", *words]) == 0
+    assert sum(taught) == 2 * (2 * 6 * 4)
