@@ -181,7 +181,7 @@ def _data(entry: Entry, found: LocalData, here: Path) -> tuple[dict[str, Any], s
     below = entry.task_file()
     if below.get("data", {}).get("name") is not None:
         value["name"] = None  # of the hub's data set, not of this one
-    if found.classes and below and not agree(found.classes, below["classes"]):
+    if found.classes and below and not agree(found, below["classes"]):
         value["label"] = None
         return value, f"its {len(found.classes)} classes are not the task's: labels not used"
     if not below:  # nothing to go over

@@ -23,11 +23,13 @@ class LocalData:
         path: the file or folder.
         keys: what it needs beside its path (`split`, `image`, `label`), all of them where known.
         classes: its class names in the order of its labels, where it tells them.
+        ordered: whether that order is the data set's own, and not that of folders' names.
     """
 
     path: Path
     keys: dict[str, Any] = field(default_factory=dict)
     classes: list[str] | None = None
+    ordered: bool = True
 
 
 def local_data(folder: Path, same: Callable[[str], bool]) -> LocalData | None:
@@ -49,9 +51,13 @@ def local_data(folder: Path, same: Callable[[str], bool]) -> LocalData | None:
     return None
 
 
-def agree(names: Collection[str], classes: Collection[str]) -> bool:
-    """Whether a data set's class names can be a suite's classes: the same names, or as many."""
-    return {*map(normal, names)} <= {*map(normal, classes)} or len(names) == len(classes)
+def agree(found: LocalData, classes: Collection[str]) -> bool:
+    """Whether a data set's classes can be a suite's: the same names; in an order of its own, or as
+    numbers, also as many."""
+    names = found.classes or []
+    numbered = found.ordered or all(name.isdigit() for name in names)
+    same = {*map(normal, names)} <= {*map(normal, classes)}
+    return same or (numbered and len(names) == len(classes))
 
 
 def _folder(path: Path) -> LocalData:
@@ -67,7 +73,7 @@ def _folder(path: Path) -> LocalData:
         classes = [entry.name for entry in entries if entry.is_dir() and _has_pictures(entry)]
         if len(classes) > 1:
             keys = {"split": None, "image": "image", "label": "label"}
-            return LocalData(path, keys, classes)
+            return LocalData(path, keys, classes, ordered=False)
         if not classes:  # shards, perhaps of several splits, or nothing that is known here
             return LocalData(path)
     return LocalData(path, {"split": None, "image": "image", "label": None})

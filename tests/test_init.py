@@ -23,6 +23,7 @@ from adamerge.cli import main
 from adamerge.convert import convert
 from adamerge.encoders import Clip, build_clip
 from adamerge.init import init
+from adamerge.local_data import agree, local_data
 from adamerge.task_names import shipped_task, task_name, without_common_start
 from tests import tiny
 from tests.test_formats import as_tower, theirs, trained, vanishing
@@ -344,3 +345,13 @@ def test_what_all_names_begin_with_is_no_task() -> None:
     assert shipped_task("cars", TASKS, cut=True) is None  # race-cars and race-bikes
     assert without_common_start(["one"]) == ["one"]
     assert without_common_start(["a_b", "a_b_c"]) == ["b", "b_c"]
+
+
+def test_folders_of_other_words_are_no_classes_of_the_task(tmp_path: Path) -> None:
+    for names, wanted in ((["zero", "one"], False), (["0", "1"], True), (["Cat", "dog"], True)):
+        root = tmp_path / names[0]
+        for name in names:
+            (root / "task" / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(root / "task" / name / "a.png")
+        found = local_data(root, lambda name: name == "task")
+        assert found is not None and agree(found, ["cat", "dog"]) is wanted
