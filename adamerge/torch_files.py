@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
-from adamerge.safe_pickle import Refused, Standin, StorageRef, TensorRef, Unsafe, load
+from adamerge.pickled import Refused, Standin, StorageRef, TensorRef, Unsafe
+from adamerge.safe_pickle import load
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a legacy file
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."

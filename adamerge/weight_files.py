@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamerge.errors import AdamergeError
 from adamerge.layouts import Computed
-from adamerge.safe_pickle import Standin, TensorRef
+from adamerge.pickled import Standin, TensorRef
 from adamerge.torch_files import LEGACY_START, TorchFile, module_tensors
 
 # Where training scripts keep the weights among other things, the outermost first.

@@ -19,7 +19,8 @@ import torch
 
 from adamerge import AdamergeError
 from adamerge.checkpoints import read
-from adamerge.safe_pickle import Named, Refused, Standin, load
+from adamerge.pickled import Named, Refused, Standin
+from adamerge.safe_pickle import load
 from adamerge.torch_files import TorchFile
 
 PROTO = b"\x80\x02"
