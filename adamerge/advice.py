@@ -57,7 +57,8 @@ def signs(
 
 
 def advice(objective: str, before: Signs | None, after: Signs | None) -> list[str]:
-    """Sentences for the report; none where all is well.
+    """Sentences for the report on an objective that trusts the merge's own predictions (entropy,
+    infomax); none where all is well.
 
     Where the merged model is more often wrong than right before it learns, minimising its entropy
     confirms its mistakes, and a mean prediction that narrows while it learns is a task collapsing
@@ -68,7 +69,7 @@ def advice(objective: str, before: Signs | None, after: Signs | None) -> list[st
     """
     said = []
     low = [] if before is None else [t for t, v in before.agreement.items() if v < AGREEING]
-    if low and before is not None and objective != "expert_kl":
+    if low and before is not None:
         shares = ", ".join(f"{100 * before.agreement[task]:.0f} % ({task})" for task in low)
         said.append(
             f"before adapting, the merge names the expert's class for {shares} of the images: "

@@ -123,7 +123,8 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
             vectors = _construct(key, target, arguments, given)
     target, arguments = _target("method", config["method"])
     arguments, own = split_base(target, arguments)
-    given = supplies(suite.clip, suite.task_vectors, vectors, suite.heads, own, suite.files)
+    known = (suite.clip, suite.task_vectors, vectors, suite.heads)
+    given = supplies(*known, own, suite.files, config["protocol"])
     method: MergeMethod = _construct("method", target, arguments, given)
     return method
 
@@ -140,16 +141,32 @@ def _construct(
         return call(target, arguments, {n: make() for n, make in supplied.items() if n in asked})
     except AdamergeError:
         raise
-    except (TypeError, ValueError) as error:
-        raise AdamergeError(f"{key}: {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+        raise AdamergeError(f"{key}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_pair(method: MergeMethod, objective: Objective, micro_batch: int | None) -> None:
+    """Refuses what the first step would refuse."""
+    if objective.traces and not method.traceable:
+        raise AdamergeError(
+            f"the objective compares features after each block, which {type(method).__name__} with "
+            "these settings does not learn: use it with method=surgery_v2, or another objective"
+        )
+    if micro_batch is not None and method.mixes_images:
+        raise AdamergeError(
+            "method.batch_gate averages over the batch, which micro_batch would cut: set "
+            "micro_batch to null, or method.batch_gate to false"
+        )
 
 
 def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adaptation:
     """The LightningModule of a run."""
     target, arguments = _target("objective", config["objective"])
     vectors = suite.task_vectors
-    supplied = supplies(suite.clip, vectors, vectors, suite.heads, {}, suite.files)
+    known = (suite.clip, vectors, vectors, suite.heads)
+    supplied = supplies(*known, {}, suite.files, config["protocol"])
     objective: Objective = _construct("objective", target, arguments, supplied)
+    _check_pair(method, objective, config["micro_batch"])
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None
     if config["scheduler"] is not None:
@@ -202,6 +219,7 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
         "suite.pretrained",
         "suite.architecture",
         "suite.root",
+        "method.base",
     )
     aside = ("suite.unseen", "suite.vars.")  # only scored; already in what they stand in
     for key in [key for key in flat if key.endswith(places) or key.startswith(aside)]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adamerge import hub
 from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
+from adamerge.files import sha256
 from adamerge.layouts import (
     Computed,
     clip_from_transformers,
@@ -55,12 +56,14 @@ class Checkpoint:
     revision: str | None = None
 
     def record(self) -> dict[str, str]:
-        """Where it came from and what it is: path, sha256 (of all files), revision on the hub.
+        """Where it came from and what it is: path, sha256 (of all files, a LoRA adapter's settings
+        among them), revision on the hub.
 
         Raises:
             AdamergeError: the content differs from the hash under which the hub's cache keeps it.
         """
-        digests = [_checked_sha256(path) for path in self.files]
+        settings = [self.lora.path] if self.lora is not None else []  # they decide the expert too
+        digests = [_checked_sha256(path) for path in (*self.files, *settings)]
         joined = hashlib.sha256("".join(digests).encode()).hexdigest()
         found = {"path": str(self.path), "sha256": digests[0] if len(digests) == 1 else joined}
         if self.revision:
@@ -266,12 +269,6 @@ def read_head(source: str | Path) -> Tensor:
                 "head, which has no bias"
             )
     return tensors[matrices[0]].float()
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checked_sha256(path: Path) -> str:

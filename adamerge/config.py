@@ -76,7 +76,11 @@ def load(words: Sequence[str] = ()) -> Config:
     for key, value in settings:
         if key not in GROUPS and not key.startswith("suite."):
             _set(tree, *_sugar(key, value, defaults))
-    return _plain(tree)
+    config = _plain(tree)
+    base = config["method"].get("base") if isinstance(config["method"], dict) else None
+    if isinstance(base, str) and Path(base).exists():
+        config["method"]["base"] = str(Path(base).resolve())
+    return config
 
 
 def problems(config: Config) -> list[str]:

@@ -36,6 +36,7 @@ from adamerge.evaluation import Row, Scorer
 from adamerge.files import replacing
 from adamerge.heads import Heads
 from adamerge.inputs import Suite
+from adamerge.objectives import Taught
 from adamerge.resume import check_fingerprint, read_checkpoint
 
 log = logging.getLogger("adamerge")
@@ -111,7 +112,8 @@ def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError):  # no look was taken
         return {}
     after = look(job, encoder)
-    said = advice.advice(job.settings["objective"]["name"], before, after)
+    taught = isinstance(job.module.objective, Taught)  # by the experts: nothing to advise
+    said = [] if taught else advice.advice(job.settings["objective"]["name"], before, after)
     for sentence in said:
         log.warning("advice: %s", sentence)
     signs = {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}

@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from adamerge.encoders import Clip
+from adamerge.errors import AdamergeError
 from adamerge.export_files import HEADS, RECORD, Layout
 from adamerge.export_kinds import Encode, verify, write_encoder, write_safetensors
-from adamerge.files import replace_folder, replacing
+from adamerge.files import replace_folder, replacing, sha256
 from adamerge.heads import Heads
 from adamerge.methods.base import MergeMethod
 from adamerge.model_card import card
@@ -74,8 +75,14 @@ def export(
 
     Raises:
         AdamergeError: the reloaded model's features differ by more than 1e-5 of their norm, or
-            its preprocessing differs; an encoder of no kind that can be exported.
+            its preprocessing differs; an encoder of no kind that can be exported; a folder that
+            holds anything but an export.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise AdamergeError(
+            f"{folder} holds files that are no export: name a new or empty folder, or an earlier "
+            "export, which is replaced"
+        )
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -104,6 +111,7 @@ def _record(
         **({"base": layout.base} if layout.base else {}),
         "tasks": list(layout.tasks),
         "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
+        "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
         **provenance,
         "largest_relative_difference": difference,
     }

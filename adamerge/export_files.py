@@ -17,6 +17,7 @@ from adamerge.adapters import AdaptedEncoder
 from adamerge.encoders import build_backbone
 from adamerge.errors import AdamergeError
 from adamerge.experts import PerTaskEncoder
+from adamerge.files import sha256
 from adamerge.heads import Heads
 from adamerge.mixtures import DynamicEncoder, within
 from adamerge.towers import FoldedEncoder, Tower
@@ -96,9 +97,29 @@ def read_layout(folder: Path) -> Layout:
                 f"know (expected {', '.join(KINDS)}): the folder was made by a newer one; install "
                 "that"
             )
+    if kind == "adapters" and base == "adapters":
+        raise _damaged(folder / RECORD, "base is adapters on adapters")
     if not isinstance(tasks, list) or (kind in ("per_task", "adapters") and not tasks):
         raise _damaged(folder / RECORD, f"tasks is {tasks!r}")
     return Layout(kind, tuple(map(str, tasks)), base, record)
+
+
+def check_files(folder: Path, layout: Layout) -> None:
+    """Holds the weight files against the sums that the export wrote down, if it did.
+
+    Raises:
+        AdamergeError: one is missing, of another export, or damaged; or `merge.json` does not know
+            of adapters that are there.
+    """
+    if (folder / ADAPTERS).is_file() and layout.kind != "adapters":
+        raise _damaged(folder / RECORD, f"it does not say what {ADAPTERS} is for")
+    known = layout.record.get("sha256", {})
+    for name, wanted in known.items() if isinstance(known, dict) else ():
+        path = folder / str(name)
+        if not path.is_file():
+            raise _missing(path)
+        if sha256(path) != wanted:
+            raise _damaged(path, f"its sha256 is not that of {RECORD}")
 
 
 def read_encoder(folder: Path, layout: Layout) -> tuple[nn.Module, dict[str, Any]]:

@@ -41,6 +41,7 @@ def stored_features(
     batch_size: int = 256,
     device: torch.device | None = None,
     order: np.ndarray | None = None,
+    say: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
     """Features of images, memory-mapped float32 `[N, F]`; those that are missing are computed.
 
@@ -53,7 +54,8 @@ def stored_features(
         folder: for the files; made if needed.
         key: what decides the features, see `content_key`, and where `order` is given, what decides
             its sequence: of two orders under one key, one must begin with the other.
-        order: the rows that are needed, first to last; None: all. Others hold no features.
+        order: the rows that are needed, first to last; None: all. Others hold NaN.
+        say: told how many images are computed now, if any.
 
     Raises:
         AdamergeError: no images, features that are not `[B, F]`, or NaN among them.
@@ -65,12 +67,19 @@ def stored_features(
     path = folder / f"{key}.npy"
     with locked(folder / f"{key}.lock"):
         done = _done(path, len(images))
+        if done < len(order):
+            say(len(order) - done)
         for start in range(done, len(order), batch_size):
             picked = order[start : start + batch_size]
             features = _encoded(encode, images, picked, device)
             if start == 0:
+                path.with_suffix(".rows").unlink(missing_ok=True)  # of a file that is gone
                 shape = (len(images), features.shape[1])
-                np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+                empty = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+                empty[:] = (
+                    np.nan
+                )  # what is not stored must not pass for features: a loss of it stops
+                empty.flush()
             stored = np.lib.format.open_memmap(path, mode="r+")
             stored[picked] = features
             stored.flush()  # before the record says so

@@ -10,11 +10,12 @@ from typing import Any
 import open_clip
 
 from adamerge import hub
-from adamerge.checkpoints import Checkpoint, load_pretrained, read, read_head, sha256, tower_state
+from adamerge.checkpoints import Checkpoint, load_pretrained, read, read_head, tower_state
 from adamerge.config import Config
 from adamerge.data import TaskData
 from adamerge.encoders import Clip, Normalizer, build_clip
 from adamerge.errors import AdamergeError
+from adamerge.files import sha256
 from adamerge.heads import Heads, Prompts, zero_shot_heads
 from adamerge.image_cache import TaskImages, cache_images
 from adamerge.sources import open_dataset

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from adamerge.binding import nearest
 from adamerge.encoders import Normalizer
 from adamerge.errors import AdamergeError
-from adamerge.export_files import Layout, find_export, read_encoder, read_heads, read_layout
+from adamerge.export_files import (
+    Layout,
+    check_files,
+    find_export,
+    read_encoder,
+    read_heads,
+    read_layout,
+)
 from adamerge.heads import Heads
 
 Images: TypeAlias = Image.Image | Sequence[Image.Image] | Tensor
@@ -78,10 +85,12 @@ class Merged:
     @torch.no_grad()
     def probabilities(self, images: Images, task: str, batch_size: int = 64) -> Tensor:
         """As `classify`: `[B, C]` on the CPU, columns in the order of `heads.classes[task]`."""
+        if batch_size < 1:
+            raise AdamergeError(f"batch_size is {batch_size}: expected at least 1")
         if task not in self.tasks:
             raise AdamergeError(
-                f"task {task!r} is not in this model{nearest(task, self.tasks)}: expected one of "
-                f"{', '.join(self.tasks)}"
+                f"task {task!r} is not in this model{nearest(str(task), self.tasks)}: expected "
+                f"{' or '.join(self.tasks)}"
             )
         device, found = self.heads.weight(task).device, []
         for batch in self._batches(images, batch_size):
@@ -124,6 +133,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Merged:
     """
     where = find_export(Path(folder))
     layout = read_layout(where)
+    check_files(where, layout)
     encoder, config = read_encoder(where, layout)
     heads = read_heads(where)
     layout = layout.of(heads.tasks, where)

@@ -70,14 +70,20 @@ def _prepare(job: Job) -> None:
     settings, trainer = job.settings, job.settings["trainer"]
     if settings["online"]:
         trainer["max_steps"] = stores.steps_online(job.data)
-    devices = trainer["devices"]
-    ranks = len(devices) if isinstance(devices, list) else devices
-    ranks = ranks * trainer.get("num_nodes", 1) if isinstance(ranks, int) and ranks > 0 else 1
+    ranks = _ranks(trainer)
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
     folder, device = inputs.cache_root(settings) / "features", check.run_device(trainer)
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
     made = stores.Stores(job.module, job.data, job.suite.files, shape, folder, device, steps, ranks)
     stores.prepare(made, settings["store"], settings["online"])
+
+
+def _ranks(trainer: Config) -> int | None:
+    """Processes of a run, as far as its settings tell: `auto`, -1 and texts are the Trainer's."""
+    devices, nodes = trainer["devices"], trainer.get("num_nodes", 1)
+    count = len(devices) if isinstance(devices, list) else devices
+    known = isinstance(count, int) and count > 0 and isinstance(nodes, int)
+    return count * nodes if known else None
 
 
 def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:

@@ -37,7 +37,7 @@ class Stores:
         architecture: of the tower, in words: the same weights compute other features in another.
         folder: for the stored arrays.
         steps: that the run takes; negative: unknown, so that all images are taken.
-        ranks: processes of the run.
+        ranks: processes of the run; None: unknown, so that all images are taken.
     """
 
     module: Adaptation
@@ -47,7 +47,7 @@ class Stores:
     folder: Path
     device: torch.device
     steps: int
-    ranks: int = 1
+    ranks: int | None = 1
 
     def targets(self) -> dict[str, np.ndarray]:
         """The teacher's features of every task's images; none where no teacher is stored."""
@@ -85,7 +85,6 @@ class Stores:
     ) -> np.ndarray:
         index = self.module.heads.tasks.index(task)
         order = self._order(task)
-        log.info("task %s: %d images encoded once by its %s", task, len(order), name)
 
         def encode(images: Tensor) -> Tensor:
             ids = torch.full((len(images),), index)
@@ -95,12 +94,19 @@ class Stores:
 
         self.module.to(self.device)
         images = self.data.tasks[task].images
-        return stored_features(encode, images, self.folder, key, device=self.device, order=order)
+
+        def say(count: int) -> None:
+            log.info("task %s: %d images encoded once by its %s", task, count, name)
+
+        return stored_features(
+            encode, images, self.folder, key, device=self.device, order=order, say=say
+        )
 
     def _order(self, task: str) -> np.ndarray:
         data = self.data
-        stream = Stream(task, data.adapt_rows[task], data.seed, data.batch_size * self.ranks)
-        return stream.needed(self.steps)
+        steps = -1 if self.ranks is None else self.steps
+        size = data.batch_size * (self.ranks or 1)
+        return Stream(task, data.adapt_rows[task], data.seed, size).needed(steps)
 
 
 def stores_targets(module: Adaptation) -> bool:
@@ -128,7 +134,7 @@ def prepare(stores: Stores, keep: bool, online: bool) -> None:
     Raises:
         AdamergeError: `online` with several processes.
     """
-    if online and stores.ranks > 1:
+    if online and stores.ranks != 1:
         raise AdamergeError(
             "online: true lets a task end before others, which DDP cannot: set trainer.devices=1"
         )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adamerge.checkpoints import read, tower_state
+from torch import nn
+
+from adamerge.checkpoints import Checkpoint, read, tower_state
 from adamerge.encoders import Clip, Experts, FoldedEncoder, Tower, merged_encoder
 from adamerge.errors import AdamergeError
+from adamerge.export_files import read_encoder, read_layout
+from adamerge.files import sha256
 from adamerge.heads import Heads
+from adamerge.loading import for_tasks
 from adamerge.task_vectors import TaskVectors
 
 Supplies = Mapping[str, Callable[[], Any]]
@@ -52,6 +58,7 @@ def supplies(
     heads: Heads,
     own: Mapping[str, Any],
     files: dict[str, dict[str, str]],
+    protocol: str,
 ) -> Supplies:
     """The values of `SUPPLIED`.
 
@@ -60,14 +67,18 @@ def supplies(
         transformed: what is merged.
         own: from `split_base`.
         files: gets the record of the base's file.
+        protocol: of the run.
     """
     backbone = clip.backbone
 
-    def base() -> FoldedEncoder | None:
-        return None if own.get("base") is None else _base_encoder(clip, own["base"], files)
+    def base(static: bool = True) -> nn.Module | None:
+        if own.get("base") is None:
+            return None
+        encoder, files["base"] = _base_encoder(clip, own["base"], heads.tasks, protocol, static)
+        return encoder
 
-    def encoder() -> FoldedEncoder:
-        given = base()
+    def encoder() -> nn.Module:
+        given = base(static=False)
         if given is not None:
             return given
         return merged_encoder(Tower(backbone), transformed, float(own.get("init", INIT)))
@@ -84,20 +95,62 @@ def supplies(
     }
 
 
-def _base_encoder(clip: Clip, source: str, files: dict[str, dict[str, str]]) -> FoldedEncoder:
-    """A static encoder read from a checkpoint, an exported folder, or the one in a run's folder."""
-    folder = Path(source) / "merged"
-    checkpoint = read(folder if (Path(source) / "config.yaml").is_file() else source)
+def _base_encoder(
+    clip: Clip, source: str, tasks: tuple[str, ...], protocol: str, static: bool
+) -> tuple[nn.Module, dict[str, str]]:
+    """The encoder of a checkpoint, an exported folder, or the one in a run's folder; its record."""
+    folder = Path(source)
+    if (folder / "config.yaml").is_file():
+        folder = folder / "merged"
+        if not folder.is_dir():
+            raise AdamergeError(
+                f"method.base ({source}) is a run that is not finished: go on with it first"
+            )
+    layout = read_layout(folder)
+    before = layout.record.get("protocol")
+    if protocol == "heldout" and before == "paper":
+        raise AdamergeError(
+            f"method.base ({source}) was adapted on all test images (protocol paper): scored under "
+            "protocol heldout it would have seen what is scored; adapt it under heldout too"
+        )
+    if layout.kind in (("static",) if static else ("static", "per_task", "dynamic")):
+        if layout.kind != "static":
+            encoder, stated = read_encoder(folder, layout)
+            if stated["model_cfg"] != clip.config["model_cfg"]:
+                raise _misfit(folder, "its model config is another")
+            record = {"path": str(folder), "sha256": _hash_of(folder)}
+            return for_tasks(encoder, layout, tasks), record | _known(before)
+        checkpoint = read(folder if folder.is_dir() else source)
+        found = _static(clip, checkpoint)
+        return found, checkpoint.record() | _known(before)
+    raise AdamergeError(
+        f"method.base ({source}) is an export of kind {layout.kind}: expected "
+        f"{'static' if static else 'static, per_task or dynamic'}; name the merge below it"
+    )
+
+
+def _known(protocol: Any) -> dict[str, str]:
+    return {} if protocol is None else {"protocol": str(protocol)}
+
+
+def _hash_of(folder: Path) -> str:
+    files = sorted(folder.rglob("*.safetensors"))
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def _static(clip: Clip, checkpoint: Checkpoint) -> FoldedEncoder:
     state, own = tower_state(checkpoint, clip.backbone), clip.backbone.state_dict()
     for name in {**own, **state}:
         found = list(state[name].shape) if name in state else "nothing"
         wanted = list(own[name].shape) if name in own else "nothing"
         if found != wanted:
-            raise AdamergeError(
-                f"method.base ({checkpoint.path}) does not fit the suite's architecture: tensor "
-                f"{name!r} is {found}, expected {wanted}; give a static merge of the same "
-                "architecture"
-            )
-    files["base"] = checkpoint.record()
+            raise _misfit(checkpoint.path, f"tensor {name!r} is {found}, expected {wanted}")
     weights = {name: state[name].detach().to(tensor) for name, tensor in own.items()}
     return FoldedEncoder(Tower(clip.backbone), weights)
+
+
+def _misfit(path: Path, what: str) -> AdamergeError:
+    return AdamergeError(
+        f"method.base ({path}) does not fit the suite's architecture: {what}; give a merge of the "
+        "same architecture"
+    )

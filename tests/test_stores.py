@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor
 
+import adamerge
 from adamerge import AdamergeError, build, config, inputs
 from adamerge.cli import main
 from adamerge.experts import Experts
@@ -178,3 +180,121 @@ def test_another_activation_is_another_store(
     words += [f"suite.architecture={tmp_path / 'quick.json'}", f"run_dir={tmp_path / 'b'}"]
     assert main(["train", *words]) == 0
     assert sum(taught) == 2 * (2 * 6 * 4)
+
+
+def alpha(folder: Path, value: int) -> None:
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "lora_alpha": value})
+    )
+
+
+def test_another_adapter_setting_is_another_store(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The settings beside an adapter's weights decide the expert as much as they do."""
+    path = Path(base[0].removeprefix("suite="))
+    suite = yaml.safe_load(path.read_text())
+    (tmp_path / "lora").mkdir()
+    name = "base_model.model.transformer.resblocks.0.mlp.c_fc.lora_"
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 32, generator=generator), torch.randn(128, 2, generator=generator)
+    adapter = {f"{name}A.weight": a, f"{name}B.weight": b}
+    save_file(adapter, tmp_path / "lora" / "adapter_model.safetensors")
+    suite["tasks"]["dots"]["expert"] = str(tmp_path / "lora")
+    own = path.parent / "lora.yaml"
+    own.write_text(yaml.safe_dump(suite, sort_keys=False))
+    words = [*base, f"suite={own}", "objective=expert_kl", f"cache_dir={tmp_path / 'cache'}"]
+    alpha(tmp_path / "lora", 1)
+    assert main(["train", *words, f"run_dir={tmp_path / 'a'}"]) == 0
+    alpha(tmp_path / "lora", 8)
+    assert main(["train", *words, f"run_dir={tmp_path / 'b'}"]) == 0
+    assert main(["train", *words, "store=false", f"run_dir={tmp_path / 'c'}"]) == 0
+    b, c = learned(tmp_path / "b"), learned(tmp_path / "c")
+    for key, tensor in c.items():
+        torch.testing.assert_close(b[key], tensor, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    assert main(["train", f"resume={tmp_path / 'a'}", "trainer.max_steps=8"]) == 2
+    assert "sha256 of dots" in capsys.readouterr().err
+
+
+def test_unknown_numbers_of_processes_store_all_images(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught = counted(monkeypatch, Experts, "forward")
+    words = [*base, "method=surgery", f"cache_dir={tmp_path / 'cache'}", "trainer.devices=auto"]
+    assert main(["train", *words, "trainer.max_steps=2", f"run_dir={tmp_path / 'a'}"]) == 0
+    assert sum(taught) == 2 * 40
+
+
+def test_a_chain_on_each_kind_of_export(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = {
+        "dynamic": ["method=wemoe"],
+        "per_task": ["method=wemoe", "fold=per_task"],
+        "adapters": ["method=surgery"],
+    }
+    for kind, words in kinds.items():
+        assert main(["train", *base, *words, f"run_dir={tmp_path / kind}"]) == 0
+        merged = adamerge.load(tmp_path / kind)
+        assert merged.kind == kind
+        on = ["method=surgery", f"method.base={tmp_path / kind}"]
+        status = main(["train", *base, *on, "optim.lr=0.0", f"run_dir={tmp_path / kind}-on"])
+        if kind == "adapters":  # not silently the merge without them
+            assert status == 2
+            assert "is an export of kind adapters: expected static, per" in capsys.readouterr().err
+            continue
+        assert status == 0
+        images, ids = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])
+        above = adamerge.load(tmp_path / f"{kind}-on")
+        assert above.kind == "adapters"
+        with torch.no_grad():  # adapters that have not learned change nothing
+            difference = above.encoder(images, ids) - merged.encoder(images, ids)
+        assert difference.abs().max() < 1e-6
+        assert main(["train", *base, "method=wemoe", on[1], f"run_dir={tmp_path / 'w'}"]) == 2
+        assert f"is an export of kind {kind}: expected static" in capsys.readouterr().err
+
+
+def test_a_base_that_has_seen_what_is_scored_is_refused(
+    base: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *base, "run_dir=first"]) == 0
+    on = ["method=surgery", "method.base=first"]
+    assert main(["train", *base, *on, "protocol=heldout", "run_dir=refused"]) == 2
+    assert "was adapted on all test images (protocol paper)" in capsys.readouterr().err
+    assert main(["train", *base, *on, "run_dir=second"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the base is found from anywhere
+    assert main(["export", str(tmp_path / "second"), "--to", str(tmp_path / "again")]) == 0
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").touch()
+    on[1] = f"method.base={tmp_path / 'unfinished'}"
+    assert main(["train", *base, *on, "run_dir=refused"]) == 2
+    assert "is a run that is not finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["method=wemoe", "objective=surgery_v2"],
+            "which WEMoE with these settings does not learn",
+        ),
+        (["method=surgery", "objective=surgery_v2"], "which Surgery with these settings does not"),
+        (["method=wemoe", "method.batch_gate=true", "micro_batch=3"], "set micro_batch to null"),
+        (["method=surgery", "method.rank=10000000000000"], "method: "),
+    ],
+)
+def test_what_cannot_go_together_is_said_before_the_run(
+    words: list[str],
+    message: str,
+    base: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", *base, *words, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

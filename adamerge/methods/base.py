@@ -36,6 +36,11 @@ class MergeMethod(nn.Module):
             "not learn: use it with Surgery and positions: blocks, or another objective"
         )
 
+    @property
+    def traceable(self) -> bool:
+        """Whether `trace` is there."""
+        return False
+
     def frozen_features(self, images: Tensor, task_ids: Tensor) -> Tensor | None:
         """Features `[B, F]` that `encode` takes in place of the images, and that no learning
         changes; None where there are none."""

@@ -55,6 +55,8 @@ class Surgery(MergeMethod):
             raise AdamergeError(
                 f"positions is {positions!r}: expected 'final' or 'blocks' (method.positions)"
             )
+        if not tasks or len(set(tasks)) != len(tasks) or isinstance(tasks, str):
+            raise AdamergeError(f"tasks is {tasks!r}: expected the names of tasks, each once")
         if rank < 1:
             raise AdamergeError(f"rank is {rank!r}: expected at least 1 (method.rank)")
         activation_of(activation)
@@ -103,6 +105,10 @@ class Surgery(MergeMethod):
             return None
         with torch.no_grad():
             return self._tower(self._frozen, images, task_ids)
+
+    @property
+    def traceable(self) -> bool:
+        return bool(self._blocks)
 
     def frozen_state(self) -> dict[str, Tensor]:
         return {} if self._blocks else dict(self._frozen)
