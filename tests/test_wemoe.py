@@ -356,3 +356,12 @@ def test_experts_without_mlps_of_their_own_are_refused() -> None:
         state.update({name: pretrained[name] for name in state if ".mlp." in name})
     with pytest.raises(adamerge.AdamergeError, match="no expert changed an MLP of the tower"):
         WEMoE(clip.backbone, adamerge.TaskVectors(pretrained, experts))
+
+
+def test_batches_and_settings_that_mean_nothing() -> None:
+    method = make()
+    for images, ids in ((0, 0), (3, 2)):
+        with pytest.raises(adamerge.AdamergeError, match="expected at least one image, and one"):
+            method(draw(images, 3, 16, 16), torch.zeros(ids, dtype=torch.long))
+    with pytest.raises(adamerge.AdamergeError, match="init is nan: expected a finite number"):
+        WEMoE(golden.clip().backbone, golden.task_vectors(), init=float("nan"))

@@ -57,7 +57,16 @@ class MergeMethod(nn.Module):
         return False
 
     def forward(self, images: Tensor, task_ids: Tensor) -> Tensor:
-        """`[B, 3, H, W], [B] -> [B, D]`, differentiable in the learnables."""
+        """`[B, 3, H, W], [B] -> [B, D]`, differentiable in the learnables.
+
+        Raises:
+            AdamergeError: no images, or not one task id for each.
+        """
+        if not len(images) == len(task_ids) > 0:
+            raise AdamergeError(
+                f"a batch of {len(images)} images has {len(task_ids)} task_ids: expected at least "
+                "one image, and one task id for each"
+            )
         return self.encode(self.weights(), images, task_ids)
 
     def fold(self) -> nn.Module:

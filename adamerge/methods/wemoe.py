@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
@@ -67,7 +68,7 @@ class WEMoE(MergeMethod):
         batch_gate: bool = False,
     ) -> None:
         super().__init__()
-        _check(router_layers, density)
+        _check(router_layers, density, init)
         self.tower = Tower(backbone)
         self.tower.check(task_vectors)
         self.tasks, self.blocks = task_vectors.tasks, tuple(mlp_names(self.tower))
@@ -209,7 +210,9 @@ def _average(gates: Tensor, task_ids: Tensor) -> Tensor:
     return member @ (share.T @ gates)
 
 
-def _check(router_layers: int, density: float) -> None:
+def _check(router_layers: int, density: float, init: float) -> None:
+    if not math.isfinite(init):
+        raise AdamergeError(f"init is {init!r}: expected a finite number (method.init)")
     if router_layers not in (0, 1, 2):
         raise AdamergeError(
             f"router_layers is {router_layers!r}: expected 0, 1 or 2 (method.router_layers)"
