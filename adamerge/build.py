@@ -20,6 +20,7 @@ from adamerge.inputs import Suite, normalizer
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
 from adamerge.sources import data_problems
+from adamerge.step import refused_micro_batch
 from adamerge.suite_files import entries
 from adamerge.supplies import SUPPLIED, Supplies, base_problems, split_base, supplies
 from adamerge.task_vectors import TaskVectors
@@ -153,10 +154,7 @@ def _check_pair(method: MergeMethod, objective: Objective, micro_batch: int | No
             "these settings does not learn: use it with method=surgery_v2, or another objective"
         )
     if micro_batch is not None and method.mixes_images:
-        raise AdamergeError(
-            "method.batch_gate averages over the batch, which micro_batch would cut: set "
-            "micro_batch to null, or method.batch_gate to false"
-        )
+        raise refused_micro_batch()
 
 
 def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adaptation:

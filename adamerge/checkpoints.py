@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from adamerge import hub
 from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
-from adamerge.files import sha256
+from adamerge.files import joined, sha256
 from adamerge.layouts import (
     Computed,
     clip_from_transformers,
@@ -64,8 +63,10 @@ class Checkpoint:
         """
         settings = [self.lora.path] if self.lora is not None else []  # they decide the expert too
         digests = [_checked_sha256(path) for path in (*self.files, *settings)]
-        joined = hashlib.sha256("".join(digests).encode()).hexdigest()
-        found = {"path": str(self.path), "sha256": digests[0] if len(digests) == 1 else joined}
+        found = {
+            "path": str(self.path),
+            "sha256": digests[0] if len(digests) == 1 else joined(digests),
+        }
         if self.revision:
             found |= {"source": self.source, "revision": self.revision}
         return found

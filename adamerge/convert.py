@@ -18,8 +18,6 @@ from adamerge.files import replace_folder
 from adamerge.layouts import clip_to_transformers
 from adamerge.model_configs import to_transformers
 
-LAYOUTS = ("open_clip", "transformers")
-
 
 def convert(
     source: str,

@@ -126,12 +126,13 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     export.write_coefficients(run_dir / "coefficients.csv", method, tasks)
     name, size = job.settings["method"]["name"], job.settings["evaluate"]["batch_size"]
     normalizer, device, found = inputs.normalizer(job.suite.clip), _device(job), None
-    rows = score(job, method.fold(), name)
+    folded = method.fold()
+    rows = score(job, folded, name)
     if job.scorer(device).measures:
         found = folding.statistics(method, job.data, normalizer, device, size)
         rows += folding.rows(method, name, found, job.scorer(device))
     results = _results(job, rows, name) | _exported(job.settings)
-    results |= _signs(job, method.fold(), run_dir)
+    results |= _signs(job, folded, run_dir)
     table = evaluation.write_results(results, run_dir)
     drawn = draw_coefficients(job, run_dir)
     if results["rows"][0]["accuracy"]:

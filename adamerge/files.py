@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 _UMASK = os.umask(0o022)
@@ -40,14 +40,37 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; it ends with the process, however that ends."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """An advisory lock, held by one process at a time; the system frees that of a killed process.
+
+    Args:
+        path: of the lock file, which is gone afterwards.
+        waiting: called if another process holds it.
+    """
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Whoever held it before has removed the file: what we hold then is no one else's lock.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+    try:
         yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def joined(digests: Iterable[str]) -> str:
+    """One SHA-256 for the digests of several files."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

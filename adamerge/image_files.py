@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from adamerge.errors import AdamergeError
+from adamerge.files import locked
 from adamerge.image_source import ImageSource, pixels
 from adamerge.staging import Staging, allocate
 
@@ -58,7 +58,11 @@ def write_folder(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f"{folder.name}.part")
-    with _locked(folder.with_name(f"{folder.name}.lock"), task):
+
+    def waiting() -> None:
+        log.info("task %s: waiting for another process that prepares its images", task)
+
+    with locked(folder.with_name(f"{folder.name}.lock"), waiting):
         meta = complete(folder)
         if meta is not None:  # another process has just made it
             return meta
@@ -118,27 +122,6 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > 7 * 24 * 3600:
                 shutil.rmtree(part)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, task: str) -> Iterator[None]:
-    """Holds an advisory lock; the system frees that of a killed process."""
-    while True:
-        file = path.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("task %s: waiting for another process that prepares its images", task)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        # Whoever held it before has removed the file: what we hold then is no one else's lock.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
 
 
 def _fill(

@@ -59,10 +59,7 @@ def step_loss(
         values = objective(features, task_ids, targets=targets)
         return objective.weigh(values), values.detach(), objective.final(features.detach())
     if method.mixes_images:
-        raise AdamergeError(
-            "method.batch_gate averages over the batch, which micro_batch would cut: set "
-            "micro_batch to null, or method.batch_gate to false"
-        )
+        raise refused_micro_batch()
     shared = method.weights()
     leaves = {name: w.detach().requires_grad_(w.requires_grad) for name, w in shared.items()}
     backward = _additive_backward if objective.additive else _two_pass_backward
@@ -76,6 +73,14 @@ def step_loss(
         *[shared[name] for name in learned],
     )
     return loss, values, objective.final(features)
+
+
+def refused_micro_batch() -> AdamergeError:
+    """What is said of micro-batches with a method that looks at the batch as a whole."""
+    return AdamergeError(
+        "method.batch_gate averages over the batch, which micro_batch would cut: set micro_batch "
+        "to null, or method.batch_gate to false"
+    )
 
 
 def _additive_backward(

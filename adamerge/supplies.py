@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from adamerge.checkpoints import Checkpoint, read, tower_state
 from adamerge.encoders import Clip, Experts, FoldedEncoder, Tower, merged_encoder
 from adamerge.errors import AdamergeError
 from adamerge.export_files import read_encoder, read_layout
-from adamerge.files import sha256
+from adamerge.files import joined, sha256
 from adamerge.heads import Heads
 from adamerge.loading import for_tasks
 from adamerge.task_vectors import TaskVectors
@@ -135,7 +134,7 @@ def _known(protocol: Any) -> dict[str, str]:
 
 def _hash_of(folder: Path) -> str:
     files = sorted(folder.rglob("*.safetensors"))
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+    return joined(sha256(file) for file in files)
 
 
 def _static(clip: Clip, checkpoint: Checkpoint) -> FoldedEncoder:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adamerge.cli import main
-from tests.tiny import make_suite
+from tests.tiny import learned, make_suite
 
 ROOT = Path(__file__).parent.parent
 METHODS = {
@@ -35,12 +35,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("trainer.max_steps=4", "trainer.accelerator=cpu", "batch_size=4", "wandb=off"),
         *("evaluate.baselines=false", "preflight=off", "log_every=1"),
     ]
-
-
-def learned(run: Path) -> dict[str, Tensor]:
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    state: dict[str, Tensor] = saved["state_dict"]
-    return state
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

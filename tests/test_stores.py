@@ -19,7 +19,7 @@ from adamerge import AdamergeError, build, config, inputs
 from adamerge.cli import main
 from adamerge.experts import Experts
 from adamerge.methods import Surgery
-from tests.tiny import make_suite
+from tests.tiny import learned, make_suite
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("trainer.max_steps=6", "trainer.accelerator=cpu", "batch_size=4", "wandb=off"),
         *("evaluate.oracle=false", "preflight=off", "log_every=1", "checkpoint_every=1"),
     ]
-
-
-def learned(run: Path) -> dict[str, Tensor]:
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    state: dict[str, Tensor] = saved["state_dict"]
-    return state
 
 
 RUNS = {

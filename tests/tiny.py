@@ -86,3 +86,10 @@ def expert(pretrained: dict[str, Tensor], task: str) -> dict[str, Tensor]:
         name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
         for name, tensor in pretrained.items()
     }
+
+
+def learned(run: Path) -> dict[str, Tensor]:
+    """What a run's last checkpoint holds."""
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state: dict[str, Tensor] = saved["state_dict"]
+    return state
