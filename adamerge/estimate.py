@@ -226,9 +226,10 @@ def _held(module: Adaptation) -> int:
     vectors: Any = getattr(module.method, "task_vectors", None)
     parts: list[Iterable[Tensor]] = [module.parameters(), module.buffers()]
     if vectors is not None:
-        parts += [vectors.pretrained.values(), vectors.deltas.values()]
+        parts += [vectors.pretrained.values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for p in parts for t in p}
-    return sum(storage.nbytes() for storage in storages.values())
+    kept = 0 if vectors is None else vectors.nbytes()
+    return kept + sum(storage.nbytes() for storage in storages.values())
 
 
 def memory_available(device: torch.device) -> int | None:

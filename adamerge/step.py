@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from adamerge.errors import AdamergeError
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
+from adamerge.shared import Shared
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,25 +56,33 @@ def step_loss(
     if targets is None:
         asked = [objective.targets(*chunk) for chunk in chunks]
         targets = torch.cat([t for t in asked if t is not None]) if asked[0] is not None else None
-    if whole:
-        features = encode(method.weights(), images, task_ids)
+    if not whole and method.mixes_images:
+        raise refused_micro_batch()
+    # Micro-batches add their gradients up, which half precision would round every time.
+    with contextlib.nullcontext() if whole else _full_precision(images):
+        weights = method.weights()
+    if whole and not any(w.requires_grad and w.grad_fn is not None for w in weights.values()):
+        features = encode(weights, images, task_ids)  # nothing is merged: one graph will do
         values = objective(features, task_ids, targets=targets)
         return objective.weigh(values), values.detach(), objective.final(features.detach())
-    if method.mixes_images:
-        raise refused_micro_batch()
-    shared = method.weights()
-    leaves = {name: w.detach().requires_grad_(w.requires_grad) for name, w in shared.items()}
+    shared = Shared(weights, list(method.parameters()))
+    del weights
     backward = _additive_backward if objective.additive else _two_pass_backward
-    values, features = backward(
-        functools.partial(encode, leaves), objective, chunks, task_ids, targets
-    )
-    learned = [name for name, leaf in leaves.items() if leaf.grad is not None]
+    backward = _whole_backward if whole else backward
+    run = functools.partial(encode, shared.leaves)
+    values, features = backward(run, shared, objective, chunks, task_ids, targets)
+    shared.finish()
+    learned = [
+        (p, g) for p, g in zip(shared.learnables, shared.grads, strict=True) if g is not None
+    ]
     loss: Tensor = _Delivered.apply(
-        objective.weigh(values),
-        [leaves[name].grad for name in learned],
-        *[shared[name] for name in learned],
+        objective.weigh(values), [grad for _, grad in learned], *[tensor for tensor, _ in learned]
     )
     return loss, values, objective.final(features)
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def refused_micro_batch() -> AdamergeError:
@@ -83,8 +93,26 @@ def refused_micro_batch() -> AdamergeError:
     )
 
 
+def _whole_backward(
+    encode: Encode,
+    shared: Shared,
+    objective: Objective,
+    chunks: list[tuple[Tensor, Tensor]],
+    task_ids: Tensor,
+    targets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """All images together."""
+    shared.expect_last()
+    features = encode(*chunks[0])
+    values = objective(features, task_ids, targets=targets)
+    with _full_precision(features):
+        torch.autograd.backward(objective.weigh(values))
+    return values.detach(), features.detach()
+
+
 def _additive_backward(
     encode: Encode,
+    shared: Shared,
     objective: Objective,
     chunks: list[tuple[Tensor, Tensor]],
     task_ids: Tensor,
@@ -93,12 +121,15 @@ def _additive_backward(
     """Every micro-batch forward and backward in turn; gradients add up in the leaves."""
     counts = dict(enumerate(torch.bincount(task_ids.cpu()).tolist()))
     parts, total, start = [], None, 0
-    for images, ids in chunks:
+    for number, (images, ids) in enumerate(chunks, 1):
+        if number == len(chunks):
+            shared.expect_last()
         features = encode(images, ids)
         wanted = None if targets is None else targets[start : start + len(ids)]
         values = objective(features, ids, counts, wanted)
         start += len(ids)
-        torch.autograd.backward(objective.weigh(values))
+        with _full_precision(images):
+            torch.autograd.backward(objective.weigh(values))
         parts.append(features.detach())
         total = values.detach() if total is None else total + values.detach()
     assert total is not None  # split never returns an empty tuple
@@ -107,6 +138,7 @@ def _additive_backward(
 
 def _two_pass_backward(
     encode: Encode,
+    shared: Shared,
     objective: Objective,
     chunks: list[tuple[Tensor, Tensor]],
     task_ids: Tensor,
@@ -117,17 +149,22 @@ def _two_pass_backward(
         features = torch.cat([encode(images, ids) for images, ids in chunks])
     features.requires_grad_()
     values = objective(features, task_ids, targets=targets)
-    (gradient,) = torch.autograd.grad(objective.weigh(values), features)
+    with _full_precision(features):
+        (gradient,) = torch.autograd.grad(objective.weigh(values), features)
     parts = gradient.split([len(images) for images, _ in chunks])
-    for (images, ids), part in zip(chunks, parts, strict=True):
-        torch.autograd.backward(encode(images, ids), part)
+    for number, ((images, ids), part) in enumerate(zip(chunks, parts, strict=True), 1):
+        if number == len(chunks):
+            shared.expect_last()
+        encoded = encode(images, ids)
+        with _full_precision(images):
+            torch.autograd.backward(encoded, part)
     return values.detach(), features.detach()
 
 
 class _Delivered(torch.autograd.Function):
-    """A loss whose gradients are already known: hands them to the shared weights on backward.
+    """A loss whose gradients are already known: hands them to the learnables on backward.
 
-    So a step in micro-batches looks to the optimizer, to gradient hooks and to DDP like any other
+    So a step looks to the optimizer, to gradient hooks and to DDP like any other
     loss: one backward pass, one gradient per learnable.
     """
 

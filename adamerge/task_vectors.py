@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from adamerge.ahead import Ahead
+from adamerge.differences import Differences, StateDict, Where, identical
 from adamerge.errors import AdamergeError
+from adamerge.mapped import MappedLayers, Shelf, storing, storing_unnamed
+from adamerge.merging import Merge
+from adamerge.storage import Layer, Storage, keep
 
 log = logging.getLogger("adamerge")
 
-StateDict = Mapping[str, Tensor]
 _PIECE = 2**18  # numbers per task vector promoted to float64 at a time
+_FORMAT = "1"  # of the metadata in a file of task vectors
 
 
 class TaskVectors:
     """The pretrained weights θ0 and the task vectors τ_t = θ_t − θ0 of T experts.
 
     Editing Models with Task Arithmetic (arXiv 2212.04089). A *layer* is one tensor; layers keep the
-    order of `pretrained`. Everything is computed and stored in float32 (float64 where `pretrained`
-    is float64); half-precision inputs are promoted, and a log line says so. Integer entries
-    (batch-norm counters) and tensors that no expert changed (a projection the experts do not have,
-    what LoRA leaves alone) are constants, taken from the pretrained weights, and are not layers.
+    order of `pretrained`. Everything is computed in float32 (float64 where `pretrained` is
+    float64), and stored so unless `storage` says otherwise; half-precision inputs are promoted, and
+    a log line says so. Integer entries (batch-norm counters) and tensors that no expert changed (a
+    projection the experts do not have, what LoRA leaves alone) are constants, taken from the
+    pretrained weights, and are not layers.
+
+    Experts are never instantiated: one layer of all of them is in memory at a time, beside what is
+    stored.
 
     Not an `nn.Module` on purpose: task vectors must appear in no checkpoint and no DDP broadcast.
 
@@ -35,12 +46,13 @@ class TaskVectors:
         sources: where each input came from (`"pretrained"` or a task -> file), for error messages.
         share: keep the pretrained tensors themselves, not copies, where their type is the right
             one: one model less in memory, if nothing changes them afterwards.
+        storage: in which type and place τ is kept.
 
     Attributes:
         tasks: the T task names, in order.
         names: the L layer names, in order.
         pretrained: layer name -> tensor.
-        deltas: layer name -> `[T, *shape]`.
+        layers: layer name -> τ as it is kept.
         promoted: half-precision type -> the inputs (`pretrained`, task names) stored in it.
 
     Raises:
@@ -51,9 +63,14 @@ class TaskVectors:
     tasks: tuple[str, ...]
     names: tuple[str, ...]
     pretrained: dict[str, Tensor]
-    deltas: dict[str, Tensor]
+    layers: Mapping[str, Layer]
     constants: dict[str, Tensor]
     promoted: dict[str, list[str]]
+    storage: Storage
+    _norms: Tensor
+    _ahead: Ahead | None = None
+    _groups: list[tuple[str, ...]] | None = None
+    _home: weakref.ref[TaskVectors] | None = None  # where these were moved from
 
     def __init__(
         self,
@@ -62,73 +79,92 @@ class TaskVectors:
         *,
         sources: Mapping[str, str] | None = None,
         share: bool = False,
+        storage: Storage | None = None,
     ) -> None:
         pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
-        self.tasks = tuple(task for task, _ in pairs)
-        if not pairs:
-            raise AdamergeError("no experts were given: task vectors need at least one expert")
-        twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
-        if twice:
-            raise AdamergeError(f"task {twice[0]!r} is listed twice: give every task its own name")
-        where = _Where(sources or {})
-        for task, expert in pairs:
-            _check_names(pretrained, expert, task, where)
-        self.pretrained, self.deltas, self.constants = {}, {}, {}
-        promoted: dict[str, list[str]] = {}
-        self.promoted = promoted
-        for name in pretrained:
-            base = pretrained[name].detach()
-            if not base.is_floating_point():
-                self.constants[name] = base.clone()
-                continue
-            self._read_layer(name, base if share else base.clone(), pairs, where, promoted)
+        where = Where(sources or {})
+        differences = Differences(pretrained, pairs, where)
+        self.tasks, self.promoted = differences.tasks, differences.promoted
+        self.storage = storage or Storage()
+        self.pretrained, self.constants = {}, {}
+        self._norms = torch.zeros(len(pairs), dtype=torch.float64)
+        with storing(self.storage, list(pretrained)) as shelf:
+            for name in pretrained:
+                base = pretrained[name].detach()
+                if base.is_floating_point():
+                    self._read(name, base if share else base.clone(), differences, shelf)
+                else:
+                    self.constants[name] = base.clone()
+            self._finish(shelf, where)
+        for stored, keys in self.promoted.items():
+            log.info("stored in %s, promoted to float32: %s", stored, ", ".join(map(str, keys)))
+
+    def _read(self, name: str, base: Tensor, differences: Differences, shelf: Shelf) -> None:
+        tensor, deltas = differences.read(name, base)
+        if not bool(deltas.count_nonzero()):
+            self.constants[name] = tensor
+            return
+        self.pretrained[name] = tensor
+        self._norms += _squares(deltas)
+        shelf.add(name, keep(deltas, self.storage.dtype))
+
+    def _finish(self, shelf: Shelf, where: Where) -> None:
         self.names = tuple(self.pretrained)
         if not self.names and any(tensor.is_floating_point() for tensor in self.constants.values()):
-            raise _identical(where, self.tasks[0])
+            raise identical(where, self.tasks[0])
         if not self.names:
             raise AdamergeError(f"{where('pretrained')} holds no floating-point tensor to merge")
-        for stored, keys in promoted.items():
-            log.info("stored in %s, promoted to float32: %s", stored, ", ".join(map(str, keys)))
+        self._norms = self._norms.sqrt()
+        self.layers = shelf.close(self._metadata())
         self._check_distinct(where)
 
-    def _read_layer(
-        self,
-        name: str,
-        base: Tensor,
-        experts: list[tuple[str, StateDict]],
-        where: _Where,
-        promoted: dict[str, list[str]],
-    ) -> None:
-        """One layer of all experts, each tensor read once and written straight to its place."""
-        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        if base.dtype != dtype:
-            _note(promoted, base, "pretrained")
-        pretrained = base.to(dtype)
-        _check_finite(pretrained, "pretrained", name, where)
-        deltas = torch.empty((len(experts), *base.shape), dtype=dtype, device=base.device)
-        for row, (task, expert) in zip(deltas, experts, strict=True):
-            tensor = expert[name].detach()
-            if tensor.shape != base.shape:
-                raise AdamergeError(
-                    f"{where(task)} has tensor {name!r} of shape {list(tensor.shape)}, but the "
-                    f"pretrained weights have {list(base.shape)}: use an expert fine-tuned "
-                    "from this architecture"
-                )
-            if not tensor.is_floating_point():
-                raise AdamergeError(
-                    f"{where(task)} has tensor {name!r} of type {tensor.dtype}: expected "
-                    "floating-point weights; give the expert as it was before it was quantised"
-                )
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                _note(promoted, tensor, task)
-            torch.sub(tensor.to(deltas), pretrained, out=row)
-            _check_finite(row, task, name, where)
-        if bool(deltas.count_nonzero()):
-            self.pretrained[name], self.deltas[name] = pretrained, deltas
-        else:
-            self.constants[name] = pretrained
+    def _metadata(self) -> dict[str, str]:
+        known = [self.tasks, self.names, self.promoted, self._norms.tolist()]
+        keys = ("tasks", "names", "promoted", "norms")
+        return {k: json.dumps(v) for k, v in zip(keys, known, strict=True)} | {"format": _FORMAT}
 
-    def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def mapped(cls, pretrained: StateDict, storage: Storage) -> TaskVectors:
+        """Those that another object left in `storage.file`, with the same pretrained weights.
+
+        Args:
+            pretrained: shared, not copied, where they are float32 or float64.
+
+        Raises:
+            AdamergeError: no such file, or one of another model.
+        """
+        if storage.file is None:
+            raise AdamergeError("no file of task vectors is named: give Storage(file=…)")
+        other = object.__new__(cls)
+        layers = MappedLayers(storage.file)
+        try:
+            read = {key: json.loads(text) for key, text in layers.metadata.items()}
+            other.tasks, other.names = tuple(read["tasks"]), tuple(read["names"])
+            other.promoted = dict(read["promoted"])
+            other._norms = torch.tensor(read["norms"], dtype=torch.float64)
+            fits = str(read["format"]) == _FORMAT and all(
+                pretrained[n].shape == layers[n].values.shape[1:] for n in other.names
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise _another_model(storage, str(error)) from error
+        if not fits:
+            raise _another_model(storage, "its tensors have other shapes")
+        promote = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+        base = {n: t.detach().to(promote.get(t.dtype, t.dtype)) for n, t in pretrained.items()}
+        other.pretrained = {name: base[name] for name in other.names}
+        other.constants = {name: base[name] for name in base if name not in other.pretrained}
+        other.layers, other.storage = layers, storage
+        return other
+
+    @property
+    def deltas(self) -> Mapping[str, Tensor]:
+        """Layer name -> τ `[T, *shape]` in the type and on the device of `pretrained`.
+
+        What is stored in another type or place is brought there when it is asked for.
+        """
+        return _Deltas(self)
+
+    def combine(self, coefficients: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Merged weights `W_l = θ0_l + Σ_t λ[t, l] τ[t, l]`, differentiable in `coefficients`.
 
         One pass over the task vectors here and one more in the backward pass, whatever the number
@@ -136,10 +172,12 @@ class TaskVectors:
 
         Args:
             coefficients: merging coefficients λ, `[T]` (task-wise) or `[T, L]` (layer-wise), on
-                the device of the task vectors. Cast to their dtype for the arithmetic.
+                the device of the pretrained weights. Cast to their dtype for the arithmetic.
+            dtype: of the merged matrices, rounded once after the sum; None: that of the pretrained
+                weights, as vectors (biases, normalisations) always. Autocast does not apply.
 
         Returns:
-            layer name -> tensor, in the dtype of the task vectors (autocast does not apply).
+            layer name -> tensor.
         """
         expected = (len(self.tasks), len(self.names))
         if coefficients.shape == expected[:1]:
@@ -149,12 +187,65 @@ class TaskVectors:
                 f"coefficients have shape {list(coefficients.shape)}: expected [{expected[0]}] or "
                 f"{list(expected)} ([tasks] or [tasks, layers])"
             )
-        return dict(zip(self.names, _Merge.apply(coefficients, self), strict=True))
+        return dict(zip(self.names, self._merged(coefficients, dtype), strict=True))
+
+    def _merged(self, coefficients: Tensor, dtype: torch.dtype | None) -> Iterator[Tensor]:
+        """The layers' merged tensors, `[T, L]` coefficients given; a group after the other."""
+        columns = coefficients.split([len(group) for group in self.groups], dim=1)
+        for index, part in enumerate(columns):
+            yield from Merge.apply(part, self, index, dtype)
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Neighbouring layers that are merged together: as many as are no larger than the largest
+        layer, or on a GPU that holds them all, all."""
+        if self._groups is None:
+            at_once = not self.storage.stays and self.device.type == "cuda"
+            self._groups = [self.names] if at_once else self._neighbours()
+        return self._groups
+
+    def _neighbours(self) -> list[tuple[str, ...]]:
+        most = max(tensor.numel() for tensor in self.pretrained.values())
+        groups: list[list[str]] = []
+        room = 0
+        for name, tensor in self.pretrained.items():
+            room -= tensor.numel()
+            if room < 0 or not groups:
+                groups.append([])
+                room = most - tensor.numel()
+            groups[-1].append(name)
+        return [tuple(group) for group in groups]
+
+    def bases(self, group: int) -> list[Tensor]:
+        """θ0 of a group's layers."""
+        return [self.pretrained[name] for name in self.groups[group]]
+
+    def bring(self, group: int, then: int) -> list[Layer]:
+        """τ of a group's layers on the device that computes; `then` will be asked for next."""
+        groups = self.groups
+        if self.storage.stays and self.device.type == "cuda":
+            self._ahead = self._ahead or Ahead(self.layers, groups, self.device)
+            return self._ahead.bring(group, then)
+        if isinstance(self.layers, MappedLayers) and 0 <= then < len(groups):
+            self.layers.expect(list(groups[then]))
+        return [self.layers[name] for name in groups[group]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where merged weights are computed: that of the pretrained weights."""
+        return self.pretrained[self.names[0]].device
+
+    @property
+    def whole(self) -> TaskVectors:
+        """All of the task vectors, where this object holds a part of them: here, itself."""
+        return self
 
     def expert(self, task: str) -> dict[str, Tensor]:
         """The weights θ0 + τ_t of one expert (equal to its file's up to one rounding)."""
         row = self.index(task)
-        return {name: self.pretrained[name] + self.deltas[name][row] for name in self.names}
+        return {
+            name: base + self.layers[name].row(row, base) for name, base in self.pretrained.items()
+        }
 
     def index(self, task: str) -> int:
         """The row of `task`. Raises AdamergeError for a task that is not here."""
@@ -162,131 +253,125 @@ class TaskVectors:
             raise AdamergeError(f"no task {task!r} here: the tasks are {', '.join(self.tasks)}")
         return self.tasks.index(task)
 
-    def with_deltas(self, deltas: Mapping[str, Tensor]) -> TaskVectors:
-        """The same tasks and (shared) pretrained weights with other deltas: for transforms."""
-        other = object.__new__(TaskVectors)
-        other.tasks, other.names = self.tasks, self.names
-        other.pretrained, other.constants = self.pretrained, self.constants
-        other.promoted = self.promoted
-        other.deltas = dict(deltas)
+    def with_deltas(
+        self, deltas: Mapping[str, Tensor], storage: Storage | None = None
+    ) -> TaskVectors:
+        """The same tasks and (shared) pretrained weights with other deltas: for transforms.
+
+        Args:
+            deltas: layer name -> `[T, *shape]`; each is asked for once, in order.
+            storage: in which type and place they are kept; None: as these.
+        """
+        other = copy.copy(self)
+        other.storage = storage or self.storage
+        other._ahead = other._groups = other._home = None
+        other._norms = torch.zeros(len(self.tasks), dtype=torch.float64)
+        with storing_unnamed(other.storage, list(self.names)) as shelf:
+            for name in self.names:
+                changed = deltas[name]
+                other._norms += _squares(changed)
+                shelf.add(name, keep(changed, other.storage.dtype))
+            other._norms = other._norms.sqrt()
+            other.layers = shelf.close({})
         return other
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> TaskVectors:
-        """A copy with every tensor mapped (to a device or dtype); what `fn` keeps is shared."""
-        other = self.with_deltas({name: fn(delta) for name, delta in self.deltas.items()})
+        """A copy with every tensor mapped (to a device or dtype); what `fn` keeps is shared.
+
+        τ that is stored in a place of its own stays there, and τ in a smaller type keeps it. Task
+        vectors that come back to where they were moved from are those themselves, if they are
+        still there.
+        """
+        first = self.pretrained[self.names[0]]
+        moved, home = fn(first), None if self._home is None else self._home()
+        if home is not None and home._is_like(moved):
+            return home
+        other = copy.copy(self)
+        other._ahead = other._groups = None
         other.pretrained = {name: fn(tensor) for name, tensor in self.pretrained.items()}
         other.constants = {name: fn(tensor) for name, tensor in self.constants.items()}
+        if not self.storage.stays:
+            other.layers = {
+                name: _mapped(layer, fn, self.pretrained[name], moved.device)
+                for name, layer in self.layers.items()
+            }
+        other._home = weakref.ref(self) if moved.device != first.device else None
         return other
 
+    def _is_like(self, moved: Tensor) -> bool:
+        first = self.pretrained[self.names[0]]
+        return (first.device, first.dtype) == (moved.device, moved.dtype)
+
     def norms(self) -> Tensor:
-        """Euclidean norm of each task vector over all layers, `[T]`, float64."""
-        first = self.deltas[self.names[0]]
-        total = torch.zeros(len(self.tasks), dtype=torch.float64, device=first.device)
-        for delta in self.deltas.values():
-            for piece in _rows(delta).split(_PIECE, dim=1):  # float64 a little at a time
-                total += piece.double().square().sum(1)
-        return total.sqrt()
+        """Euclidean norm of each task vector over all layers as it was computed, `[T]`, float64."""
+        return self._norms.clone()
 
     def numel(self) -> int:
         """P, the number of parameters of one model (all layers)."""
         return sum(tensor.numel() for tensor in self.pretrained.values())
 
-    def _check_distinct(self, where: _Where) -> None:
-        norms = self.norms().tolist()
+    def nbytes(self) -> int:
+        """Bytes that τ takes of the memory of the device that computes: all of it, or the largest
+        group of layers where it comes from a file, and two of them where it comes to a GPU."""
+        sizes = {name: layer.nbytes for name, layer in self.layers.items()}
+        on_gpu = self.device.type == "cuda"
+        if self.storage.device == "disk" or (self.storage.stays and on_gpu):
+            largest = max(sum(sizes[name] for name in group) for group in self.groups)
+            return 2 * largest if on_gpu else largest
+        return sum(sizes.values())
+
+    def _check_distinct(self, where: Where) -> None:
+        norms = self._norms.tolist()
         for row, task in enumerate(self.tasks):
             if norms[row] == 0.0:
-                raise _identical(where, task)
+                raise identical(where, task)
             for other in range(row):
-                if norms[other] == norms[row] and all(
-                    torch.equal(delta[other], delta[row]) for delta in self.deltas.values()
-                ):
+                if norms[other] == norms[row] and self._equal(other, row):
                     raise AdamergeError(
                         f"{where(task)} is identical to {where(self.tasks[other])}: give every "
                         "task its own fine-tuned checkpoint"
                     )
 
-
-class _Where:
-    """Names an input in a message: `expert of task 'a' (file)` or `pretrained (file)`."""
-
-    def __init__(self, sources: Mapping[str, str]) -> None:
-        self.sources = sources
-
-    def __call__(self, key: str) -> str:
-        label = "pretrained" if key == "pretrained" else f"expert of task {key!r}"
-        return f"{label} ({self.sources[key]})" if key in self.sources else label
-
-
-def _identical(where: _Where, task: str) -> AdamergeError:
-    return AdamergeError(
-        f"{where(task)} is identical to the pretrained weights: give the fine-tuned checkpoint of "
-        f"task {task!r}"
-    )
-
-
-def _check_names(pretrained: StateDict, expert: StateDict, task: str, where: _Where) -> None:
-    missing = [name for name in pretrained if name not in expert]
-    extra = [name for name in expert if name not in pretrained]
-    for names, verb in ((missing, "lacks"), (extra, "has the unknown")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise AdamergeError(
-                f"{where(task)} {verb} tensor {names[0]!r}{more}: expected exactly the "
-                f"{len(pretrained)} tensors of {where('pretrained')}; use an expert of the same "
-                "architecture"
-            )
-
-
-def _note(promoted: dict[str, list[str]], tensor: Tensor, key: str) -> None:
-    keys = promoted.setdefault(str(tensor.dtype).removeprefix("torch."), [])
-    if key not in keys:
-        keys.append(key)
-
-
-def _check_finite(tensor: Tensor, key: str, name: str, where: _Where) -> None:
-    # Least and most need no copy of the tensor, and NaN passes through them.
-    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
-        raise AdamergeError(
-            f"{where(key)} has NaN or infinite values in tensor {name!r}: the checkpoint is "
-            "damaged or its training diverged; use another one"
+    def _equal(self, one: int, other: int) -> bool:
+        return all(
+            torch.equal(layer.row(one, base), layer.row(other, base))
+            for layer, base in ((self.layers[n], t) for n, t in self.pretrained.items())
         )
 
 
-def _rows(delta: Tensor) -> Tensor:
-    """`[T, *shape] -> [T, n]`, also for scalars."""
-    return delta.view(len(delta), -1)
+class _Deltas(Mapping[str, Tensor]):
+    """Dense τ by layer, each made when it is asked for."""
+
+    def __init__(self, vectors: TaskVectors) -> None:
+        self._vectors = vectors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._vectors.layers[name].dense(self._vectors.pretrained[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vectors.names)
+
+    def __len__(self) -> int:
+        return len(self._vectors.names)
 
 
-class _Merge(torch.autograd.Function):
-    """`[T, L]` coefficients -> L merged tensors; the backward contracts dL/dW with τ once.
+def _squares(deltas: Tensor) -> Tensor:
+    """`Σ τ²` of each task, `[T]`, float64 on the CPU; a little at a time."""
+    total = torch.zeros(len(deltas), dtype=torch.float64, device=deltas.device)
+    for piece in deltas.reshape(len(deltas), -1).split(_PIECE, dim=1):
+        total += piece.double().square().sum(1)
+    return total.cpu()
 
-    Plain autograd would keep T scaled copies of the model per merge and walk them again for every
-    backward pass; here the graph holds one node that needs nothing but τ itself.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, vectors: TaskVectors) -> tuple[Tensor, ...]:
-        ctx.vectors, ctx.dtype = vectors, coefficients.dtype
-        ctx.set_materialize_grads(False)
-        merged = []
-        with torch.autocast(coefficients.device.type, enabled=False):
-            for name, column in zip(vectors.names, coefficients.unbind(1), strict=True):
-                base, delta = vectors.pretrained[name], vectors.deltas[name]
-                flat = torch.addmv(base.flatten(), _rows(delta).T, column.to(delta.dtype))
-                merged.append(flat.view(base.shape))
-        return tuple(merged)
+def _mapped(
+    layer: Layer, fn: Callable[[Tensor], Tensor], base: Tensor, device: torch.device
+) -> Layer:
+    whole = layer.scales is None and layer.values.dtype == base.dtype
+    return layer.map(fn) if whole else layer.to(device)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-        vectors: TaskVectors = ctx.vectors
-        first = vectors.deltas[vectors.names[0]]
-        columns = []
-        with torch.autocast(first.device.type, enabled=False):
-            for name, grad in zip(vectors.names, grads, strict=True):
-                delta = vectors.deltas[name]
-                if grad is None:  # the layer had no part in the loss
-                    columns.append(delta.new_zeros(len(delta)))
-                else:
-                    columns.append(torch.mv(_rows(delta), grad.to(delta.dtype).flatten()))
-        return torch.stack(columns, dim=1).to(ctx.dtype), None
+
+def _another_model(storage: Storage, why: Any) -> AdamergeError:
+    return AdamergeError(
+        f"{storage.file} holds task vectors of another model or format ({why}): delete it, and it "
+        "is made again"
+    )

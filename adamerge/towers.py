@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge.errors import AdamergeError
+from adamerge.fast_paths import attention_for, use_patch_products
 from adamerge.task_vectors import TaskVectors
 
 Tap = Callable[[int, Tensor], Tensor | None]  # (index, output) -> what goes on; None: the same
@@ -33,7 +34,8 @@ class Tower:
         self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor | None = None
     ) -> Tensor:
         inputs = (images,) if task_ids is None else (images, task_ids)
-        features = functional_call(self.skeleton, dict(weights), inputs, strict=False)
+        with attention_for(self.skeleton, images.device):
+            features = functional_call(self.skeleton, dict(weights), inputs, strict=False)
         if not isinstance(features, Tensor) or features.ndim != 2:
             raise AdamergeError(
                 "the backbone does not return features [B, D] for images [B, 3, H, W]: use an "
@@ -74,7 +76,9 @@ def _skeleton(backbone: nn.Module) -> nn.Module:
         meta = torch.empty_like(tensor, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         empty[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
-    return copy.deepcopy(backbone, empty).eval().requires_grad_(False)
+    skeleton = copy.deepcopy(backbone, empty).eval().requires_grad_(False)
+    use_patch_products(skeleton)
+    return skeleton
 
 
 def resblocks(module: nn.Module) -> list[nn.Module]:
@@ -166,12 +170,13 @@ def merged_encoder(
     0 is the pretrained model, 1/T weight averaging, a one-hot vector one expert, and any other
     number task arithmetic (arXiv 2212.04089).
     """
-    first = task_vectors.pretrained[task_vectors.names[0]]
+    whole = task_vectors.whole
+    first = whole.pretrained[whole.names[0]]
     if not isinstance(coefficients, Tensor):
-        coefficients = torch.full((len(task_vectors.tasks),), float(coefficients))
+        coefficients = torch.full((len(whole.tasks),), float(coefficients))
     with torch.no_grad():
-        weights = task_vectors.combine(coefficients.detach().to(first))
-    return FoldedEncoder(tower, {**weights, **task_vectors.constants})
+        weights = whole.combine(coefficients.detach().to(first))
+    return FoldedEncoder(tower, {**weights, **whole.constants})
 
 
 def block_widths(blocks: Sequence[nn.Module]) -> list[int]:

@@ -13,8 +13,8 @@ from torch import nn
 import adamerge
 from adamerge.adaptation import step_loss
 from adamerge.encoders import Tower, merged_encoder
+from adamerge.merging import Merge
 from adamerge.methods import AdaMerging, MergeMethod, Surgery, WEMoE
-from adamerge.task_vectors import _Merge
 from adamerge.transforms import ties
 from tests import golden_data as golden
 
@@ -141,7 +141,7 @@ def test_a_step_merges_once_contracts_once_and_bounds_its_batches(
     name: str, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = {"merge": 0, "contract": 0, "largest": 0}
-    merge, contract, encode = _Merge.forward, _Merge.backward, Tower.__call__
+    merge, contract, encode = Merge.forward, Merge.backward, Tower.__call__
 
     def counted_merge(*args: Any) -> Any:
         counts["merge"] += 1
@@ -155,8 +155,8 @@ def test_a_step_merges_once_contracts_once_and_bounds_its_batches(
         counts["largest"] = max(counts["largest"], len(images))
         return encode(tower, weights, images)
 
-    monkeypatch.setattr(_Merge, "forward", staticmethod(counted_merge))
-    monkeypatch.setattr(_Merge, "backward", staticmethod(counted_contract))
+    monkeypatch.setattr(Merge, "forward", staticmethod(counted_merge))
+    monkeypatch.setattr(Merge, "backward", staticmethod(counted_contract))
     monkeypatch.setattr(Tower, "__call__", watched)
     images, ids = golden.batch(0)
     loss_of = getattr(adamerge.objectives, objective)(golden.heads())

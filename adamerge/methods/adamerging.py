@@ -70,9 +70,14 @@ class AdaMerging(MergeMethod):
     def weights(self) -> dict[str, Tensor]:
         """The merged weights, by layer; differentiable in `coefficients`."""
         return {
-            **self.task_vectors.combine(self.layer_coefficients()),
+            **self.task_vectors.combine(self.layer_coefficients(), self._compute_type()),
             **self.task_vectors.constants,
         }
+
+    def _compute_type(self) -> torch.dtype | None:
+        """That of autocast, where it is on: matrices are cast once, and so are their gradients."""
+        device = self.coefficients.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
         return self._tower(weights, images)

@@ -1,0 +1,253 @@
+"""Task vectors in a file that is mapped into memory, never loaded whole; the writing of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adamerge.errors import AdamergeError
+from adamerge.files import replacing
+from adamerge.storage import Layer, Storage
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
+_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+_ALIGNED = 64  # bytes: where every layer begins, as in memory, so that sums round alike
+_AT_HAND = 2**28  # bytes of the file left in the process's memory before they are given back
+_SCALES = "::scales"
+
+
+class LayerWriter:
+    """Writes layers into a .safetensors file one after the other, with none kept in memory.
+
+    The header comes first in that format and is known last: room is left for it. Layers whose size
+    is no multiple of 64 bytes go to the end, so that all others begin at such a multiple. Use it as
+    a context manager around `files.replacing`; `finish` completes the file.
+
+    Args:
+        path: to write.
+        names: of all layers that may come; the room for the header depends on them.
+    """
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self._room = _up(2**13 + sum(4 * len(name) + 300 for name in names))
+        self._file = path.open("wb")
+        self._file.write(bytes(8 + self._room))
+        self._entries: dict[str, dict[str, object]] = {}
+        self._late: list[tuple[str, Tensor]] = []
+        self._end = 0
+
+    def __enter__(self) -> LayerWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, name: str, layer: Layer) -> None:
+        """Writes one layer."""
+        for key, tensor in _tensors(name, layer):
+            if tensor.nbytes % _ALIGNED:
+                self._late.append((key, tensor.clone()))
+            else:
+                self._write(key, tensor)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Writes what is left and the header.
+
+        Args:
+            metadata: texts to keep with the tensors.
+        """
+        for key, tensor in self._late:
+            self._write(key, tensor)
+        header = json.dumps({"__metadata__": dict(metadata), **self._entries}).encode()
+        if len(header) > self._room:
+            raise AdamergeError(
+                f"{self._file.name} cannot hold the names of its tensors ({len(header)} bytes): "
+                "shorten the task names"
+            )
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        flat = tensor.detach().cpu().contiguous().flatten()
+        self._file.write(flat.view(torch.uint8).numpy().data)
+        self._entries[key] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._end, self._end + tensor.nbytes],
+        }
+        self._end += tensor.nbytes
+
+
+class MappedLayers(Mapping[str, Layer]):
+    """The layers of a file of `LayerWriter`, mapped.
+
+    A layer's tensors are views of the file: the system reads them when they are used and may drop
+    them again. Once 256 MB of them have been handed out, what was mapped is given back, so that
+    the process's memory does not grow with the file; a tensor that is still in use is read again.
+
+    Attributes:
+        metadata: the texts kept with the tensors.
+
+    Raises:
+        AdamergeError: the file is missing or not one of these.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                # A private map: torch wants tensors it may write to, and no write reaches the file.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            room = int.from_bytes(self._map[:8], "little")
+            entries = json.loads(self._map[8 : 8 + room])
+            self.metadata: dict[str, str] = entries.pop("__metadata__")
+            self._start = 8 + room
+            self._entries: dict[str, dict[str, Any]] = entries
+            whole = self._start + sum(map(_size, entries.values())) == len(self._map)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(path, str(error)) from error
+        if not whole:
+            raise _unreadable(path, "its length is not what its header says")
+        self._names = [name for name in entries if not name.endswith(_SCALES)]
+        self._handed = 0
+
+    def __getitem__(self, name: str) -> Layer:
+        if name not in self._entries or name.endswith(_SCALES):
+            raise KeyError(name)
+        scales = self._tensor(name + _SCALES) if name + _SCALES in self._entries else None
+        return Layer(self._tensor(name), scales)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def expect(self, names: list[str]) -> None:
+        """Has the system read these layers ahead, while something else is computed."""
+        for name in names:
+            begin, end = self._entries[name]["data_offsets"]
+            start = (self._start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, self._start + end - start)
+
+    def release(self) -> None:
+        """Gives back the memory of all that was read; what is used again is read again."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+        self._handed = 0
+
+    def _tensor(self, key: str) -> Tensor:
+        entry = self._entries[key]
+        begin, end = entry["data_offsets"]
+        if self._handed and self._handed + end - begin > _AT_HAND:
+            self.release()
+        self._handed += end - begin
+        dtype = _TYPES[str(entry["dtype"])]
+        count = (end - begin) // dtype.itemsize
+        if count == 0:
+            return torch.empty(entry["shape"], dtype=dtype)
+        flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._start + begin)
+        return flat.view(entry["shape"])
+
+
+def _size(entry: dict[str, Any]) -> int:
+    """Bytes of a tensor by its header; ValueError where that contradicts itself."""
+    begin, end = entry["data_offsets"]
+    if begin < 0 or end - begin != math.prod(entry["shape"]) * _TYPES[entry["dtype"]].itemsize:
+        raise ValueError("its header contradicts itself")
+    return int(end - begin)
+
+
+def _tensors(name: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    yield name, layer.values
+    if layer.scales is not None:
+        yield name + _SCALES, layer.scales
+
+
+def _up(size: int) -> int:
+    """So that header and its length end at a multiple of `_ALIGNED`."""
+    return -(-(8 + size) // _ALIGNED) * _ALIGNED - 8
+
+
+def _unreadable(path: Path, why: str) -> AdamergeError:
+    return AdamergeError(
+        f"{path} is not a whole file of stored task vectors ({why}): delete it, and it is made "
+        "again"
+    )
+
+
+class Shelf(Protocol):
+    """Takes the layers of task vectors one after the other, and gives them all back."""
+
+    def add(self, name: str, layer: Layer) -> None: ...
+
+    def close(self, metadata: Mapping[str, str]) -> Mapping[str, Layer]: ...
+
+
+class _Memory:
+    """Keeps layers in memory; pinned, if a GPU is to read them there."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._layers: dict[str, Layer] = {}
+        self._pinned = pinned and torch.cuda.is_available()
+
+    def add(self, name: str, layer: Layer) -> None:
+        self._layers[name] = layer.map(torch.Tensor.pin_memory) if self._pinned else layer
+
+    def close(self, metadata: Mapping[str, str]) -> Mapping[str, Layer]:
+        return self._layers
+
+
+class _Disk:
+    """Writes layers to a file and maps it."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self._path, self._writer = path, LayerWriter(path, names)
+
+    def add(self, name: str, layer: Layer) -> None:
+        self._writer.add(name, layer)
+
+    def close(self, metadata: Mapping[str, str]) -> Mapping[str, Layer]:
+        with self._writer:
+            self._writer.finish(metadata)
+        return MappedLayers(self._path)
+
+
+@contextlib.contextmanager
+def storing(storage: Storage, names: list[str]) -> Iterator[Shelf]:
+    """A shelf of the storage's place; a file is there in the end, whole, or not at all."""
+    if storage.file is None or storage.device != "disk":
+        yield _Memory(pinned=storage.device == "host")
+        return
+    storage.file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(storage.file) as temporary:
+        yield _Disk(temporary, names)
+
+
+@contextlib.contextmanager
+def storing_unnamed(storage: Storage, names: list[str]) -> Iterator[Shelf]:
+    """As `storing`, but a file that is gone with the process that maps it."""
+    if storage.file is None or storage.device != "disk":
+        yield _Memory(pinned=storage.device == "host")
+        return
+    with tempfile.TemporaryDirectory(dir=storage.file.parent) as folder:
+        yield _Disk(Path(folder) / "layers.safetensors", names)
