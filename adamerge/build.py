@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,11 +74,31 @@ def check(config: Config) -> None:
             continue
         if key == "method":
             arguments, own = split_base(target, arguments)
-            found += base_problems(own)
+            found += base_problems(own) + _storage_problems(config, target)
         found += problems(target, arguments, key, _KINDS[key.partition("[")[0]][2])
     found = found or _trial(config)
     if found:
         raise AdamergeError("; ".join(found))
+
+
+def _storage_problems(config: Config, method: Callable[..., Any]) -> list[str]:
+    """Ways to keep task vectors that a method does not go with."""
+    asked, name = config["task_vectors"], method.__name__
+    if getattr(method, "combines", False):
+        return []
+    if asked["shard"]:
+        return [
+            f"task_vectors.shard is set, but {name} does not learn merging coefficients of "
+            "whole layers: leave it out, or use AdaMerging"
+        ]
+    smaller = asked["dtype"] != "float32" or asked["device"] in ("host", "disk")
+    if smaller and "task_vectors" in inspect.signature(method).parameters:
+        return [
+            f"task_vectors.dtype and .device are set, but {name} holds task vectors of its own "
+            "making: leave them as they are, or use AdaMerging (a method of yours that uses "
+            "TaskVectors.combine alone says so by `combines = True`)"
+        ]
+    return []
 
 
 def _trial(config: Config) -> list[str]:
@@ -122,6 +143,8 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
             target, arguments = _target(key, part)
             given: Supplies = {"task_vectors": functools.partial(_itself, vectors)}
             vectors = _construct(key, target, arguments, given)
+    if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small
+        vectors = vectors.stored(replace(vectors.storage, dtype=config["task_vectors"]["dtype"]))
     target, arguments = _target("method", config["method"])
     arguments, own = split_base(target, arguments)
     known = (suite.clip, suite.task_vectors, vectors, suite.heads)
@@ -204,6 +227,8 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
     for key in _TRAINER:
         if key not in ("max_steps", "max_time", "accelerator", "strategy"):
             add(f"trainer.{key}", config["trainer"].get(key))
+    if config["task_vectors"]["dtype"] != "float32":
+        flat["task_vectors.dtype"] = config["task_vectors"]["dtype"]
     flat["order of tasks"] = ", ".join(config["suite"]["tasks"])
     for name, file in suite.files.items():
         flat[f"sha256 of {name}"] = file["sha256"]

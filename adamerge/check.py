@@ -16,6 +16,7 @@ from adamerge import build, config, deliver, inputs, preflight, preflight_report
 from adamerge.config import Config
 from adamerge.deliver import Job
 from adamerge.encoders import Tower
+from adamerge.errors import AdamergeError
 from adamerge.estimate import Estimate, estimate, of_memory
 from adamerge.preflight import Images
 from adamerge.preflight_report import Report
@@ -38,6 +39,7 @@ def check(words: Sequence[str], to: Path | None = None) -> int:
     """
     settings = config.load(words)
     build.check(settings)
+    place(settings)
     seed_everything(settings["seed"], verbose=False)
     report = look(deliver.load_job(settings), log.info)
     if to is not None:
@@ -101,6 +103,18 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         findings=sorted(findings, key=lambda finding: finding.severity != "problem"),
         estimate=cost,
     )
+
+
+def place(settings: Config) -> None:
+    """Refuses task vectors on a GPU where a run computes elsewhere."""
+    if (
+        settings["task_vectors"]["device"] == "cuda"
+        and run_device(settings["trainer"]).type != "cuda"
+    ):
+        raise AdamergeError(
+            "task_vectors.device is cuda, but this run computes on the CPU: leave it at auto, or "
+            "set host or disk; or use a machine with a GPU (trainer.accelerator=gpu)"
+        )
 
 
 def run_device(trainer: Config) -> torch.device:

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from adamerge.binding import fits, nearest
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
+from adamerge.storage import DTYPES, PLACES
 from adamerge.suite_check import suite_problems
 from adamerge.suite_files import locate, locate_data, name_by_text, take_task_files
 
@@ -248,6 +249,8 @@ _CHOICES = {
     "protocol": ("paper", "heldout"),
     "on_bad_image": ("error", "skip"),
     "fold": ("dynamic", "per_task", "single"),
+    "dtype": DTYPES,
+    "device": PLACES,
     "mode": ("auto", "online", "offline", "off"),
     "precision": ("32-true", "bf16-mixed"),
 }

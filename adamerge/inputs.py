@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
+from torch import Tensor
 
 from adamerge import hub
 from adamerge.checkpoints import Checkpoint, load_pretrained, read, read_head, tower_state
@@ -15,12 +20,15 @@ from adamerge.config import Config
 from adamerge.data import TaskData
 from adamerge.encoders import Clip, Normalizer, build_clip
 from adamerge.errors import AdamergeError
-from adamerge.files import sha256
+from adamerge.files import joined, locked, sha256
 from adamerge.heads import Heads, Prompts, zero_shot_heads
 from adamerge.image_cache import TaskImages, cache_images
 from adamerge.sources import open_dataset
+from adamerge.storage import Storage
 from adamerge.suite_files import require_root
 from adamerge.task_vectors import TaskVectors
+
+log = logging.getLogger("adamerge")
 
 
 @dataclass
@@ -116,8 +124,43 @@ def load_suite(config: Config) -> Suite:
         _check_stated(clip, expert, str(suite.get("architecture")))
         if entry.get("head") is not None:
             files[f"head of {task}"] = read(entry["head"]).record()
-    vectors = TaskVectors(clip.backbone.state_dict(), experts, sources=sources, share=True)
+    storage = _storage(config, clip, files)
+    state = clip.backbone.state_dict()
+    vectors = _task_vectors(state, experts, sources, storage)
     return Suite(clip, vectors, load_heads(config, clip), files)
+
+
+def _storage(config: Config, clip: Clip, files: Mapping[str, Mapping[str, str]]) -> Storage:
+    """How the experts' own task vectors are kept: those that a transform changes, in float32."""
+    asked = config["task_vectors"]
+    dtype = "float32" if config["transform"] else asked["dtype"]
+    device = "disk" if asked["shard"] else asked["device"]
+    if device != "disk":
+        return Storage(dtype, device)
+    shape = json.dumps(clip.config["model_cfg"], sort_keys=True)
+    weights = [files[key]["sha256"] for key in ("pretrained", *config["suite"]["tasks"])]
+    names = [hashlib.sha256(json.dumps(list(config["suite"]["tasks"])).encode()).hexdigest()]
+    key = joined([*weights, *names, hashlib.sha256(shape.encode()).hexdigest()])[:32]
+    return Storage(
+        dtype, device, cache_root(config) / "task_vectors" / f"{key}-{dtype}.safetensors"
+    )
+
+
+def _task_vectors(
+    pretrained: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    sources: Mapping[str, str],
+    storage: Storage,
+) -> TaskVectors:
+    """Computed; or where they are kept on disk, once, by the first process that wants them."""
+    if storage.file is None:
+        return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
+    storage.file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(storage.file.with_suffix(".lock")):
+        if storage.file.is_file():
+            return TaskVectors.mapped(pretrained, storage)
+        log.info("task vectors are written to %s", storage.file)
+        return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
 
 
 def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:

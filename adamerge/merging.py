@@ -61,7 +61,7 @@ def merge_all(
             compute in it anyway.
     """
     return [
-        merge(base, layer, column.to(base.dtype)).to(_type(base, dtype))
+        merge(base, layer, column.to(base.dtype)).to(as_type(base, dtype))
         for base, layer, column in zip(bases, layers, columns.unbind(1), strict=True)
     ]
 
@@ -77,5 +77,6 @@ def contract_all(
     return torch.stack(columns, dim=1)
 
 
-def _type(base: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def as_type(base: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of a merged layer: matrices in `dtype` if there is one, vectors as θ0."""
     return base.dtype if dtype is None or base.ndim < 2 else dtype

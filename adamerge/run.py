@@ -20,6 +20,7 @@ from adamerge.config import Config
 from adamerge.deliver import Job
 from adamerge.errors import AdamergeError
 from adamerge.resume import check_fingerprint, read_checkpoint
+from adamerge.sharding import Sharding
 from adamerge.tracking import is_main_process
 
 log = logging.getLogger("adamerge")
@@ -35,6 +36,7 @@ def train(words: Sequence[str]) -> int:
     """
     settings, run_dir, resumed = _open_run(words)
     build.check(settings)
+    check.place(settings)
     seed_everything(settings["seed"], verbose=False)
     if not resumed:
         _refuse_used_folder(run_dir)
@@ -166,6 +168,7 @@ def _fit(
             Watch(settings["eval_every"], look),
             stop,
             Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint()),
+            *([Sharding()] if settings["task_vectors"]["shard"] else []),
         ],
         log_every_n_steps=every,
         default_root_dir=run_dir,

@@ -22,6 +22,7 @@ from adamerge.storage import Layer, Storage, keep
 log = logging.getLogger("adamerge")
 
 _PIECE = 2**18  # numbers per task vector promoted to float64 at a time
+_TOGETHER = 2**20  # numbers of small layers that are merged together
 _FORMAT = "1"  # of the metadata in a file of task vectors
 
 
@@ -198,14 +199,14 @@ class TaskVectors:
     @property
     def groups(self) -> list[tuple[str, ...]]:
         """Neighbouring layers that are merged together: as many as are no larger than the largest
-        layer, or on a GPU that holds them all, all."""
+        layer (or a million numbers), or on a GPU that holds them all, all."""
         if self._groups is None:
             at_once = not self.storage.stays and self.device.type == "cuda"
             self._groups = [self.names] if at_once else self._neighbours()
         return self._groups
 
     def _neighbours(self) -> list[tuple[str, ...]]:
-        most = max(tensor.numel() for tensor in self.pretrained.values())
+        most = max(_TOGETHER, *(tensor.numel() for tensor in self.pretrained.values()))
         groups: list[list[str]] = []
         room = 0
         for name, tensor in self.pretrained.items():
@@ -252,6 +253,12 @@ class TaskVectors:
         if task not in self.tasks:
             raise AdamergeError(f"no task {task!r} here: the tasks are {', '.join(self.tasks)}")
         return self.tasks.index(task)
+
+    def stored(self, storage: Storage) -> TaskVectors:
+        """The same task vectors in another type or place; themselves where it is that already."""
+        if (storage.dtype, storage.device) == (self.storage.dtype, self.storage.device):
+            return self
+        return self.with_deltas(self.deltas, storage)
 
     def with_deltas(
         self, deltas: Mapping[str, Tensor], storage: Storage | None = None

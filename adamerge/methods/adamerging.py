@@ -38,6 +38,8 @@ class AdaMerging(MergeMethod):
         AdamergeError: unknown granularity, or task vectors that do not fit the backbone.
     """
 
+    combines = True
+
     def __init__(
         self,
         backbone: nn.Module,

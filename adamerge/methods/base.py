@@ -17,6 +17,10 @@ class MergeMethod(nn.Module):
     step compute once what all its images share, however many micro-batches they come in.
     """
 
+    # Whether all that is done with task vectors is `TaskVectors.combine`, whose layers may then be
+    # stored in any type and place, and shared out among processes.
+    combines = False
+
     def weights(self) -> dict[str, Tensor]:
         """What all images of a step share, as differentiable functions of the learnables.
 
