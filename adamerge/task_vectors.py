@@ -261,12 +261,14 @@ class TaskVectors:
         return self.with_deltas(self.deltas, storage)
 
     def with_deltas(
-        self, deltas: Mapping[str, Tensor], storage: Storage | None = None
+        self,
+        deltas: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        storage: Storage | None = None,
     ) -> TaskVectors:
         """The same tasks and (shared) pretrained weights with other deltas: for transforms.
 
         Args:
-            deltas: layer name -> `[T, *shape]`; each is asked for once, in order.
+            deltas: layer name -> `[T, *shape]` (a mapping, or pairs), taken one at a time.
             storage: in which type and place they are kept; None: as these.
         """
         other = copy.copy(self)
@@ -274,12 +276,17 @@ class TaskVectors:
         other._ahead = other._groups = other._home = None
         other._norms = torch.zeros(len(self.tasks), dtype=torch.float64)
         with storing_unnamed(other.storage, list(self.names)) as shelf:
-            for name in self.names:
-                changed = deltas[name]
+            for name, changed in deltas.items() if isinstance(deltas, Mapping) else deltas:
                 other._norms += _squares(changed)
                 shelf.add(name, keep(changed, other.storage.dtype))
             other._norms = other._norms.sqrt()
             other.layers = shelf.close({})
+        if set(other.layers) != set(self.names):
+            missing = sorted(set(self.names) ^ set(other.layers))
+            raise AdamergeError(
+                f"deltas are not of the same layers as the task vectors ({missing[0]!r}): give "
+                "one [T, *shape] for each layer"
+            )
         return other
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> TaskVectors:

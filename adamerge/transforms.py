@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,13 +30,9 @@ def ties(task_vectors: TaskVectors, density: float = 0.2) -> TaskVectors:
     if not 0 < density <= 1:
         raise AdamergeError(f"ties: density is {density}, expected a fraction in (0, 1], like 0.2")
     thresholds = _trim_thresholds(task_vectors, density)
-    trimmed = {name: _trim(delta, thresholds) for name, delta in task_vectors.deltas.items()}
-    signs = {name: delta.sum(0).sign_() for name, delta in trimmed.items()}
+    signs = {name: trimmed.sum(0).sign_() for name, trimmed in _trimmed(task_vectors, thresholds)}
     balance = torch.stack([sign.sum(dtype=torch.float64) for sign in signs.values()]).sum().sign()
-    for name, delta in trimmed.items():
-        sign = torch.where(signs[name] == 0, balance.to(signs[name].dtype), signs[name])
-        delta.mul_(delta.sign() == sign)
-    return task_vectors.with_deltas(trimmed)
+    return task_vectors.with_deltas(_agreeing(task_vectors, thresholds, signs, balance))
 
 
 def _trim_thresholds(task_vectors: TaskVectors, density: float) -> Tensor:
@@ -43,9 +41,24 @@ def _trim_thresholds(task_vectors: TaskVectors, density: float) -> Tensor:
     rank = max(1, total - int(density * total))
     thresholds = []
     for row in range(len(task_vectors.tasks)):
-        vector = torch.cat([delta[row].flatten() for delta in task_vectors.deltas.values()])
+        parts = ((task_vectors.layers[n], base) for n, base in task_vectors.pretrained.items())
+        vector = torch.cat([layer.row(row, base).flatten() for layer, base in parts])
         thresholds.append(vector.abs_().kthvalue(rank).values)
     return torch.stack(thresholds)
+
+
+def _trimmed(task_vectors: TaskVectors, thresholds: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Every layer in turn, `[T, *shape]`: made twice, so that one is in memory at a time."""
+    for name, delta in task_vectors.deltas.items():
+        yield name, _trim(delta, thresholds)
+
+
+def _agreeing(
+    task_vectors: TaskVectors, thresholds: Tensor, signs: dict[str, Tensor], balance: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    for name, trimmed in _trimmed(task_vectors, thresholds):
+        sign = torch.where(signs[name] == 0, balance.to(signs[name].dtype), signs[name])
+        yield name, trimmed.mul_(trimmed.sign() == sign)
 
 
 def _trim(delta: Tensor, thresholds: Tensor) -> Tensor:

@@ -400,14 +400,18 @@ def test_signals_stop_cleanly_with_everything_saved(
     )
 
 
-def test_ddp_on_two_processes_equals_one_fed_the_same_images(
-    base: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("ranks", "sharded"),
+    [(2, ()), (2, ("task_vectors.shard=true",)), (3, ("task_vectors.shard=true",))],
+)
+def test_ddp_equals_one_process_fed_the_same_images(
+    base: list[str], tmp_path: Path, ranks: int, sharded: tuple[str, ...]
 ) -> None:
     words = [*base, "evaluate.baselines=false", "objective=infomax"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert train(*words, "batch_size=4", f"run_dir={one}") == 0
-    command = [sys.executable, str(ROOT / "train.py"), *words, "batch_size=2"]
-    command += ["trainer.devices=2", "trainer.strategy=ddp", f"run_dir={two}"]
+    assert train(*words, f"batch_size={2 * ranks}", f"run_dir={one}") == 0
+    command = [sys.executable, str(ROOT / "train.py"), *words, *sharded, "batch_size=2"]
+    command += [f"trainer.devices={ranks}", "trainer.strategy=ddp", f"run_dir={two}"]
     command += ["method._target_=tests.tiny.Recording"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     answer = subprocess.run(
@@ -415,9 +419,10 @@ def test_ddp_on_two_processes_equals_one_fed_the_same_images(
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert coefficients(two) == pytest.approx(coefficients(one), abs=1e-6)
-    first, second = ((tmp_path / f"rank-{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second and len(first.splitlines()) == 6, "one line of λ per step, the same"
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "rank-0.txt", "rank-1.txt"}
+    seen = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in range(ranks)]
+    assert len(set(seen)) == 1 and len(seen[0].splitlines()) == 6, "one λ per step, the same"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"one", "two", *(f"rank-{rank}.txt" for rank in range(ranks))}
 
 
 @pytest.mark.parametrize("mode", ["auto", "offline"])
