@@ -28,6 +28,7 @@ _SIGNATURES = (
 )
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _HEAD = 512
+_AT_HAND = 2**24  # bytes of a mapped file that are left in memory once they were read
 
 
 def open_weights(path: Path) -> Mapping[str, Tensor]:
@@ -90,26 +91,37 @@ def _damaged(path: Path, what: str) -> AdamergeError:
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of a .safetensors file, each read when it is asked for."""
+    """The tensors of a .safetensors file, each read when it is asked for.
+
+    They are views of the mapped file. It is mapped anew now and then, so that a process that reads
+    tensor by tensor through many files does not hold all that it has read.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-            self._keys = list(self._file.keys())
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise self._unreadable(error) from error
+        self._open()
+        self._keys = list(self._file.keys())
         if not self._keys:
             raise AdamergeError(f"{path} holds no tensors by name: expected a state dict")
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._keys:
             raise KeyError(name)
+        if self._read > _AT_HAND:
+            self._open()
         try:
             tensor: Tensor = self._file.get_tensor(name)
         except Exception as error:  # the library raises many types for one thing
             raise self._unreadable(error) from error
+        self._read += tensor.nbytes
         return tensor
+
+    def _open(self) -> None:
+        self._read = 0
+        try:
+            self._file = safe_open(self._path, framework="pt")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> AdamergeError:
         return AdamergeError(
