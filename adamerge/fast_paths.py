@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Below so many tokens attention by plain matrix products is faster on a CPU, above it is slower
-# (benchmarks/results/attention_cpu.md).
+# Below so many tokens attention by plain matrix products is several times faster on a CPU in
+# bfloat16; above it, and in float32, it gains little or loses (benchmarks/fast_paths.py).
 _FEW_TOKENS = 128
 
 
@@ -29,7 +29,7 @@ class PatchProduct(nn.Conv2d):
         inside = input[:, :, : rows * high, : columns * wide]
         cut = inside.reshape(batch, channels, rows, high, columns, wide)
         patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(batch * rows * columns, -1)
-        weight = self.weight.view(len(self.weight), -1)
+        weight = self.weight.reshape(len(self.weight), -1)
         flat = nn.functional.linear(patches, weight, self.bias)
         return flat.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
 
@@ -49,8 +49,10 @@ def _cuts(conv: nn.Conv2d) -> bool:
 def attention_for(
     tower: nn.Module, device: torch.device
 ) -> contextlib.AbstractContextManager[None]:
-    """The faster attention for the number of tokens of a tower; on a GPU torch's own choice."""
+    """The faster attention for a tower's number of tokens on a CPU under autocast; elsewhere
+    torch's own choice."""
     positions = getattr(tower, "positional_embedding", None)
-    if device.type != "cpu" or not isinstance(positions, Tensor) or len(positions) >= _FEW_TOKENS:
+    low = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if not low or not isinstance(positions, Tensor) or len(positions) >= _FEW_TOKENS:
         return contextlib.nullcontext()
     return cast("contextlib.AbstractContextManager[None]", sdpa_kernel(SDPBackend.MATH))

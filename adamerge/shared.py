@@ -54,6 +54,8 @@ class Shared:
         """Hands back what is left: of groups with a weight that had no part in the loss."""
         for names in self._together.values():
             self._hand_back([name for name in names if name in self._weights])
+        self._weights.clear()
+        self.leaves.clear()  # whose hooks know this object: a circle that would outlive the step
 
     def _hand_back(self, names: list[str]) -> None:
         there = [name for name in names if self.leaves[name].grad is not None]
