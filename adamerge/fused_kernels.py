@@ -10,8 +10,6 @@ numbers give the same bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -102,7 +100,7 @@ def launch_sum(parts: Tensor, ranges: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
-def _number(table: Any, index: Any, GROUP: tl.constexpr) -> Any:
+def _number(table: tl.tensor, index: tl.tensor, GROUP: tl.constexpr) -> tl.tensor:
     number = tl.load(table + index)
     if GROUP > 1:
         number = tl.multiple_of(number, GROUP)
@@ -110,7 +108,9 @@ def _number(table: Any, index: Any, GROUP: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _pointer(table: Any, index: Any, TYPE: tl.constexpr, GROUP: tl.constexpr) -> Any:
+def _pointer(
+    table: tl.tensor, index: tl.tensor, TYPE: tl.constexpr, GROUP: tl.constexpr
+) -> tl.tensor:
     pointer = tl.load(table + index).to(tl.pointer_type(TYPE))
     if GROUP > 1:
         pointer = tl.multiple_of(pointer, 16)  # bytes
@@ -119,12 +119,12 @@ def _pointer(table: Any, index: Any, TYPE: tl.constexpr, GROUP: tl.constexpr) ->
 
 @triton.jit
 def _merge(
-    layers: Any,
-    blocks: Any,
-    columns: Any,
-    task_stride: Any,
-    layer_stride: Any,
-    out: Any,
+    layers: tl.tensor,
+    blocks: tl.tensor,
+    columns: tl.tensor,
+    task_stride: tl.tensor,
+    layer_stride: tl.tensor,
+    out: tl.tensor,
     TASKS: tl.constexpr,
     STORED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -161,11 +161,11 @@ def _merge(
 
 @triton.jit
 def _contract(
-    layers: Any,
-    blocks: Any,
-    grads: Any,
-    count: Any,
-    parts: Any,
+    layers: tl.tensor,
+    blocks: tl.tensor,
+    grads: tl.tensor,
+    count: tl.tensor,
+    parts: tl.tensor,
     TASKS: tl.constexpr,
     STORED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -205,10 +205,10 @@ def _contract(
 
 @triton.jit
 def _sum(
-    parts: Any,
-    ranges: Any,
-    out: Any,
-    count: Any,
+    parts: tl.tensor,
+    ranges: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
     TASKS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
