@@ -57,8 +57,7 @@ def contract(
 ) -> Tensor | None:
     """`⟨grad_l, τ_t,l⟩`, float32 `[T, l]`, 0 for layers without a gradient; None as in `merge`.
 
-    The same bits whenever the numbers are the same: sums of blocks, then of the blocks of a layer,
-    each in a fixed order.
+    Deterministic: sums of blocks, then of the blocks of a layer, each in a fixed order.
     """
     return _tried(lambda tables: _contract(tables, grads), bases, layers)
 

@@ -3,7 +3,7 @@
 A program works on `BLOCK` neighbouring numbers of one layer, `GROUP` at a time: 16 where everything
 begins at multiples of 16 numbers, so that a thread reads 16 bytes at once and a group lies in one
 row, 1 elsewhere. Two tables say which: `blocks`, `[programs, 2]` (layer, first number), and
-`layers`, `[l, FIELDS]` (addresses of θ0, τ and its scales, first number of the output, numbers of a
+`layers`, `[l, 6]` (addresses of θ0, τ and its scales, first number of the output, numbers of a
 layer, of a row). No program waits for another, and none adds to what another wrote: the same
 numbers give the same bits.
 """
@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FIELDS = 6
 _TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
