@@ -47,7 +47,8 @@ def merge(
         contiguous tensors that share two allocations (vectors, matrices), or None where the
         kernels cannot be used.
     """
-    if dtype not in _OUTPUTS or columns.device != bases[0].device:
+    shape = len(layers[0].values), len(bases)
+    if dtype not in _OUTPUTS or columns.shape != shape or columns.device != bases[0].device:
         return None
     return _tried(lambda tables: _merge(tables, columns, dtype), bases, layers)
 
@@ -59,6 +60,8 @@ def contract(
 
     Deterministic: sums of blocks, then of the blocks of a layer, each in a fixed order.
     """
+    if any(g is not None and g.shape != b.shape for g, b in zip(grads, bases, strict=True)):
+        return None
     return _tried(lambda tables: _contract(tables, grads), bases, layers)
 
 

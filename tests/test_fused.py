@@ -106,6 +106,8 @@ def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused.usable(bases, layers)
     assert fused.merge(bases, layers, columns, torch.float64) is None
     assert fused.merge(bases, layers, columns.to("meta"), None) is None
+    assert fused.merge(bases, layers, columns[:, :2], None) is None
+    assert fused.contract([bases[0][:2], *bases[1:]], bases, layers) is None
     for index, base in (
         (0, bases[0].double()),
         (2, bases[2].T.contiguous().T),
