@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adamerge import fused
 from adamerge.storage import Layer, contract, merge
 
 
@@ -55,11 +56,16 @@ def merge_all(
 ) -> list[Tensor]:
     """`θ0 + Σ_t columns[t, l] τ_t` of every layer l, summed in the type of θ0.
 
+    On a GPU all layers together, in a few launches (`fused`); else one after the other.
+
     Args:
         columns: `[T, l]`, cast to the type of θ0.
         dtype: of the merged matrices; None: that of θ0. Vectors keep it always, for normalisations
             compute in it anyway.
     """
+    merged = fused.merge(bases, layers, columns, dtype)
+    if merged is not None:
+        return merged
     return [
         merge(base, layer, column.to(base.dtype)).to(as_type(base, dtype))
         for base, layer, column in zip(bases, layers, columns.unbind(1), strict=True)
@@ -70,6 +76,9 @@ def contract_all(
     grads: Sequence[Tensor | None], bases: Sequence[Tensor], layers: Sequence[Layer]
 ) -> Tensor:
     """`⟨grad_l, τ_t,l⟩`, `[T, l]`, in the type of θ0; 0 for layers without part in the loss."""
+    contracted = fused.contract(grads, bases, layers)
+    if contracted is not None:
+        return contracted
     columns = [
         base.new_zeros(len(layer.values)) if grad is None else contract(grad, layer, base)
         for grad, base, layer in zip(grads, bases, layers, strict=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
     0: "errors files binding suite_check suite_files task_vectors storage mapped merging ahead "
-    "differences fast_paths shards gated losses objectives solving "
+    "fused fused_kernels fused_plan differences fast_paths shards gated losses objectives solving "
     "verdicts safe_pickle pickled torch_files weight_files layouts model_configs lora",
     1: "towers mixtures adapters experts encoders heads transforms methods.base "
     "export_files loading",
