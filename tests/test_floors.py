@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
     0: "errors files binding suite_check suite_files task_vectors gated losses objectives solving "
-    "verdicts safe_pickle pickled torch_files weight_files layouts model_configs lora",
+    "verdicts readings safe_pickle pickled torch_files weight_files layouts model_configs lora",
     1: "towers mixtures adapters experts encoders heads transforms methods.base "
     "export_files loading",
     2: "methods.adamerging methods.surgery methods.wemoe",

@@ -415,6 +415,9 @@ def test_ddp_on_two_processes_equals_one_fed_the_same_images(
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert coefficients(two) == pytest.approx(coefficients(one), abs=1e-6)
+    for alone, together in zip(losses(one), losses(two), strict=True):
+        for name in alone:
+            assert float(together[name]) == pytest.approx(float(alone[name]), abs=1e-4), name
     first, second = ((tmp_path / f"rank-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second and len(first.splitlines()) == 6, "one line of λ per step, the same"
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "rank-0.txt", "rank-1.txt"}
