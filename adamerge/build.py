@@ -75,6 +75,10 @@ def check(config: Config) -> None:
             arguments, own = split_base(target, arguments)
             found += base_problems(own)
         found += problems(target, arguments, key, _KINDS[key.partition("[")[0]][2])
+    if config["images_on_device"] is True and config["num_workers"] != 0:
+        found.append(
+            "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
+        )
     found = found or _trial(config)
     if found:
         raise AdamergeError("; ".join(found))

@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adamerge import config, deliver, tracking
+from adamerge import config, deliver, run, tracking
 from adamerge.cli import main
 from adamerge.encoders import Normalizer, Tower
 from tests import tiny
@@ -325,6 +325,29 @@ def test_micro_batches_give_the_same_run(base: list[str], tmp_path: Path, object
     assert train(*words, f"run_dir={tmp_path / 'a'}") == 0
     assert train(*words, "micro_batch=3", f"run_dir={tmp_path / 'b'}") == 0
     assert coefficients(tmp_path / "b") == pytest.approx(coefficients(tmp_path / "a"), abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["entropy", "expert_kl"])
+def test_images_on_the_device_give_the_same_run(
+    base: list[str], tmp_path: Path, objective: str
+) -> None:
+    words = [*base, f"objective={objective}", "evaluate.baselines=false"]
+    assert train(*words, f"run_dir={tmp_path / 'a'}") == 0
+    assert train(*words, "images_on_device=true", f"run_dir={tmp_path / 'b'}") == 0
+    assert coefficients(tmp_path / "b") == coefficients(tmp_path / "a")
+
+
+def test_images_that_the_device_cannot_hold_are_refused(
+    base: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*base, "images_on_device=true", "evaluate.baselines=false"]
+    words += [f"run_dir={tmp_path / 'run'}"]
+    assert train(*words, "num_workers=2") == 2
+    assert "images_on_device leaves nothing for num_workers" in capsys.readouterr().err
+    monkeypatch.setattr(run, "memory_available", lambda device: 1000)
+    assert train(*words) == 2
+    assert "and cpu has 0.0 GB free: set images_on_device=false" in capsys.readouterr().err
+    assert train(*words, "images_on_device=false") == 0
 
 
 def test_bf16_mixed(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
