@@ -12,6 +12,7 @@ import torch
 
 from adamerge.adaptation import Adaptation
 from adamerge.binding import call, find, function_to, nearest, problems, subclass_of
+from adamerge.compiled import refuse_compiling
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
 from adamerge.data import TaskData
@@ -169,6 +170,8 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
     supplied = supplies(*known, {}, suite.files, config["protocol"])
     objective: Objective = _construct("objective", target, arguments, supplied)
     _check_pair(method, objective, config["micro_batch"])
+    if config["compile"]:
+        refuse_compiling(method)
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None
     if config["scheduler"] is not None:

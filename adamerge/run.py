@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from adamerge import build, check, config, deliver, inputs, preflight_report, stores, tracking
 from adamerge.callbacks import Checkpoints, Progress, StopOnSignal, Watch
+from adamerge.compiled import compiled
 from adamerge.config import Config
 from adamerge.deliver import Job
 from adamerge.device_images import refuse_too_large
@@ -182,7 +183,8 @@ def _fit(
         log.info("step %d of %d is reached already", step, trainer.max_steps)
         return None
     resume = checkpoint if step else None
-    trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
+    with compiled(job.module.method, settings["compile"]):
+        trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
     return stop.received
 
 
