@@ -15,6 +15,7 @@ from adamerge.errors import AdamergeError
 from adamerge.heads import Heads
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective, marginal_entropy, sample_entropy
+from adamerge.readings import Readings
 from adamerge.step import step_loss
 
 __all__ = ["Adaptation", "Batch", "step_loss"]
@@ -24,6 +25,8 @@ __all__ = ["Adaptation", "Batch", "step_loss"]
 Batch = Mapping[str, Tensor | Mapping[str, Tensor]]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+_FAILED = "failed"  # whether a step was not finite, among the numbers of a step
 
 
 class Adaptation(pl.LightningModule):
@@ -60,6 +63,8 @@ class Adaptation(pl.LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.micro_batch, self.log_every = micro_batch, log_every
         self._values: Tensor | None = None
+        self._numbers: dict[str, Tensor] = {}  # of the step under way, if it is logged
+        self._readings = Readings()
         self._good: dict[str, Tensor] | None = None  # parameters whose loss was finite
         self._failed = self._bad = torch.zeros((), dtype=torch.bool)
 
@@ -70,9 +75,18 @@ class Adaptation(pl.LightningModule):
             self.method, self.objective, images, task_ids, self.micro_batch, targets
         )
         self._values = values
-        if (self.global_step + 1) % self.log_every == 0:
-            self._log_step(loss.detach(), features, task_ids)
+        if self._is_logged():
+            self._numbers = self._measure(loss.detach(), features, task_ids)
         return loss
+
+    @property
+    def _asks_at_once(self) -> bool:
+        """Whether a value can be read without waiting for a device."""
+        return self.device.type == "cpu"
+
+    def _is_logged(self) -> bool:
+        """Whether the step under way has an entry in the logs."""
+        return (self.global_step + 1) % self.log_every == 0
 
     def _collect(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         """All tasks' inputs, targets if known, and task ids; a task may have no more images."""
@@ -90,38 +104,36 @@ class Adaptation(pl.LightningModule):
         return images, known.get("targets"), task_ids
 
     @torch.no_grad()
-    def _log_step(self, loss: Tensor, features: Tensor, task_ids: Tensor) -> None:
+    def _measure(self, loss: Tensor, features: Tensor, task_ids: Tensor) -> dict[str, Tensor]:
+        """What is logged of a step, on the device."""
         metrics = {"loss": loss, "loss_mean": loss / len(self.heads.tasks)}
-        present = set(task_ids.tolist())
-        for index, task in enumerate(self.heads.tasks):
-            if index not in present:
+        sizes = torch.bincount(task_ids, minlength=len(self.heads.tasks)).tolist()
+        for task, rows in zip(self.heads.tasks, features.split(sizes), strict=True):
+            if len(rows) == 0:
                 continue
-            logits = self.heads.logits(features[(task_ids == index).to(features.device)], task)
+            logits = self.heads.logits(rows, task)
             classes = max(logits.shape[-1], 2)
             metrics[f"entropy/{task}"] = sample_entropy(logits).mean()
             metrics[f"confidence/{task}"] = logits.float().softmax(-1).amax(-1).mean()
             metrics[f"marginal_entropy/{task}"] = marginal_entropy(logits) / math.log(classes)
-        table = self.method.coefficient_table()
+        table = self.method.coefficients_in_effect()
         for row, task in enumerate(self.heads.tasks if table is not None else ()):
             assert table is not None
             for reduce in ("mean", "min", "max"):
-                value = getattr(table[1][row], reduce)()
-                metrics[f"coefficient_{reduce}/{task}"] = value.to(loss.device)
-        self.log_dict(metrics, sync_dist=self.trainer.world_size > 1)
+                metrics[f"coefficient_{reduce}/{task}"] = getattr(table[row], reduce)()
+        return {name: value.to(loss.device) for name, value in metrics.items()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes whether loss and gradient are finite, and keeps the parameters while they are.
 
         On a CPU a step that is not finite is refused at once. On a GPU asking would wait for the
-        device, so the note stays there and is read at log steps and before every checkpoint.
+        device, so the note stays there; it is read with the numbers of logged steps, and before
+        every checkpoint.
         """
         assert self._values is not None
         parameters = dict(self.method.named_parameters())
         grads = [p.grad.norm() for p in parameters.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(grads))
-        log_step = (self.global_step + 1) % self.log_every == 0
-        if log_step:
-            self.log("gradient_norm", norm)
         finite = torch.isfinite(norm) & torch.isfinite(self._values).all()
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         if self._good is None:
@@ -131,8 +143,65 @@ class Adaptation(pl.LightningModule):
         self._failed = self._failed | ~finite
         for name, kept in self._good.items():
             kept.copy_(torch.where(self._failed, kept, now[name]))
-        if log_step or self.device.type == "cpu":
+        if self._asks_at_once:
             self.refuse_failure()
+        if self._is_logged():
+            self._send(norm)
+
+    def _send(self, norm: Tensor) -> None:
+        """Sends the numbers of a logged step on their way, after handing over those before it."""
+        self.hand_over(wait=True)
+        numbers = {**self._numbers, "gradient_norm": norm, _FAILED: self._failed.to(norm.dtype)}
+        self._numbers = {}
+        self._readings.put(self.global_step, numbers, self._average)
+        self._readings.add({"epoch": self.current_epoch})  # Lightning's own entry
+
+    def _average(self, values: Tensor) -> Tensor:
+        """The mean over processes, by one collective that no host waits for."""
+        if self.trainer.world_size == 1:
+            return values
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered.mean(0)
+
+    def add_readings(self, numbers: Mapping[str, float]) -> None:
+        """Adds numbers of the host to those of the logged step under way."""
+        self._readings.add(numbers)
+
+    def hand_over(self, wait: bool = False) -> bool:
+        """Gives the numbers that have arrived to the loggers, with the steps they belong to.
+
+        Args:
+            wait: for all that were sent.
+
+        Returns:
+            Whether there were any; `trainer.callback_metrics` holds the latest.
+
+        Raises:
+            AdamergeError: a step of theirs, or before, was not finite.
+        """
+        if not wait and not self._asks_at_once and self.trainer.world_size > 1:
+            return False  # copies arrive at other steps elsewhere, and a failure must not
+        arrived = self._readings.take(wait)
+        for step, numbers in arrived:
+            if numbers.pop(_FAILED) > 0:  # on any process: all stop together
+                self._failed = torch.ones_like(self._failed)
+                self.refuse_failure()
+            epoch = {"epoch": int(numbers.pop("epoch"))}
+            latest = {name: torch.tensor(value) for name, value in numbers.items()}
+            self.trainer.callback_metrics.update(latest)
+            self.trainer.logged_metrics.update(latest)
+            for logger in self.trainer.loggers:
+                logger.log_metrics(numbers | epoch, step)
+        return bool(arrived)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Hands over what has arrived."""
+        self.hand_over()
+
+    def on_train_end(self) -> None:
+        """Hands over all there is."""
+        self.hand_over(wait=True)
 
     def refuse_failure(self) -> None:
         """Puts the last good parameters back and raises, if a step was not finite.

@@ -13,6 +13,7 @@ import torch
 
 from adamerge.adaptation import Adaptation
 from adamerge.binding import call, find, function_to, nearest, problems, subclass_of
+from adamerge.compiled import refuse_compiling
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
 from adamerge.data import TaskData
@@ -76,6 +77,10 @@ def check(config: Config) -> None:
             arguments, own = split_base(target, arguments)
             found += base_problems(own) + _storage_problems(config, target)
         found += problems(target, arguments, key, _KINDS[key.partition("[")[0]][2])
+    if config["images_on_device"] is True and config["num_workers"] != 0:
+        found.append(
+            "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
+        )
     found = found or _trial(config)
     if found:
         raise AdamergeError("; ".join(found))
@@ -188,6 +193,8 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
     supplied = supplies(*known, {}, suite.files, config["protocol"])
     objective: Objective = _construct("objective", target, arguments, supplied)
     _check_pair(method, objective, config["micro_batch"])
+    if config["compile"]:
+        refuse_compiling(method)
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None
     if config["scheduler"] is not None:

@@ -52,11 +52,11 @@ class Checkpoints(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         if trainer.global_step % self.every == 0:
-            _refuse_failure(pl_module)
+            _settle(pl_module)
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _refuse_failure(pl_module)
+        _settle(pl_module)
         self.save(trainer)
 
     def on_exception(
@@ -64,6 +64,9 @@ class Checkpoints(Callback):
     ) -> None:
         # Saving waits for all processes, so they must all have come here for the same reason.
         together = trainer.world_size == 1 or isinstance(exception, AdamergeError)
+        if isinstance(pl_module, Adaptation):
+            with contextlib.suppress(AdamergeError, OSError, RuntimeError):  # a device that is lost
+                pl_module.hand_over(wait=True)
         with contextlib.suppress(OSError):  # the exception under way is the one to report
             if together:
                 self.save(trainer, again=isinstance(exception, AdamergeError))
@@ -79,8 +82,10 @@ class Checkpoints(Callback):
         self._saved = trainer.global_step
 
 
-def _refuse_failure(pl_module: pl.LightningModule) -> None:
+def _settle(pl_module: pl.LightningModule) -> None:
+    """Nothing that is behind a checkpoint may still be under way, least of all a failure."""
     if isinstance(pl_module, Adaptation):
+        pl_module.hand_over(wait=True)
         pl_module.refuse_failure()
 
 
@@ -163,32 +168,39 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, _: int
     ) -> None:
-        self._images += sum(len(images) for images in batch.values()) * trainer.world_size
+        self._images += sum(map(_count, batch.values())) * trainer.world_size
+        assert isinstance(pl_module, Adaptation)
         if trainer.global_step % self.log_every == 0:
-            self._measure(pl_module)
+            pl_module.add_readings(self._measure(pl_module.device))
+        news = pl_module.hand_over()
         if self._bar is not None:
             self._bar.update(trainer.global_step - self._bar.n)
-            if trainer.global_step % self.log_every == 0:
+            if news:
                 logged = trainer.callback_metrics
                 entropies = [float(v) for k, v in logged.items() if k.startswith("entropy/")]
                 mean = sum(entropies) / max(len(entropies), 1)
                 self._bar.set_postfix(loss=f"{float(logged['loss']):.3f}", entropy=f"{mean:.3f}")
 
-    def _measure(self, pl_module: pl.LightningModule) -> None:
+    def _measure(self, device: torch.device) -> dict[str, float]:
         now = time.perf_counter()
-        if pl_module.device.type == "cuda":
+        if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:
             unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        pl_module.log("images_per_second", self._images / (now - self._since))
-        pl_module.log("peak_memory_mib", peak)
+        rate = self._images / (now - self._since)
         self._since, self._images = now, 0
+        return {"images_per_second": rate, "peak_memory_mib": peak}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _count(part: Any) -> int:
+    """The images of one task in a batch: a tensor of them, or what is stored of them."""
+    return len(next(iter(part.values()))) if isinstance(part, Mapping) else len(part)
 
 
 class Watch(Callback):

@@ -12,9 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from adamerge.device_images import DeviceImages
 from adamerge.errors import AdamergeError
 from adamerge.image_cache import TaskImages
 
@@ -75,7 +77,12 @@ class UnlabeledBatches(IterableDataset[dict[str, Tensor]]):
     Several DataLoader workers take turns, which keeps the order of the steps.
     """
 
-    def __init__(self, images: Mapping[str, np.ndarray], streams: list[Stream], first_step: int):
+    def __init__(
+        self,
+        images: Mapping[str, np.ndarray | DeviceImages],
+        streams: list[Stream],
+        first_step: int,
+    ) -> None:
         super().__init__()
         self.images, self.streams, self.first_step = dict(images), streams, first_step
 
@@ -85,7 +92,7 @@ class UnlabeledBatches(IterableDataset[dict[str, Tensor]]):
         stride = worker.num_workers if worker else 1
         while True:
             yield {
-                stream.task: torch.from_numpy(self.images[stream.task][stream.batch(step)])
+                stream.task: torch.as_tensor(self.images[stream.task][stream.batch(step)])
                 for stream in self.streams
             }
             step += stride
@@ -105,6 +112,7 @@ class TaskData(pl.LightningDataModule):
 
     Attributes:
         wrap: turns the batches of images into what the steps take (see `features`); None: as is.
+        on_device: whether `fit` keeps the images it adapts on on its device, see `DeviceImages`.
 
     Raises:
         AdamergeError: unknown protocol, or a task with too few images for it.
@@ -123,7 +131,7 @@ class TaskData(pl.LightningDataModule):
             raise AdamergeError(f"protocol is {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
         self.tasks = dict(tasks)
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
-        self.protocol = protocol
+        self.protocol, self.on_device = protocol, False
         self.wrap: Callable[[UnlabeledBatches], IterableDataset[Any]] | None = None
         self.adapt_rows: dict[str, np.ndarray] = {}
         self.score_rows: dict[str, np.ndarray] = {}
@@ -134,24 +142,46 @@ class TaskData(pl.LightningDataModule):
         """Batches from the trainer's current step on: a resumed run sees what it would have."""
         trainer = self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        batches = self.batches(trainer.global_step if trainer else 0, rank, ranks)
+        device = trainer.strategy.root_device if trainer and self.on_device else None
+        batches = self.batches(trainer.global_step if trainer else 0, rank, ranks, device)
         return DataLoader(
             batches if self.wrap is None else self.wrap(batches),
             batch_size=None,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and device is None,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_leave_signals,
         )
 
-    def batches(self, first_step: int = 0, rank: int = 0, ranks: int = 1) -> UnlabeledBatches:
-        """The endless adaptation batches of one rank; labels are not within its reach."""
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Pins what is not on the device yet, where the loader cannot because a part of it is."""
+        if not (self.on_device and torch.cuda.is_available()):
+            return batch
+        return apply_to_collection(batch, Tensor, lambda t: t if t.is_cuda else t.pin_memory())
+
+    def batches(
+        self, first_step: int = 0, rank: int = 0, ranks: int = 1, device: torch.device | None = None
+    ) -> UnlabeledBatches:
+        """The endless adaptation batches of one rank; labels are not within its reach.
+
+        Args:
+            device: where the images are kept and drawn; None: on the host, as they lie on disk.
+        """
         streams = [
             Stream(task, rows, self.seed, self.batch_size, rank, ranks)
             for task, rows in self.adapt_rows.items()
         ]
+        if device is not None:
+            return UnlabeledBatches(self.held(device), streams, first_step)
         images = {task: data.images for task, data in self.tasks.items()}
         return UnlabeledBatches(images, streams, first_step)
+
+    def held(self, device: torch.device) -> dict[str, DeviceImages]:
+        """The images adapted on, to be kept on a device; nothing is read yet."""
+        return {
+            task: DeviceImages(data.images, self.adapt_rows[task], device)
+            for task, data in self.tasks.items()
+        }
 
     def labelled(
         self, task: str, part: str = "score", batch_size: int = 256

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from adamerge.data import Stream, UnlabeledBatches
+from adamerge.device_images import DeviceImages
 from adamerge.errors import AdamergeError
 from adamerge.files import locked, replacing
 
@@ -140,6 +141,7 @@ class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
         super().__init__()
         inputs = batches.images if features is None else features
         self.streams, self.first_step, self.online = batches.streams, batches.first_step, online
+        self.arrays: dict[str, dict[str, np.ndarray | DeviceImages]] = {}
         self.arrays = {"images" if features is None else "features": dict(inputs)}
         self.arrays |= {"targets": dict(targets)} if targets else {}
         for name, arrays in self.arrays.items():
@@ -158,7 +160,7 @@ class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
             rows = {s.task: _once(s, step) if self.online else s.batch(step) for s in self.streams}
             yield {
                 task: {
-                    name: torch.from_numpy(np.asarray(arrays[task][picked]))
+                    name: torch.as_tensor(arrays[task][picked])
                     for name, arrays in self.arrays.items()
                 }
                 for task, picked in rows.items()

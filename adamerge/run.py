@@ -16,9 +16,12 @@ from lightning.pytorch.loggers import WandbLogger
 
 from adamerge import build, check, config, deliver, inputs, preflight_report, stores, tracking
 from adamerge.callbacks import Checkpoints, Progress, StopOnSignal, Watch
+from adamerge.compiled import compiled
 from adamerge.config import Config
 from adamerge.deliver import Job
+from adamerge.device_images import refuse_too_large
 from adamerge.errors import AdamergeError
+from adamerge.estimate import memory_available
 from adamerge.resume import check_fingerprint, read_checkpoint
 from adamerge.sharding import Sharding
 from adamerge.tracking import is_main_process
@@ -68,16 +71,22 @@ def train(words: Sequence[str]) -> int:
 
 
 def _prepare(job: Job) -> None:
-    """Stores what frozen encoders say of the images, and counts the steps of an online run."""
+    """Stores what frozen encoders say of the images, says where these are kept, and counts the
+    steps of an online run."""
     settings, trainer = job.settings, job.settings["trainer"]
+    device = check.run_device(trainer)
     if settings["online"]:
         trainer["max_steps"] = stores.steps_online(job.data)
     ranks = _ranks(trainer)
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
-    folder, device = inputs.cache_root(settings) / "features", check.run_device(trainer)
+    folder = inputs.cache_root(settings) / "features"
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
     made = stores.Stores(job.module, job.data, job.suite.files, shape, folder, device, steps, ranks)
     stores.prepare(made, settings["store"], settings["online"])
+    drawn = not (settings["store"] and stores.stores_features(job.module))
+    if settings["images_on_device"] and drawn:
+        refuse_too_large(job.data.held(device), device, memory_available(device))
+        job.data.on_device = True
 
 
 def _ranks(trainer: Config) -> int | None:
@@ -177,7 +186,8 @@ def _fit(
         log.info("step %d of %d is reached already", step, trainer.max_steps)
         return None
     resume = checkpoint if step else None
-    trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
+    with compiled(job.module.method, settings["compile"]):
+        trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
     return stop.received
 
 

@@ -47,12 +47,14 @@ class CsvMetrics(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds the metrics to the step's line and rewrites the file, whole or not at all."""
-        line = {key: float(value) for key, value in metrics.items() if key != "epoch"}
-        if self.rows and self.rows[-1]["step"] == str(step):
-            self.rows[-1] |= {key: repr(value) for key, value in line.items()}
-        else:
-            self.rows.append({"step": str(step)} | {k: repr(v) for k, v in line.items()})
+        """Adds the metrics to the step's line and rewrites the file, whole or not at all.
+
+        They may come later than those of a later step.
+        """
+        line = {k: repr(float(value)) for k, value in metrics.items() if k != "epoch"}
+        known = {int(row["step"]): row for row in self.rows}
+        known[int(step or 0)] = known.get(int(step or 0), {"step": str(step or 0)}) | line
+        self.rows = [known[number] for number in sorted(known)]
         self.save()
 
     @rank_zero_only

@@ -23,6 +23,20 @@ def test_help_does_not_import_torch(command: str) -> None:
     assert "usage: adamerge" in answer.stdout
 
 
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import adamerge", "torch"),
+        ("from adamerge import cli; assert cli.main(['show', 'suites']) == 0", "torch"),
+        ("import adamerge.run", "sklearn"),  # a second, for the demo's digits alone
+    ],
+)
+def test_what_starts_without(code: str, absent: str) -> None:
+    code = f"import sys; {code}; assert {absent!r} not in sys.modules"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+
+
 def test_show_lists_and_resolves(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show"]) == 0
     listed = capsys.readouterr().out

@@ -14,6 +14,7 @@ from PIL import Image
 
 from adamerge import AdamergeError
 from adamerge.data import Stream, TaskData
+from adamerge.device_images import refuse_too_large
 from adamerge.encoders import Normalizer
 from adamerge.image_cache import TaskImages, cache_images
 from adamerge.sources import open_dataset
@@ -81,6 +82,24 @@ def test_workers_keep_the_order_of_steps() -> None:
     loader = torch.utils.data.DataLoader(data.batches(3), batch_size=None, num_workers=2)
     for expected, found, _ in zip(plain, loader, range(5), strict=False):
         assert torch.equal(expected["t"], found["t"])
+
+
+@pytest.mark.parametrize("protocol", ["paper", "heldout"])
+def test_images_on_the_device_are_the_same_batches(protocol: str) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (2100, 3, 4, 4), dtype=np.uint8)
+    data = TaskData({"t": TaskImages(images, None, "key", 0)}, 16, 1, protocol)
+    device = torch.device("cpu")
+    kept = data.batches(3, device=device)
+    for expected, found, _ in zip(data.batches(3), kept, range(300), strict=False):
+        assert torch.equal(expected["t"], found["t"]) and found["t"].dtype == torch.uint8
+    held = data.held(device)
+    needed = len(data.adapt_rows["t"]) * 3 * 4 * 4
+    assert held["t"].nbytes == needed and len(held["t"]) == 2100
+    refuse_too_large(held, device, needed)
+    refuse_too_large(held, device, None)
+    with pytest.raises(AdamergeError, match=r"images_on_device: the images take .* cpu has .* set"):
+        refuse_too_large(held, device, needed - 1)
 
 
 def test_heldout_halves_are_disjoint_and_do_not_depend_on_the_seed() -> None:

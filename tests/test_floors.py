@@ -9,14 +9,14 @@ PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
     0: "errors files binding suite_check suite_files task_vectors storage mapped merging ahead "
     "fused fused_kernels fused_plan differences fast_paths shards gated losses objectives solving "
-    "verdicts safe_pickle pickled torch_files weight_files layouts model_configs lora",
+    "verdicts readings safe_pickle pickled torch_files weight_files layouts model_configs lora",
     1: "towers mixtures adapters experts encoders heads transforms methods.base "
     "export_files loading",
     2: "methods.adamerging methods.surgery methods.wemoe",
-    3: "step shared adaptation advice features callbacks checkpoints hub data demo demo_images "
-    "estimate evaluation export export_kinds folding model_card image_cache image_files "
-    "image_source arrays labels local_files staging pictures preflight preflight_report "
-    "resume sources stores tracking sharding",
+    3: "step shared adaptation compiled device_images advice features callbacks checkpoints hub "
+    "data demo demo_images estimate evaluation export export_kinds folding model_card "
+    "image_cache image_files image_source arrays labels local_files staging pictures "
+    "preflight preflight_report resume sources stores tracking sharding",
     4: "config inputs build supplies inference init_text local_data survey task_names",
     5: "check convert deliver init run cli",
 }

@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adamerge import config, deliver, tracking
+from adamerge import config, deliver, run, tracking
 from adamerge.cli import main
 from adamerge.encoders import Normalizer, Tower
 from tests import tiny
@@ -327,6 +327,29 @@ def test_micro_batches_give_the_same_run(base: list[str], tmp_path: Path, object
     assert coefficients(tmp_path / "b") == pytest.approx(coefficients(tmp_path / "a"), abs=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["entropy", "expert_kl"])
+def test_images_on_the_device_give_the_same_run(
+    base: list[str], tmp_path: Path, objective: str
+) -> None:
+    words = [*base, f"objective={objective}", "evaluate.baselines=false"]
+    assert train(*words, f"run_dir={tmp_path / 'a'}") == 0
+    assert train(*words, "images_on_device=true", f"run_dir={tmp_path / 'b'}") == 0
+    assert coefficients(tmp_path / "b") == coefficients(tmp_path / "a")
+
+
+def test_images_that_the_device_cannot_hold_are_refused(
+    base: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*base, "images_on_device=true", "evaluate.baselines=false"]
+    words += [f"run_dir={tmp_path / 'run'}"]
+    assert train(*words, "num_workers=2") == 2
+    assert "images_on_device leaves nothing for num_workers" in capsys.readouterr().err
+    monkeypatch.setattr(run, "memory_available", lambda device: 1000)
+    assert train(*words) == 2
+    assert "and cpu has 0.0 GB free: set images_on_device=false" in capsys.readouterr().err
+    assert train(*words, "images_on_device=false") == 0
+
+
 def test_bf16_mixed(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tower computes in bfloat16; the merge, the logits and the loss do not."""
     seen = set()
@@ -419,6 +442,9 @@ def test_ddp_equals_one_process_fed_the_same_images(
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert coefficients(two) == pytest.approx(coefficients(one), abs=1e-6)
+    for alone, together in zip(losses(one), losses(two), strict=True):
+        for name in alone:
+            assert float(together[name]) == pytest.approx(float(alone[name]), abs=1e-4), name
     seen = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in range(ranks)]
     assert len(set(seen)) == 1 and len(seen[0].splitlines()) == 6, "one λ per step, the same"
     names = {path.name for path in tmp_path.iterdir()}

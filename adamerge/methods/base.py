@@ -97,3 +97,9 @@ class MergeMethod(nn.Module):
     def coefficient_table(self) -> tuple[list[str], Tensor] | None:
         """Column names and the `[T, columns]` coefficients in effect, for reports; or None."""
         return None
+
+    def coefficients_in_effect(self) -> Tensor | None:
+        """The `[T, columns]` of `coefficient_table` where they are, so that nothing has to wait for
+        the device; detached."""
+        table = self.coefficient_table()
+        return None if table is None else table[1]

@@ -172,6 +172,10 @@ class WEMoE(MergeMethod):
         table = self._static_gates()
         return None if table is None else (list(self.blocks), table.T.cpu())
 
+    def coefficients_in_effect(self) -> Tensor | None:
+        table = self._static_gates()
+        return None if table is None else table.T
+
     def _static_gates(self) -> Tensor | None:
         """`[blocks, T]` of routers without layers."""
         own = [cast(Any, router) for router in self.routers]
