@@ -17,6 +17,7 @@ CPU seconds on a CPU, synchronised wall seconds on a GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -59,7 +60,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 3) -> f
         left = torch.randn(size, size, device=device).to(dtype)
         right = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty(size, size, device=device, dtype=dtype)
-        found = _seconds(device, lambda a=left, b=right, c=out: torch.mm(a, b, out=c), repeats)
+        product = functools.partial(torch.mm, left, right, out=out)
+        found = _seconds(device, product, repeats)
         rates.append(2 * size**3 / min(found))
     return max(rates)
 

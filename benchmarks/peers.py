@@ -98,9 +98,8 @@ def profile_part(arguments: argparse.Namespace) -> str:
     """Where the time goes: a layer-wise step with T = 4, and WEMoE."""
     device = torch.device(arguments.device)
     world = World.make(BLOCKS, 4, arguments.batch, device)
-    works = {
-        f"{n}, step": partial(TheirLayerWise(world).learn, 1, b) for n, b in compare.THEIRS.items()
-    }
+    theirs = TheirLayerWise(world)
+    works = {f"{n}, step": partial(theirs.learn, 1, b) for n, b in compare.THEIRS.items()}
     method = layer_wise(world, False)
     works |= {"adamerge, step": Ours(world, method).step}
     works |= {"adamerge, bf16, step": Ours(world, method, True).step}
@@ -108,7 +107,10 @@ def profile_part(arguments: argparse.Namespace) -> str:
     for mode, reduce in compare.MODES.items():
         works[f"fusion-bench, {mode}"] = TheirMixtures(mixed, reduce).learn
         works[f"adamerge, {mode}"] = Ours(mixed, wemoe(mixed, reduce)).fresh_gradients
-    parts = ["## Where the time goes, T = 4 (WEMoE: 8)"]
+    parts = [
+        "## Where the time goes, T = 4 (WEMoE: 8)",
+        "Wall time of one step under the profiler.",
+    ]
     for name, work in works.items():
         work()
         parts += [f"{name}:", profiled(work, device)]

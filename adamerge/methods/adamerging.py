@@ -92,6 +92,9 @@ class AdaMerging(MergeMethod):
         """Layer names and λ in effect, `[T, L]`, on the CPU."""
         return list(self.task_vectors.names), self.layer_coefficients().detach().cpu()
 
+    def coefficients_in_effect(self) -> Tensor:
+        return self.layer_coefficients().detach()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaMerging:
         """Takes the task vectors along when the module is moved; they are no buffers."""
         super()._apply(fn, recurse)
