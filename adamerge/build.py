@@ -21,6 +21,7 @@ from adamerge.errors import AdamergeError
 from adamerge.inputs import Suite, normalizer
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
+from adamerge.recompute import refuse_recomputing
 from adamerge.sources import data_problems
 from adamerge.step import refused_micro_batch
 from adamerge.suite_files import entries
@@ -77,6 +78,11 @@ def check(config: Config) -> None:
             arguments, own = split_base(target, arguments)
             found += base_problems(own) + _storage_problems(config, target)
         found += problems(target, arguments, key, _KINDS[key.partition("[")[0]][2])
+    if config["compile"] is True and config["recompute"] is True:
+        found.append(
+            "compile and recompute do not go together: set one of them to false (compiled blocks "
+            "choose for themselves what to compute again)"
+        )
     if config["images_on_device"] is True and config["num_workers"] != 0:
         found.append(
             "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
@@ -195,6 +201,8 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
     _check_pair(method, objective, config["micro_batch"])
     if config["compile"]:
         refuse_compiling(method)
+    if config["recompute"]:
+        refuse_recomputing(method)
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None
     if config["scheduler"] is not None:

@@ -20,6 +20,7 @@ from adamerge.errors import AdamergeError
 from adamerge.estimate import Estimate, estimate, of_memory
 from adamerge.preflight import Images
 from adamerge.preflight_report import Report
+from adamerge.recompute import recomputing
 from adamerge.solving import Solving
 from adamerge.verdicts import Finding
 
@@ -163,12 +164,13 @@ def _mend(job: Job) -> str:
 def _estimate(job: Job, images: Images, device: torch.device) -> Estimate | None:
     trainer = job.settings["trainer"]
     steps = trainer.get("max_steps")
-    return estimate(
-        job.module,
-        images.pixels,
-        job.settings["batch_size"],
-        steps if isinstance(steps, int) and steps > 0 else None,
-        str(trainer.get("precision")),
-        device,
-        job.settings["store"],
-    )
+    with recomputing(job.module.method, job.settings["recompute"]):
+        return estimate(
+            job.module,
+            images.pixels,
+            job.settings["batch_size"],
+            steps if isinstance(steps, int) and steps > 0 else None,
+            str(trainer.get("precision")),
+            device,
+            job.settings["store"],
+        )

@@ -22,6 +22,7 @@ from adamerge.deliver import Job
 from adamerge.device_images import refuse_too_large
 from adamerge.errors import AdamergeError
 from adamerge.estimate import memory_available
+from adamerge.recompute import recomputing
 from adamerge.resume import check_fingerprint, read_checkpoint
 from adamerge.sharding import Sharding
 from adamerge.tracking import is_main_process
@@ -186,7 +187,8 @@ def _fit(
         log.info("step %d of %d is reached already", step, trainer.max_steps)
         return None
     resume = checkpoint if step else None
-    with compiled(job.module.method, settings["compile"]):
+    method = job.module.method
+    with compiled(method, settings["compile"]), recomputing(method, settings["recompute"]):
         trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
     return stop.received
 

@@ -27,6 +27,9 @@ class Tower:
     module it was made from is never touched. A plain object, so that it is registered nowhere.
     """
 
+    # What a call is made within (see `recompute`).
+    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
     def __init__(self, backbone: nn.Module) -> None:
         self.skeleton = _skeleton(backbone)
 
@@ -34,7 +37,7 @@ class Tower:
         self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor | None = None
     ) -> Tensor:
         inputs = (images,) if task_ids is None else (images, task_ids)
-        with attention_for(self.skeleton, images.device):
+        with attention_for(self.skeleton, images.device), self.around():
             features = functional_call(self.skeleton, dict(weights), inputs, strict=False)
         if not isinstance(features, Tensor) or features.ndim != 2:
             raise AdamergeError(

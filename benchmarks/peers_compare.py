@@ -16,11 +16,11 @@ from torch import Tensor
 
 LEARNED = 5  # steps after which λ are compared
 THEIRS = {"fusion-bench": False, "fusion-bench, bf16": True}
-OURS = {  # on their tower, in bf16, as many images at a time as theirs (micro-batches)
+OURS = {  # on their tower, in bf16, with `recompute`
     "adamerge": (False, False, False),
     "adamerge, bf16": (False, True, False),
-    "adamerge, micro-batches": (False, False, True),
-    "adamerge, micro-batches, bf16": (False, True, True),
+    "adamerge, recompute": (False, False, True),
+    "adamerge, recompute, bf16": (False, True, True),
     "adamerge, their tower": (True, False, False),
     "adamerge, their tower, bf16": (True, True, False),
 }

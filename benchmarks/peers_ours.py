@@ -13,6 +13,7 @@ from adamerge import TaskVectors
 from adamerge.methods.adamerging import AdaMerging
 from adamerge.methods.base import MergeMethod
 from adamerge.methods.wemoe import WEMoE
+from adamerge.recompute import recomputing
 from adamerge.step import step_loss
 
 
@@ -59,14 +60,13 @@ def wemoe(world: World, batch_gate: bool) -> WEMoE:
 class Ours:
     """A method, its optimizer and one batch of every task.
 
-    With `micro` the images are encoded a task at a time.
+    With `recompute` activations are computed again in the backward pass.
     """
 
     def __init__(
-        self, world: World, method: MergeMethod, bf16: bool = False, micro: bool = False
+        self, world: World, method: MergeMethod, bf16: bool = False, recompute: bool = False
     ) -> None:
-        self.world, self.bf16 = world, bf16
-        self.micro_batch = world.images.shape[1] if micro else None
+        self.world, self.bf16, self.recompute = world, bf16, recompute
         self.method: Any = method
         self.objective, self.ids = world.objective(), world.task_ids()
         self.images = world.images.flatten(0, 1)
@@ -76,10 +76,8 @@ class Ours:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16)
 
     def gradients(self) -> None:
-        with self.autocast():
-            loss, _, _ = step_loss(
-                self.method, self.objective, self.images, self.ids, self.micro_batch
-            )
+        with recomputing(self.method, self.recompute), self.autocast():
+            loss, _, _ = step_loss(self.method, self.objective, self.images, self.ids)
         loss.backward()
 
     def fresh_gradients(self) -> None:

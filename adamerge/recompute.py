@@ -1,0 +1,94 @@
+"""The activations inside a tower's blocks computed again in the backward pass, not kept."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from adamerge.errors import AdamergeError
+from adamerge.fast_paths import attention_for
+from adamerge.methods.base import MergeMethod
+from adamerge.towers import Tower, resblocks
+
+
+@contextlib.contextmanager
+def recomputing(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
+    """While open, the blocks of the method's towers keep their inputs alone for the backward pass.
+
+    What is between is computed again, block by block: the same numbers, one more forward pass, and
+    the memory of one block's activations instead of all.
+
+    Args:
+        method: one that `refuse_recomputing` lets pass.
+        wanted: nothing is done otherwise.
+
+    Raises:
+        AdamergeError: a backbone without `transformer.resblocks`.
+    """
+    towers = [value for value in vars(method).values() if isinstance(value, Tower)]
+    for tower in towers if wanted else []:
+        tower.around = functools.partial(_wrapped, tower.skeleton, resblocks(tower.skeleton))
+    try:
+        yield
+    finally:
+        for tower in towers if wanted else []:
+            del tower.around  # what its class has is there again
+
+
+def refuse_recomputing(method: MergeMethod) -> None:
+    """Raises AdamergeError for a method that changes or reads what is inside its tower."""
+    if method.traceable or method.mixes_images:
+        raise AdamergeError(
+            "recompute=true runs the tower's blocks twice, and "
+            f"{type(method).__name__} with these settings looks inside (method.positions, "
+            "method.batch_gate): set recompute=false, or micro_batch where that is allowed"
+        )
+
+
+@contextlib.contextmanager
+def _wrapped(tower: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
+    """For one call, so that copies of the tower made between calls are plain."""
+    for block in blocks:
+        block.forward = functools.partial(_run, _Plain(block), tower)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+class _Plain(nn.Module):
+    """A block's own forward, without its hooks: they have run once."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        return type(self.block).forward(self.block, *inputs, **named)
+
+
+def _run(plain: _Plain, tower: nn.Module, hidden: Tensor, *inputs: Any, **named: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return cast(Tensor, plain(hidden, *inputs, **named))
+    # The weights that the block stands on now: in the backward pass it has none.
+    weights = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+
+    def again(hidden: Tensor) -> Tensor:
+        return functional_call(plain, weights, (hidden, *inputs), named)
+
+    same = attention_for(tower, hidden.device)
+    return checkpoint(
+        again,
+        hidden,
+        use_reentrant=False,
+        preserve_rng_state=False,  # frozen towers in evaluation mode draw nothing
+        context_fn=lambda: (contextlib.nullcontext(), same),
+    )
