@@ -37,7 +37,7 @@ import hardware
 import numpy as np
 import open_clip
 import torch
-from meters import peak_above, resident
+from meters import in_subprocess, peak_above, resident
 from step import RandomExpert
 from torch import Tensor
 
@@ -103,8 +103,10 @@ def median(device: torch.device, work: Callable[[], None]) -> float:
     return statistics.median(found)
 
 
-def one(architecture: str, tasks: int, dtype: str, place: str, device: torch.device) -> dict:
-    """Everything measured of one setting."""
+def one(
+    architecture: str, tasks: int, dtype: str, place: str, device: torch.device, peak: bool
+) -> dict[str, Any]:
+    """What is measured of one setting: its peak, or the rest."""
     backbone = tower(architecture)
     state = backbone.state_dict()
     experts = {f"t{i}": RandomExpert(state, i) for i in range(tasks)}
@@ -112,17 +114,18 @@ def one(architecture: str, tasks: int, dtype: str, place: str, device: torch.dev
         kept = Storage(dtype, place, Path(folder) / "tau.safetensors")
         vectors = TaskVectors(state, experts, share=True, storage=kept)
         bench = Bench(backbone, vectors, device)
+        if peak:
+            return {"peak": peak_above(device, bench.step)}
         grads = [torch.full_like(t, 1e-3) for t in bench.method.task_vectors.pretrained.values()]
         merging = median(device, partial(bench.merging, grads))
         grads.clear()
         step = median(device, bench.step)
-        peak = peak_above(device, bench.step)
         flops = hardware.forward_flops(backbone.to(device), bench.images[:1]) * tasks
     size = bench.vectors.numel()
     held = bench.vectors.nbytes() + 4 * size
     return {
         **{"tower": architecture, "tasks": tasks, "P": size, "merging": merging, "step": step},
-        **{"inputs": held, "peak": peak, "flops": flops},
+        **{"inputs": held, "flops": flops},
     }
 
 
@@ -198,6 +201,7 @@ def sweep(arguments: argparse.Namespace) -> str:
             command += ["--device", arguments.device]
             answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(answer.stdout.splitlines()[-1]))
+            rows[-1]["peak"] = in_subprocess([*command[2:], "--peak"])
             print(rows[-1], flush=True)
     title = f"## τ in {arguments.dtype}, {arguments.place}, {arguments.device}\n\n"
     return f"{title}The machine: {rates}.\n\n" + report(rows, left_out, rates, bytes_each)
@@ -287,11 +291,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="with --disk: for its files")
     parser.add_argument("--out", type=Path, default=None, help="also write the report here")
     parser.add_argument("--one", nargs=2, metavar=("TOWER", "T"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         name, tasks = arguments.one
         device = torch.device(arguments.device)
-        print(json.dumps(one(name, int(tasks), arguments.dtype, arguments.place, device)))
+        found = one(name, int(tasks), arguments.dtype, arguments.place, device, arguments.peak)
+        print(json.dumps(found["peak"] if arguments.peak else found))
         return
     if arguments.disk:
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))

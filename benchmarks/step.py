@@ -11,7 +11,8 @@ Same tower (random weights), task vectors, heads, images and coefficients; the g
 compared. Times are CPU seconds (process time; device-synchronised wall seconds on a GPU), each
 the median over rounds in which the schemes take turns. The two thresholds above keep freed memory
 in the process: with the default allocator one measures page faults. Memory is measured by further
-processes with the default allocator, which gives freed blocks back, so that a peak is a peak.
+processes in which every tensor is given back when freed (see `meters.LIVE`): the default allocator
+finds freed blocks again only in part, and its peaks are many times what is alive.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 
 import open_clip
 import torch
+from meters import LIVE
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -249,7 +251,7 @@ def memory_in_subprocess(
     command = [sys.executable, __file__, "--memory", scheme, what, "--tasks", str(tasks)]
     command += ["--architecture", arguments.architecture, "--batch", str(arguments.batch)]
     command += ["--device", arguments.device]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | LIVE
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return float(json.loads(answer.stdout.splitlines()[-1])["multiples_of_P"])
 

@@ -11,8 +11,8 @@
 One MLP of the tower (width → 4 · width → width, GELU), gates and hidden states with gradients; the
 gradients are compared. Times are CPU seconds (process time; device-synchronised wall seconds on a
 GPU), the median over rounds in which the schemes take turns. Memory is measured by further
-processes with the default allocator: the peak of forward and backward through a stack of MLPs
-beyond that of the same stack with static weights. A loop's memory grows with the images: with 64
+processes that give every tensor back when it is freed (see `meters.LIVE`): the peak of forward and
+backward through a stack of MLPs beyond that of the same stack with static weights. A loop's memory grows with the images: with 64
 it is timed 16 images at a time, backward included.
 """
 
@@ -32,6 +32,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from meters import LIVE
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
@@ -209,7 +210,7 @@ def memory(shape: str, tasks: int, batch: int, blocks: int, device: str, loops: 
     for name in ("static", "ours", *(["loop"] if loops else [])):
         command = [sys.executable, __file__, "--memory", name, shape, str(batch), str(blocks)]
         command += ["--tasks", str(tasks), "--device", device]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | LIVE
         answer = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=True
         )
