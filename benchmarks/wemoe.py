@@ -12,8 +12,8 @@ One MLP of the tower (width → 4 · width → width, GELU), gates and hidden st
 gradients are compared. Times are CPU seconds (process time; device-synchronised wall seconds on a
 GPU), the median over rounds in which the schemes take turns. Memory is measured by further
 processes that give every tensor back when it is freed (see `meters.LIVE`): the peak of forward and
-backward through a stack of MLPs beyond that of the same stack with static weights. A loop's memory grows with the images: with 64
-it is timed 16 images at a time, backward included.
+backward through a stack of MLPs beyond that of the same stack with static weights. A loop's memory
+grows with the images: with 64 it is timed 16 images at a time, backward included.
 """
 
 from __future__ import annotations
