@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=65536 \
         python benchmarks/shards.py --out benchmarks/results/shards_cpu.md
 
-N processes (gloo) share out the task vectors of T random experts of ViT-B/32, which lie whole in one
-memory-mapped file, and take a step each, one image per task, as under DDP. Memory is what belongs to
-a process alone (`RssAnon`); the file's pages are the system's, and can be dropped. One process alone
-holds all task vectors in memory, as without the setting.
+N processes (gloo) share out the task vectors of T random experts of ViT-B/32, which lie whole in
+one memory-mapped file, and take a step each, one image per task, as under DDP. Memory is what
+belongs to a process alone (`RssAnon`); the file's pages are the system's, and can be dropped. One
+process alone holds all task vectors in memory, as without the setting.
 """
 
 from __future__ import annotations
