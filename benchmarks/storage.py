@@ -100,6 +100,15 @@ def main() -> None:
                 f"{np.abs(learned - exact).max():.1e} | {alike:.5f} |"
             )
             print(lines[-1], flush=True)
+    merged = found["bf16-mixed"][1]
+    lines.append("\nUnder bf16-mixed, λ of weights merged into bfloat16:\n")
+    for title in ("bf16-mixed, full-precision W", "bf16-mixed, another seed"):
+        other = found[title][1]
+        lines.append(
+            f"- against {title.removeprefix('bf16-mixed, ')}: largest difference "
+            f"{np.abs(merged - other).max():.1e}, mean {np.abs(merged - other).mean():.1e}, "
+            f"correlation {float(np.corrcoef(merged, other)[0, 1]):.5f}"
+        )
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.out:
