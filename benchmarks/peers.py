@@ -81,6 +81,15 @@ def layer_wise_part(arguments: argparse.Namespace, tasks: int, rates: Rates) -> 
     )
 
 
+def merging_part(arguments: argparse.Namespace, tasks: int, rates: Rates) -> str:
+    """The merging work alone."""
+    world = World.make(BLOCKS, tasks, 1, torch.device(arguments.device))
+    works = compare.compare_merging(world, arguments.rounds)
+    bounds = {bf16: floor_of(world, rates, bf16) for bf16 in (False, True)}
+    text = table(works, ["fusion-bench"], lambda n: bounds[n.endswith("bf16")], merging=True)
+    return f"## Merging work, T = {tasks}, {arguments.device} (its floor is the traffic)\n\n{text}"
+
+
 def mixtures_part(arguments: argparse.Namespace, rates: Rates) -> str:
     """WEMoE on a tower of two blocks."""
     memory = _peaks(arguments, compare.MIXTURES, *MIXED.values())
@@ -136,6 +145,9 @@ def parts_of(arguments: argparse.Namespace) -> Iterator[str]:
     for tasks in arguments.tasks:
         yield layer_wise_part(arguments, tasks, rates)
         gc.collect()
+    for tasks in arguments.merging:
+        yield merging_part(arguments, tasks, rates)
+        gc.collect()
     yield mixtures_part(arguments, rates)
     if arguments.profile:
         yield profile_part(arguments)
@@ -144,6 +156,7 @@ def parts_of(arguments: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--merging", type=int, nargs="*", default=[], help="merging work alone")
     parser.add_argument("--batch", type=int, default=4, help="images per task")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="also where the time goes")

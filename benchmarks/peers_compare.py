@@ -60,6 +60,15 @@ def compare_steps(world: World, rounds: int) -> tuple[dict[str, float], dict[str
     return medians(steps, rounds), medians(works, rounds), line
 
 
+def compare_merging(world: World, rounds: int) -> dict[str, float]:
+    """Seconds of the merging work alone by scheme."""
+    works = {"fusion-bench": _merging(TheirLayerWise(world), world)}
+    method = layer_wise(world, False)
+    works["adamerge"] = _merging(Ours(world, method), world)
+    works["adamerge, bf16"] = _merging(Ours(world, method, True), world)
+    return medians(works, rounds)
+
+
 def _their_step(theirs: TheirLayerWise, bf16: bool) -> Scheme:
     return lambda: theirs.learn(1, bf16)
 
