@@ -68,8 +68,11 @@ class Shared:
             retain_graph=True,  # other weights share the way from here on
             allow_unused=True,
         )
-        for name in names:  # their memory goes as the backward pass does
-            del self._weights[name], self.leaves[name]
+        for name in names:
+            # Autograd knows the leaf until the whole backward pass is over; its memory goes now.
+            leaf = self.leaves.pop(name)
+            leaf.grad, leaf.data = None, leaf.data.new_empty(0)
+            del self._weights[name]
         for index, grad in enumerate(found):
             known = self.grads[index]
             if grad is not None:
