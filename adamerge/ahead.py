@@ -31,6 +31,9 @@ class Ahead:
         self._stream = torch.cuda.Stream(device)
         sizes = [sum(_room(layers[name]) for name in group) for group in groups]
         self._slots = torch.empty((2, max(sizes)), dtype=torch.uint8, device=device)
+        # The memory may still be in use by what was asked of the GPU before, and by copies after.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._slots.record_stream(self._stream)
         self._free: list[torch.cuda.Event | None] = [None, None]
         self._now: tuple[int, int, list[Layer]] | None = None  # group, slot, layers in use
         self._coming: tuple[int, int, list[Layer], torch.cuda.Event] | None = None

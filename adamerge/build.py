@@ -199,6 +199,11 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
     supplied = supplies(*known, {}, suite.files, config["protocol"])
     objective: Objective = _construct("objective", target, arguments, supplied)
     _check_pair(method, objective, config["micro_batch"])
+    if config["task_vectors"]["shard"] and not hasattr(method, "task_vectors"):
+        raise AdamergeError(
+            f"task_vectors.shard looks for them in {type(method).__name__}.task_vectors, which is "
+            "not there: keep them under that name, or set task_vectors.shard=false"
+        )
     if config["compile"]:
         refuse_compiling(method)
     if config["recompute"]:

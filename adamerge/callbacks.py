@@ -64,9 +64,8 @@ class Checkpoints(Callback):
     ) -> None:
         # Saving waits for all processes, so they must all have come here for the same reason.
         together = trainer.world_size == 1 or isinstance(exception, AdamergeError)
-        if isinstance(pl_module, Adaptation):
-            with contextlib.suppress(AdamergeError, OSError, RuntimeError):  # a device that is lost
-                pl_module.hand_over(wait=True)
+        with contextlib.suppress(AdamergeError, OSError, RuntimeError):  # a device that is lost
+            _settle(pl_module)
         with contextlib.suppress(OSError):  # the exception under way is the one to report
             if together:
                 self.save(trainer, again=isinstance(exception, AdamergeError))

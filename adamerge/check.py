@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -120,14 +121,20 @@ def place(settings: Config) -> None:
 
 def run_device(trainer: Config) -> torch.device:
     """Where the main process of a run computes, by its `trainer` settings."""
-    forks = any(word in str(trainer.get("strategy")) for word in ("fork", "notebook"))
-    wanted = trainer["accelerator"] in ("auto", "gpu", "cuda")
     # A process that has touched a GPU cannot be forked.
-    if not wanted or forks or not torch.cuda.is_available():
+    if not inputs.may_touch_gpu(trainer) or not torch.cuda.is_available():
         return torch.device("cpu")
     devices = trainer.get("devices")
     first = devices[0] if isinstance(devices, list) and devices else 0
     return torch.device("cuda", first if isinstance(first, int) and first >= 0 else 0)
+
+
+def ranks(trainer: Config) -> int | None:
+    """Processes of a run, as far as its settings tell: `auto`, -1 and texts are the Trainer's."""
+    devices, nodes = trainer["devices"], trainer.get("num_nodes", 1)
+    count = len(devices) if isinstance(devices, list) else devices
+    known = isinstance(count, int) and count > 0 and isinstance(nodes, int)
+    return count * nodes if known else None
 
 
 def _of_activation(
@@ -165,7 +172,7 @@ def _estimate(job: Job, images: Images, device: torch.device) -> Estimate | None
     trainer = job.settings["trainer"]
     steps = trainer.get("max_steps")
     with recomputing(job.module.method, job.settings["recompute"]):
-        return estimate(
+        cost = estimate(
             job.module,
             images.pixels,
             job.settings["batch_size"],
@@ -174,3 +181,8 @@ def _estimate(job: Job, images: Images, device: torch.device) -> Estimate | None
             device,
             job.settings["store"],
         )
+    if cost is None or not job.settings["task_vectors"]["shard"]:
+        return cost
+    layers = job.suite.task_vectors.layers.values()  # as yet whole, in a file
+    own = sum(layer.nbytes for layer in layers) // (ranks(trainer) or 1)
+    return dataclasses.replace(cost, memory=cost.memory + own)

@@ -22,7 +22,7 @@ BLOCK = 4096  # numbers of one program
 _GROUP = 16  # numbers read together where every place allows it
 _APART = 64  # outputs begin at multiples of that many numbers: of at least 128 bytes
 _MOST = 2**31 - BLOCK  # numbers of a layer, counted in 32 bits
-_PLANS = 128  # tables kept: those of all groups, where τ comes to the GPU group by group
+_PLANS = 1024  # tables kept: those of all groups, where τ comes to the GPU group by group
 _STORED = (torch.float32, torch.bfloat16, torch.int8)
 
 

@@ -136,7 +136,7 @@ def _storage(config: Config, clip: Clip, files: Mapping[str, Mapping[str, str]])
     dtype = "float32" if config["transform"] else asked["dtype"]
     device = "disk" if asked["shard"] else asked["device"]
     if device != "disk":
-        return Storage(dtype, device)
+        return Storage(dtype, device, pinned=may_touch_gpu(config["trainer"]))
     shape = json.dumps(clip.config["model_cfg"], sort_keys=True)
     weights = [files[key]["sha256"] for key in ("pretrained", *config["suite"]["tasks"])]
     names = [hashlib.sha256(json.dumps(list(config["suite"]["tasks"])).encode()).hexdigest()]
@@ -144,6 +144,12 @@ def _storage(config: Config, clip: Clip, files: Mapping[str, Mapping[str, str]])
     return Storage(
         dtype, device, cache_root(config) / "task_vectors" / f"{key}-{dtype}.safetensors"
     )
+
+
+def may_touch_gpu(trainer: Config) -> bool:
+    """Whether this process may touch a GPU: not where it computes elsewhere, or is forked later."""
+    forks = any(word in str(trainer.get("strategy")) for word in ("fork", "notebook"))
+    return trainer["accelerator"] in ("auto", "gpu", "cuda") and not forks
 
 
 def _task_vectors(
@@ -159,6 +165,8 @@ def _task_vectors(
     with locked(storage.file.with_suffix(".lock")):
         if storage.file.is_file():
             return TaskVectors.mapped(pretrained, storage)
+        for left in storage.file.parent.glob(f"{storage.file.name}.*.tmp"):
+            left.unlink()  # of a process that was killed: the lock is ours
         log.info("task vectors are written to %s", storage.file)
         return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
 from adamerge.storage import Layer, Storage
+
+log = logging.getLogger("adamerge")
 
 _NAMES = {
     torch.float64: "F64",
@@ -28,6 +31,7 @@ _NAMES = {
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ALIGNED = 64  # bytes: where every layer begins, as in memory, so that sums round alike
 _AT_HAND = 2**28  # bytes of the file left in the process's memory before they are given back
+_PIECE = 2**28  # bytes of pinned memory taken at a time
 _SCALES = "::scales"
 
 
@@ -35,32 +39,21 @@ class LayerWriter:
     """Writes layers into a .safetensors file one after the other, with none kept in memory.
 
     The header comes first in that format and is known last: room is left for it. Layers whose size
-    is no multiple of 64 bytes go to the end, so that all others begin at such a multiple. Use it as
-    a context manager around `files.replacing`; `finish` completes the file.
+    is no multiple of 64 bytes go to the end, so that all others begin at such a multiple. `finish`
+    completes the file.
 
     Args:
-        path: to write.
+        file: to write, from its beginning.
         names: of all layers that may come; the room for the header depends on them.
     """
 
-    def __init__(self, path: Path, names: list[str]) -> None:
+    def __init__(self, file: BinaryIO, names: list[str]) -> None:
         self._room = _up(2**13 + sum(4 * len(name) + 300 for name in names))
-        self._file = path.open("wb")
+        self._file = file
         self._file.write(bytes(8 + self._room))
         self._entries: dict[str, dict[str, object]] = {}
         self._late: list[tuple[str, Tensor]] = []
         self._end = 0
-
-    def __enter__(self) -> LayerWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
 
     def add(self, name: str, layer: Layer) -> None:
         """Writes one layer."""
@@ -81,11 +74,13 @@ class LayerWriter:
         header = json.dumps({"__metadata__": dict(metadata), **self._entries}).encode()
         if len(header) > self._room:
             raise AdamergeError(
-                f"{self._file.name} cannot hold the names of its tensors ({len(header)} bytes): "
+                f"a file of task vectors has no room for the names in it ({len(header)} bytes): "
                 "shorten the task names"
             )
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())  # a name that is there stands for numbers that are there
 
     def _write(self, key: str, tensor: Tensor) -> None:
         flat = tensor.detach().cpu().contiguous().flatten()
@@ -105,6 +100,10 @@ class MappedLayers(Mapping[str, Layer]):
     them again. Once 256 MB of them have been handed out, what was mapped is given back, so that
     the process's memory does not grow with the file; a tensor that is still in use is read again.
 
+    Args:
+        path: of the file; of one that is written under another name first, the last.
+        file: open, where the path does not lead to it (yet).
+
     Attributes:
         metadata: the texts kept with the tensors.
 
@@ -112,12 +111,12 @@ class MappedLayers(Mapping[str, Layer]):
         AdamergeError: the file is missing or not one of these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with contextlib.nullcontext(file) if file is not None else path.open("rb") as opened:
                 # A private map: torch wants tensors it may write to, and no write reaches the file.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             room = int.from_bytes(self._map[:8], "little")
             entries = json.loads(self._map[8 : 8 + room])
             self.metadata: dict[str, str] = entries.pop("__metadata__")
@@ -142,6 +141,12 @@ class MappedLayers(Mapping[str, Layer]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MappedLayers:
+        return self  # frozen
+
+    def __reduce__(self) -> tuple[type[MappedLayers], tuple[Path]]:
+        return MappedLayers, (self.path,)  # another process maps the file for itself
 
     def expect(self, names: list[str]) -> None:
         """Has the system read these layers ahead, while something else is computed."""
@@ -204,50 +209,68 @@ class Shelf(Protocol):
 
 
 class _Memory:
-    """Keeps layers in memory; pinned, if a GPU is to read them there."""
+    """Keeps layers in memory; pinned, if a GPU is to read them there.
+
+    Pinned memory is taken in large pieces that layers share: torch rounds each up to a power of 2.
+    """
 
     def __init__(self, pinned: bool) -> None:
         self._layers: dict[str, Layer] = {}
-        self._pinned = pinned and torch.cuda.is_available()
+        self._pinned, self._piece = pinned, torch.empty(0, dtype=torch.uint8)
 
     def add(self, name: str, layer: Layer) -> None:
-        self._layers[name] = layer.map(torch.Tensor.pin_memory) if self._pinned else layer
+        self._layers[name] = layer.map(self._pin) if self._pinned else layer
 
     def close(self, metadata: Mapping[str, str]) -> Mapping[str, Layer]:
         return self._layers
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        if tensor.nbytes > len(self._piece):
+            size = max(_PIECE, tensor.nbytes)
+            try:
+                self._piece = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                log.warning("task vectors stay in memory that is not pinned: %s", error)
+                self._pinned = False
+                return tensor
+        room, self._piece = self._piece[: tensor.nbytes], self._piece[_up_to(tensor.nbytes) :]
+        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class _Disk:
     """Writes layers to a file and maps it."""
 
-    def __init__(self, path: Path, names: list[str]) -> None:
-        self._path, self._writer = path, LayerWriter(path, names)
+    def __init__(self, file: BinaryIO, path: Path, names: list[str]) -> None:
+        self._file, self._path, self._writer = file, path, LayerWriter(file, names)
 
     def add(self, name: str, layer: Layer) -> None:
         self._writer.add(name, layer)
 
     def close(self, metadata: Mapping[str, str]) -> Mapping[str, Layer]:
-        with self._writer:
-            self._writer.finish(metadata)
-        return MappedLayers(self._path)
+        self._writer.finish(metadata)
+        return MappedLayers(self._path, self._file)
 
 
 @contextlib.contextmanager
-def storing(storage: Storage, names: list[str]) -> Iterator[Shelf]:
-    """A shelf of the storage's place; a file is there in the end, whole, or not at all."""
+def storing(storage: Storage, names: list[str], named: bool = True) -> Iterator[Shelf]:
+    """A shelf of the storage's place; a file is there in the end, whole, or not at all.
+
+    Args:
+        names: of all layers that may come.
+        named: whether a file gets the storage's name, or none: then it is gone with the last that
+            maps it, however that ends.
+    """
     if storage.file is None or storage.device != "disk":
-        yield _Memory(pinned=storage.device == "host")
+        yield _Memory(storage.device == "host" and storage.pinned and torch.cuda.is_available())
         return
     storage.file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(storage.file) as temporary:
-        yield _Disk(temporary, names)
-
-
-@contextlib.contextmanager
-def storing_unnamed(storage: Storage, names: list[str]) -> Iterator[Shelf]:
-    """As `storing`, but a file that is gone with the process that maps it."""
-    if storage.file is None or storage.device != "disk":
-        yield _Memory(pinned=storage.device == "host")
+    if not named:
+        with tempfile.TemporaryFile(dir=storage.file.parent) as nameless:
+            yield _Disk(nameless, storage.file.with_suffix(".nameless"), names)
         return
-    with tempfile.TemporaryDirectory(dir=storage.file.parent) as folder:
-        yield _Disk(Path(folder) / "layers.safetensors", names)
+    with replacing(storage.file) as temporary, temporary.open("w+b") as file:
+        yield _Disk(file, storage.file, names)
+
+
+def _up_to(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED

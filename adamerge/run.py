@@ -78,7 +78,7 @@ def _prepare(job: Job) -> None:
     device = check.run_device(trainer)
     if settings["online"]:
         trainer["max_steps"] = stores.steps_online(job.data)
-    ranks = _ranks(trainer)
+    ranks = check.ranks(trainer)
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
     folder = inputs.cache_root(settings) / "features"
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
@@ -88,14 +88,6 @@ def _prepare(job: Job) -> None:
     if settings["images_on_device"] and drawn:
         refuse_too_large(job.data.held(device), device, memory_available(device))
         job.data.on_device = True
-
-
-def _ranks(trainer: Config) -> int | None:
-    """Processes of a run, as far as its settings tell: `auto`, -1 and texts are the Trainer's."""
-    devices, nodes = trainer["devices"], trainer.get("num_nodes", 1)
-    count = len(devices) if isinstance(devices, list) else devices
-    known = isinstance(count, int) and count > 0 and isinstance(nodes, int)
-    return count * nodes if known else None
 
 
 def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:

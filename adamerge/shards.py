@@ -78,7 +78,7 @@ class ShardedTaskVectors(TaskVectors):
             part.name: whole.layers[part.name].rows(part.start, part.stop).map(torch.clone)
             for part in self.parts[rank]
         }
-        self._ahead = self._groups = self._home = None
+        self._ahead = self._groups = self._home = whole._ahead = None
 
     @property
     def whole(self) -> TaskVectors:

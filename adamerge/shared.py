@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from adamerge.errors import AdamergeError
+
 
 class Shared:
     """Merged weights cut off from the learnables, with their gradients handed back as they come.
@@ -20,6 +22,9 @@ class Shared:
         weights: functions of the learnables, and constants.
         learnables: what is learned.
 
+    Raises:
+        AdamergeError: on `finish`, a learnable that had a part in the loss past the weights.
+
     Attributes:
         leaves: name -> a leaf of the same value, until its gradient is handed back.
         grads: the gradient of each learnable so far, in order.
@@ -30,6 +35,10 @@ class Shared:
         self.learnables = [tensor for tensor in learnables if tensor.requires_grad]
         self.grads: list[Tensor | None] = [None] * len(self.learnables)
         self._weights = {name: w for name, w in weights.items() if w.requires_grad}
+        # Gradients of an earlier step, which may have to be added to: out of the way meanwhile.
+        self._before = [tensor.grad for tensor in self.learnables]
+        for tensor in self.learnables:
+            tensor.grad = None
         self._together: dict[object, list[str]] = {}
         for name, weight in self._weights.items():
             node = weight.grad_fn if weight.grad_fn is not None else weight
@@ -56,6 +65,14 @@ class Shared:
             self._hand_back([name for name in names if name in self._weights])
         self._weights.clear()
         self.leaves.clear()  # whose hooks know this object: a circle that would outlive the step
+        past = any(tensor.grad is not None for tensor in self.learnables)
+        for tensor, grad in zip(self.learnables, self._before, strict=True):
+            tensor.grad = grad
+        if past:
+            raise AdamergeError(
+                "the method's encode uses a learnable itself, whose gradient would be lost: return "
+                "it from weights() too, and use what encode is given"
+            )
 
     def _hand_back(self, names: list[str]) -> None:
         there = [name for name in names if self.leaves[name].grad is not None]

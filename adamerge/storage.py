@@ -28,6 +28,7 @@ class Storage:
             same; `host` keeps them in (pinned) memory whatever device computes, and `disk` in a
             memory-mapped file: a layer at a time is brought to the device.
         file: for `disk`, the .safetensors file to write.
+        pinned: for `host`, whether a GPU of this process will read what is kept.
 
     Raises:
         AdamergeError: an unknown type or place, or `disk` without a file.
@@ -36,6 +37,7 @@ class Storage:
     dtype: str = "float32"
     device: str = "auto"
     file: Path | None = None
+    pinned: bool = True
 
     def __post_init__(self) -> None:
         for key, value, known in (

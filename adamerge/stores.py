@@ -54,6 +54,10 @@ class Stores:
         if not stores_targets(self.module):
             return {}
         known = [self.files["pretrained"]["sha256"], "expert"]
+        objective = self.module.objective
+        assert isinstance(objective, Taught) and isinstance(objective.teacher, Experts)
+        dtype = objective.teacher.task_vectors.storage.dtype
+        known += [] if dtype == "float32" else [dtype]  # other experts, if only a little
         found = {}
         for task in self.data.tasks:
             key = content_key({}, *known, self.files[task]["sha256"], *self._of_images(task))

@@ -15,7 +15,7 @@ from torch import Tensor
 from adamerge.ahead import Ahead
 from adamerge.differences import Differences, StateDict, Where, identical
 from adamerge.errors import AdamergeError
-from adamerge.mapped import MappedLayers, Shelf, storing, storing_unnamed
+from adamerge.mapped import MappedLayers, Shelf, storing
 from adamerge.merging import Merge
 from adamerge.storage import Layer, Storage, keep
 
@@ -275,7 +275,7 @@ class TaskVectors:
         other.storage = storage or self.storage
         other._ahead = other._groups = other._home = None
         other._norms = torch.zeros(len(self.tasks), dtype=torch.float64)
-        with storing_unnamed(other.storage, list(self.names)) as shelf:
+        with storing(other.storage, list(self.names), named=False) as shelf:
             for name, changed in deltas.items() if isinstance(deltas, Mapping) else deltas:
                 other._norms += _squares(changed)
                 shelf.add(name, keep(changed, other.storage.dtype))
@@ -309,8 +309,12 @@ class TaskVectors:
                 name: _mapped(layer, fn, self.pretrained[name], moved.device)
                 for name, layer in self.layers.items()
             }
-        other._home = weakref.ref(self) if moved.device != first.device else None
+        other._home = weakref.ref(self) if moved.device != first.device else self._home
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: where it was moved from, copies under way."""
+        return self.__dict__ | {"_home": None, "_ahead": None}
 
     def _is_like(self, moved: Tensor) -> bool:
         first = self.pretrained[self.names[0]]

@@ -99,6 +99,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._seen: tuple[int, int, int] | None = None
         self._open()
         self._keys = list(self._file.keys())
         if not self._keys:
@@ -119,6 +120,11 @@ class SafetensorsFile(Mapping[str, Tensor]):
     def _open(self) -> None:
         self._read = 0
         try:
+            found = self._path.stat()
+            seen = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if self._seen not in (None, seen):
+                raise OSError("another file has taken its place while it was read")
+            self._seen = seen
             self._file = safe_open(self._path, framework="pt")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(error) from error

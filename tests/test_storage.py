@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adamerge
-from adamerge import AdamergeError, TaskVectors, merging, storage, task_vectors
+from adamerge import AdamergeError, TaskVectors, merging, storage, task_vectors, weight_files
 from adamerge.adaptation import step_loss
 from adamerge.mapped import MappedLayers
 from adamerge.methods import AdaMerging
 from adamerge.storage import Layer, Storage, contract, keep, merge
 from adamerge.transforms import ties
+from adamerge.weight_files import open_weights
 from tests import golden_data as golden
 
 SHAPES = [(), (7,), (5, 3), (4, 3, 2, 2), (1, 9), (6, 1)]
@@ -202,6 +206,54 @@ def test_moves_take_along_what_has_no_place_of_its_own(tmp_path: Path) -> None:
     assert double.deltas[matrix].dtype == torch.float64
 
 
+def test_copies_and_other_processes_map_the_same_file(tmp_path: Path) -> None:
+    vectors = stored(Storage("int8", "disk", tmp_path / "tau.safetensors"))
+    method = AdaMerging(golden.clip().backbone, vectors)
+    twin = copy.deepcopy(method)
+    assert twin.task_vectors.layers is vectors.layers
+    again = pickle.loads(pickle.dumps(vectors))
+    name = vectors.names[0]
+    assert torch.equal(again.layers[name].values, vectors.layers[name].values)
+    meta = torch.device("meta")
+    moved = stored(Storage()).apply(lambda tensor: tensor.to(meta))
+    assert pickle.loads(pickle.dumps(moved)).device == meta
+
+
+def test_a_move_that_changes_nothing_does_not_forget_where_home_is() -> None:
+    kept, meta = stored(Storage()), torch.device("meta")
+    moved = kept.apply(lambda tensor: tensor.to(meta)).apply(lambda tensor: tensor.to(meta))
+    assert moved.apply(lambda tensor: torch.empty_like(tensor, device="cpu")) is kept
+
+
+def test_a_learnable_that_passes_by_the_weights_is_refused() -> None:
+    class Scaled(AdaMerging):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def encode(self, weights: Any, images: Tensor, task_ids: Tensor) -> Tensor:
+            return self.scale * super().encode(weights, images, task_ids)
+
+    method = Scaled(golden.clip().backbone, stored(Storage()))
+    images, ids = golden.batch(0, torch.float32)
+    objective = adamerge.objectives.Entropy(golden.heads(torch.float32))
+    with pytest.raises(AdamergeError, match=r"encode uses a learnable itself.*return it from"):
+        step_loss(method, objective, images, ids)
+    assert all(parameter.grad is None for parameter in method.parameters())
+
+
+def test_gradients_add_up_over_steps_without_zero_grad() -> None:
+    method = AdaMerging(golden.clip().backbone, stored(Storage()))
+    objective = adamerge.objectives.Entropy(golden.heads(torch.float32))
+    images, ids = golden.batch(0, torch.float32)
+    found = []
+    for _ in range(2):
+        step_loss(method, objective, images, ids)[0].backward()
+        assert method.coefficients.grad is not None
+        found.append(method.coefficients.grad.clone())
+    torch.testing.assert_close(found[1], 2 * found[0])
+
+
 def test_gradients_go_back_while_the_backward_pass_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last layers' gradient is contracted before the first layers' is known, then dropped."""
     monkeypatch.setattr(task_vectors, "_TOGETHER", 1)
@@ -265,3 +317,18 @@ def test_matrices_are_merged_in_the_type_of_autocast_and_coefficients_stay_float
 def test_storage_settings_are_checked(settings: dict, message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         Storage(**settings)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_files, "_AT_HAND", 0)
+    path, other = tmp_path / "expert.safetensors", tmp_path / "other.safetensors"
+    state = {"a": torch.ones(4), "b": torch.ones(4)}
+    save_file(state, path)
+    opened = open_weights(path)
+    assert torch.equal(opened["a"], state["a"]) and torch.equal(opened["b"], state["b"])
+    save_file({name: tensor + 1 for name, tensor in state.items()}, other)
+    other.replace(path)
+    with pytest.raises(AdamergeError, match="another file has taken its place"):
+        opened["a"]

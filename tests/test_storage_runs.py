@@ -81,6 +81,27 @@ def test_transformed_task_vectors_are_stored_after_the_transform(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_killed_write_leaves_nothing_for_good(base: list[str], tmp_path: Path) -> None:
+    words = [*base, "task_vectors.device=disk", f"cache_dir={tmp_path / 'cache'}", "preflight=off"]
+    words += ["evaluate.baselines=false", "trainer.max_steps=1"]
+    assert train(*words, f"run_dir={tmp_path / 'a'}") == 0
+    (file,) = (tmp_path / "cache" / "task_vectors").iterdir()
+    file.rename(file.with_name(f"{file.name}.12345.tmp"))  # as if killed before the end
+    assert train(*words, f"run_dir={tmp_path / 'b'}") == 0
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_teacher_of_another_type_is_asked_anew(base: list[str], tmp_path: Path) -> None:
+    words = [*base, "objective=expert_kl", "preflight=off", "evaluate.baselines=false"]
+    shared, fresh = f"cache_dir={tmp_path / 'shared'}", f"cache_dir={tmp_path / 'fresh'}"
+    small = ["task_vectors.dtype=int8", shared]
+    assert train(*words, *small, f"run_dir={tmp_path / 'int8'}") == 0
+    assert train(*words, shared, f"run_dir={tmp_path / 'after'}") == 0
+    assert train(*words, fresh, f"run_dir={tmp_path / 'alone'}") == 0
+    after, alone = tiny.learned(tmp_path / "after"), tiny.learned(tmp_path / "alone")
+    assert all(torch.equal(after[name], alone[name]) for name in alone)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

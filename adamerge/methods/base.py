@@ -18,7 +18,7 @@ class MergeMethod(nn.Module):
     """
 
     # Whether all that is done with task vectors is `TaskVectors.combine`, whose layers may then be
-    # stored in any type and place, and shared out among processes.
+    # stored in any type and place, and shared out among processes: set as `self.task_vectors`.
     combines = False
 
     def weights(self) -> dict[str, Tensor]:
