@@ -93,14 +93,15 @@ class Bench:
         self.optimizer.zero_grad()
 
 
+def seconds(device: torch.device, work: Callable[[], None]) -> float:
+    start = hardware.now(device)
+    work()
+    return hardware.now(device) - start
+
+
 def median(device: torch.device, work: Callable[[], None]) -> float:
-    found = []
-    for turn in range(ROUNDS + 1):
-        start = hardware.now(device)
-        work()
-        if turn:
-            found.append(hardware.now(device) - start)
-    return statistics.median(found)
+    """Of `ROUNDS` after one that warms up."""
+    return statistics.median([seconds(device, work) for _ in range(ROUNDS + 1)][1:])
 
 
 def one(
@@ -119,7 +120,7 @@ def one(
         grads = [torch.full_like(t, 1e-3) for t in bench.method.task_vectors.pretrained.values()]
         merging = median(device, partial(bench.merging, grads))
         grads.clear()
-        step = median(device, bench.step)
+        step = seconds(device, bench.step)  # one: a large tower's is long, and tells of itself
         flops = hardware.forward_flops(backbone.to(device), bench.images[:1]) * tasks
     size = bench.vectors.numel()
     held = bench.vectors.nbytes() + 4 * size
@@ -192,7 +193,7 @@ def sweep(arguments: argparse.Namespace) -> str:
     bytes_each = {"float32": 4, "bfloat16": 2, "int8": 1}[arguments.dtype]
     for architecture in arguments.towers:
         for tasks in arguments.tasks:
-            needed = MILLIONS[architecture] * 1e6 * (bytes_each * tasks + 4 * 6)
+            needed = MILLIONS[architecture] * 1e6 * (bytes_each * tasks + 4 * 4)
             if needed > arguments.memory * 1e9:
                 left_out.append(f"{architecture} T = {tasks} ({needed / 1e9:.0f} GB)")
                 continue
