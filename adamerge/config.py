@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from adamerge.binding import fits, nearest
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
-from adamerge.storage import DTYPES, PLACES
+from adamerge.storage_kinds import DTYPES, PLACES
 from adamerge.suite_check import suite_problems
 from adamerge.suite_files import locate, locate_data, name_by_text, take_task_files
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
+from adamerge.storage_kinds import DTYPES, PLACES
 
-DTYPES = ("float32", "bfloat16", "int8")
-PLACES = ("auto", "cuda", "host", "disk")
 _LEVELS = 127  # int8 holds −127 … 127
 _AT_ONCE = 2**19  # numbers made float at a time: as few as stay in a processor's cache
 
