@@ -289,8 +289,9 @@ def test_the_other_activation_is_what_open_clip_builds(suite: Path, tmp_path: Pa
         tower = preflight.with_other_activation(clip.backbone)
         assert tower is not None
         features = tower(clip.backbone.state_dict(), images)
-        torch.testing.assert_close(features, expected.backbone(images), rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(features, clip.backbone(images), rtol=1e-2, atol=1e-2)
+        wanted = expected.backbone(images)
+        off = (features - wanted).abs().max()
+        assert off < 1e-3 * (wanted - clip.backbone(images)).abs().max(), "rounding, no more"
         assert not torch.equal(features, clip.backbone(images))
     assert preflight.with_other_activation(torch.nn.Linear(2, 2)) is None
 
