@@ -7,10 +7,9 @@
 Towers of growing size (random weights) with T random experts, one image per task, two images
 encoded at a time, each setting in a process of its own. Linear models are fitted by least squares:
 seconds of merging (merge + gradient of λ) = a·P + b·T·P, and bytes above the inputs = c·P + d. What
-is off by more than 15 % is where a model breaks: with T = 2 the two images are encoded together, and
-weights go as their gradients are handed back; with more, the gradients of all weights add up over
-micro-batches. Settings that would not fit into `--memory` are
-left out and named.
+is off by more than 15 % is where a model breaks: with T = 2 the two images are encoded together,
+and weights go as their gradients are handed back; with more, the gradients of all weights add up
+over micro-batches. Settings that would not fit into `--memory` are left out and named.
 
 `--disk T` instead writes T expert files of ViT-B/32 and learns with task vectors on disk, in one
 process whose peak of resident memory is measured from its start to its end. An eighth of every
