@@ -10,7 +10,7 @@ from torch import nn
 
 from adamerge.errors import AdamergeError
 from adamerge.methods.base import MergeMethod
-from adamerge.towers import Tower, resblocks
+from adamerge.towers import resblocks, towers_of
 
 BACKEND = "inductor"  # of torch.compile; it needs a C++ compiler on a CPU, and Triton on a GPU
 
@@ -30,7 +30,7 @@ def compiled(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
     Raises:
         AdamergeError: a backbone without `transformer.resblocks`, or a compilation that failed.
     """
-    towers = [value for value in vars(method).values() if isinstance(value, Tower)]
+    towers = towers_of(method)
     blocks = [block for tower in towers for block in resblocks(tower.skeleton)] if wanted else []
     for block in blocks:
         block.compile(dynamic=False, backend=BACKEND)
@@ -53,7 +53,7 @@ def _plain(block: nn.Module) -> None:
 
 def refuse_compiling(method: MergeMethod) -> None:
     """Raises AdamergeError for a method that changes or reads what is inside its tower."""
-    if method.traceable or method.mixes_images:
+    if method.looks_inside:
         raise AdamergeError(
             "compile=true leaves nothing to look at inside the tower, and "
             f"{type(method).__name__} with these settings does look (method.positions, "

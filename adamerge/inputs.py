@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,8 @@ from adamerge.config import Config
 from adamerge.data import TaskData
 from adamerge.encoders import Clip, Normalizer, build_clip
 from adamerge.errors import AdamergeError
-from adamerge.files import joined, locked, sha256
+from adamerge.features import content_key
+from adamerge.files import locked, sha256
 from adamerge.heads import Heads, Prompts, zero_shot_heads
 from adamerge.image_cache import TaskImages, cache_images
 from adamerge.sources import open_dataset
@@ -139,8 +139,7 @@ def _storage(config: Config, clip: Clip, files: Mapping[str, Mapping[str, str]])
         return Storage(dtype, device, pinned=may_touch_gpu(config["trainer"]))
     shape = json.dumps(clip.config["model_cfg"], sort_keys=True)
     weights = [files[key]["sha256"] for key in ("pretrained", *config["suite"]["tasks"])]
-    names = [hashlib.sha256(json.dumps(list(config["suite"]["tasks"])).encode()).hexdigest()]
-    key = joined([*weights, *names, hashlib.sha256(shape.encode()).hexdigest()])[:32]
+    key = content_key({}, *weights, *config["suite"]["tasks"], shape)
     return Storage(
         dtype, device, cache_root(config) / "task_vectors" / f"{key}-{dtype}.safetensors"
     )

@@ -190,7 +190,7 @@ def _tensors(name: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
 
 def _up(size: int) -> int:
     """So that header and its length end at a multiple of `_ALIGNED`."""
-    return -(-(8 + size) // _ALIGNED) * _ALIGNED - 8
+    return _up_to(8 + size) - 8
 
 
 def _unreadable(path: Path, why: str) -> AdamergeError:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from adamerge.errors import AdamergeError
 from adamerge.fast_paths import attention_for
 from adamerge.methods.base import MergeMethod
-from adamerge.towers import Tower, resblocks
+from adamerge.towers import resblocks, towers_of
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def recomputing(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
     Raises:
         AdamergeError: a backbone without `transformer.resblocks`.
     """
-    towers = [value for value in vars(method).values() if isinstance(value, Tower)]
+    towers = towers_of(method)
     for tower in towers if wanted else []:
         tower.around = functools.partial(_wrapped, tower.skeleton, resblocks(tower.skeleton))
     try:
@@ -44,7 +44,7 @@ def recomputing(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
 
 def refuse_recomputing(method: MergeMethod) -> None:
     """Raises AdamergeError for a method that changes or reads what is inside its tower."""
-    if method.traceable or method.mixes_images:
+    if method.looks_inside:
         raise AdamergeError(
             "recompute=true runs the tower's blocks twice, and "
             f"{type(method).__name__} with these settings looks inside (method.positions, "

@@ -73,6 +73,8 @@ class ShardedTaskVectors(TaskVectors):
         self.__dict__.update(whole.__dict__)
         self._whole = whole
         self.parts = cut({n: t.shape for n, t in whole.pretrained.items()}, ranks)
+        # Numbers of the largest share: collectives want all alike.
+        self.room = max(sum(part.numel for part in own) for own in self.parts)
         self.rank = rank
         self._own = {
             part.name: whole.layers[part.name].rows(part.start, part.stop).map(torch.clone)
@@ -151,21 +153,15 @@ class _ShardedMerge(torch.autograd.Function):
         return table.to(ctx.dtype), None, None
 
 
-def _room(vectors: ShardedTaskVectors) -> int:
-    """Numbers of the largest share: collectives want all alike."""
-    return max(sum(part.numel for part in parts) for parts in vectors.parts)
-
-
 def _empty(vectors: ShardedTaskVectors, shares: int) -> Tensor:
     first = vectors.pretrained[vectors.names[0]]
-    return first.new_empty(shares * _room(vectors))
+    return first.new_empty(shares * vectors.room)
 
 
 def _places(vectors: ShardedTaskVectors) -> Iterator[tuple[Part, int]]:
     """Every part of every process and where it begins among all shares, in the order of layers."""
-    room = _room(vectors)
     for rank, parts in enumerate(vectors.parts):
-        place = rank * room
+        place = rank * vectors.room
         for part in parts:
             yield part, place
             place += part.numel

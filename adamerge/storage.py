@@ -75,9 +75,9 @@ class Layer:
         """Bytes of what is kept."""
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Layer:
+    def to(self, device: torch.device) -> Layer:
         """The same on another device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Layer:
         """`fn` of every tensor."""

@@ -84,6 +84,11 @@ def _skeleton(backbone: nn.Module) -> nn.Module:
     return skeleton
 
 
+def towers_of(module: nn.Module) -> list[Tower]:
+    """The towers that a module holds as plain objects."""
+    return [value for value in vars(module).values() if isinstance(value, Tower)]
+
+
 def resblocks(module: nn.Module) -> list[nn.Module]:
     """The transformer blocks of an open_clip image tower, or of an encoder holding one.
 

@@ -60,6 +60,11 @@ class MergeMethod(nn.Module):
         change the gradient."""
         return False
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether it changes or reads what is inside its tower's blocks."""
+        return self.traceable or self.mixes_images
+
     def forward(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """`[B, 3, H, W], [B] -> [B, D]`, differentiable in the learnables.
 
