@@ -20,7 +20,7 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +50,15 @@ def _seconds(device: torch.device, work: Callable[[], object], repeats: int) -> 
     return found
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 3) -> float:
+def matrix_rate(
+    device: torch.device, dtype: torch.dtype, repeats: int = 3, sizes: Sequence[int] = SIZES
+) -> float:
     """FLOP/s of square matrix products of `dtype`: the best size, and its best repeat.
 
     The best, not the median: it stands for what the machine can do, in a floor.
     """
     rates = []
-    for size in SIZES:
+    for size in sizes:
         left = torch.randn(size, size, device=device).to(dtype)
         right = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty(size, size, device=device, dtype=dtype)
@@ -81,9 +83,12 @@ class Rates:
     bandwidth: float
 
     @classmethod
-    def measured(cls, device: torch.device) -> Rates:
+    def measured(
+        cls, device: torch.device, sizes: Sequence[int] = SIZES, copied: int = COPY
+    ) -> Rates:
         """Of this device, now; some seconds on a CPU."""
-        return cls({dtype: matrix_rate(device, dtype) for dtype in DTYPES}, copy_bandwidth(device))
+        flops = {dtype: matrix_rate(device, dtype, sizes=sizes) for dtype in DTYPES}
+        return cls(flops, copy_bandwidth(device, copied))
 
     def __str__(self) -> str:
         parts = [f"{rate / 1e9:.0f} GFLOP/s {str(d)[6:]}" for d, rate in self.flops.items()]

@@ -29,6 +29,7 @@ import gc
 import platform
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -41,10 +42,10 @@ from meters import in_subprocess
 from peers_ours import Ours, layer_wise, wemoe
 from peers_tables import floor_of, profiled, table
 from peers_theirs import TheirLayerWise, TheirMixtures
-from peers_world import World
+from peers_world import SHAPES, Shape, World
 
-BLOCKS = 12
-MIXED = {"blocks": 2, "tasks": 8, "batch": 2}  # of WEMoE
+SHAPE = SHAPES["ViT-B-32"]
+MIXED = {"shape": replace(SHAPE, blocks=2), "tasks": 8, "batch": 2}  # of WEMoE
 PACKAGES = ("fusion-bench", "torch", "transformers", "open_clip_torch", "lightning")
 
 
@@ -61,8 +62,8 @@ def head(rates: Rates, rounds: int) -> str:
 def layer_wise_part(arguments: argparse.Namespace, tasks: int, rates: Rates) -> str:
     """Step, merging work and memory for one number of tasks."""
     names = [*compare.THEIRS, *(name for name in compare.OURS if "their" not in name)]
-    memory = _peaks(arguments, names, BLOCKS, tasks, arguments.batch)
-    world = World.make(BLOCKS, tasks, arguments.batch, torch.device(arguments.device))
+    memory = _peaks(arguments, names, SHAPE, tasks, arguments.batch)
+    world = World.make(SHAPE, tasks, arguments.batch, torch.device(arguments.device))
     steps, works, line = compare.compare_steps(world, arguments.rounds)
     bounds = {bf16: floor_of(world, rates, bf16) for bf16 in (False, True)}
 
@@ -83,7 +84,7 @@ def layer_wise_part(arguments: argparse.Namespace, tasks: int, rates: Rates) -> 
 
 def merging_part(arguments: argparse.Namespace, tasks: int, rates: Rates) -> str:
     """The merging work alone."""
-    world = World.make(BLOCKS, tasks, 1, torch.device(arguments.device))
+    world = World.make(SHAPE, tasks, 1, torch.device(arguments.device))
     works = compare.compare_merging(world, arguments.rounds)
     bounds = {bf16: floor_of(world, rates, bf16) for bf16 in (False, True)}
     text = table(works, ["fusion-bench"], lambda n: bounds[n.endswith("bf16")], merging=True)
@@ -106,7 +107,7 @@ def mixtures_part(arguments: argparse.Namespace, rates: Rates) -> str:
 def profile_part(arguments: argparse.Namespace) -> str:
     """Where the time goes: a layer-wise step with T = 4, and WEMoE."""
     device = torch.device(arguments.device)
-    world = World.make(BLOCKS, 4, arguments.batch, device)
+    world = World.make(SHAPE, 4, arguments.batch, device)
     theirs = TheirLayerWise(world)
     works = {f"{n}, step": partial(theirs.learn, 1, b) for n, b in compare.THEIRS.items()}
     method = layer_wise(world, False)
@@ -127,12 +128,13 @@ def profile_part(arguments: argparse.Namespace) -> str:
 
 
 def _peaks(
-    arguments: argparse.Namespace, names: Iterable[str], blocks: int, tasks: int, batch: int
+    arguments: argparse.Namespace, names: Iterable[str], shape: Shape, tasks: int, batch: int
 ) -> dict[str, list[int]]:
     """Peaks by scheme: alive, and for the plain ones also with the default allocator."""
     found: dict[str, list[int]] = {}
     for name in () if arguments.no_peaks else names:
-        words = ["--device", arguments.device, "--peak", name, str(blocks), str(tasks), str(batch)]
+        words = ["--device", arguments.device, "--peak", name]
+        words += [str(number) for number in (shape.blocks, tasks, batch)]
         plain = name in ("fusion-bench", "adamerge") or name in compare.MIXTURES
         ways = (True, False) if plain and arguments.device == "cpu" else (True,)
         found[name] = [in_subprocess(words, live) for live in ways]
@@ -167,8 +169,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peak:
         name, *numbers = arguments.peak
+        blocks, tasks, batch = map(int, numbers)
         device = torch.device(arguments.device)
-        print(compare.peak_of(name, World.make(*map(int, numbers), device=device)))
+        world = World.make(replace(SHAPE, blocks=blocks), tasks, batch, device)
+        print(compare.peak_of(name, world))
         return
     parts = []
     for part in parts_of(arguments):

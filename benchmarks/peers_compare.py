@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -47,14 +47,24 @@ def medians(schemes: Mapping[str, Scheme], rounds: int) -> dict[str, float]:
     return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
 
 
-def compare_steps(world: World, rounds: int) -> tuple[dict[str, float], dict[str, float], str]:
-    """Seconds of a step and of the merging work by scheme, and a line on λ."""
+def compare_steps(
+    world: World, rounds: int, names: Collection[str] = tuple(OURS), micro_batch: int | None = None
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """Seconds of a step and of the merging work by scheme, and a line on λ.
+
+    Args:
+        names: of ours, which are timed.
+        micro_batch: images that ours encodes at a time; theirs always encodes one task's.
+    """
     theirs = TheirLayerWise(world)
     methods = {same: layer_wise(world, same) for same in (False, True)}
-    ours = {name: Ours(world, methods[same], *rest) for name, (same, *rest) in OURS.items()}
+    ours = {
+        name: Ours(world, methods[same], *rest, micro_batch)
+        for name, (same, *rest) in OURS.items()
+    }
     line = _learned(theirs, ours["adamerge, their tower"])
     steps: dict[str, Scheme] = {name: _their_step(theirs, bf16) for name, bf16 in THEIRS.items()}
-    steps |= {name: timed(world.device, side.step) for name, side in ours.items()}
+    steps |= {name: timed(world.device, ours[name].step) for name in names}
     works = {"fusion-bench": _merging(theirs, world)}
     works |= {name: _merging(ours[name], world) for name in ("adamerge", "adamerge, bf16")}
     return medians(steps, rounds), medians(works, rounds), line

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peers_world import INIT, RATE, World, open_clip_tower, transformers_tower
+from peers_world import INIT, RATE, Shape, World, open_clip_tower, transformers_tower
 from torch import Tensor, nn
 
 from adamerge import TaskVectors
@@ -20,10 +20,10 @@ from adamerge.step import step_loss
 class Pooled(nn.Module):
     """A transformers tower with its projection, as an encoder of images `[B, D]`."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.vision = transformers_tower(blocks)
-        self.projection = nn.Linear(768, 512, bias=False)
+        self.vision = transformers_tower(shape)
+        self.projection = nn.Linear(shape.width, shape.dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projection(self.vision(images)[1])
@@ -40,11 +40,11 @@ def own_names(converted: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def layer_wise(world: World, same_tower: bool) -> AdaMerging:
     """Layer-wise AdaMerging on the open_clip tower, or on theirs (`same_tower`)."""
     if same_tower:
-        backbone: nn.Module = Pooled(world.blocks)
+        backbone: nn.Module = Pooled(world.shape)
         pretrained = own_names(world.converted(world.pretrained))
         experts = {t: own_names(world.converted(world.expert(t))) for t in world.tasks}
     else:
-        backbone, pretrained = open_clip_tower(world.blocks), world.pretrained
+        backbone, pretrained = open_clip_tower(world.shape), world.pretrained
         experts = {task: world.expert(task) for task in world.tasks}
     return AdaMerging(backbone, TaskVectors(pretrained, experts), init=INIT).to(world.device)
 
@@ -53,7 +53,7 @@ def wemoe(world: World, batch_gate: bool) -> WEMoE:
     """WEMoE on the open_clip tower, in training as theirs."""
     experts = {task: world.expert(task) for task in world.tasks}
     vectors = TaskVectors(world.pretrained, experts)
-    method = WEMoE(open_clip_tower(world.blocks), vectors, init=INIT, batch_gate=batch_gate)
+    method = WEMoE(open_clip_tower(world.shape), vectors, init=INIT, batch_gate=batch_gate)
     return method.to(world.device).train()
 
 
@@ -64,9 +64,15 @@ class Ours:
     """
 
     def __init__(
-        self, world: World, method: MergeMethod, bf16: bool = False, recompute: bool = False
+        self,
+        world: World,
+        method: MergeMethod,
+        bf16: bool = False,
+        recompute: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
         self.world, self.bf16, self.recompute = world, bf16, recompute
+        self.micro_batch = micro_batch
         self.method: Any = method
         self.objective, self.ids = world.objective(), world.task_ids()
         self.images = world.images.flatten(0, 1)
@@ -77,7 +83,9 @@ class Ours:
 
     def gradients(self) -> None:
         with recomputing(self.method, self.recompute), self.autocast():
-            loss, _, _ = step_loss(self.method, self.objective, self.images, self.ids)
+            loss, _, _ = step_loss(
+                self.method, self.objective, self.images, self.ids, self.micro_batch
+            )
         loss.backward()
 
     def fresh_gradients(self) -> None:

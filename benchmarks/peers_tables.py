@@ -15,7 +15,7 @@ def floor_of(world: World, rates: Rates, bf16: bool, mlps: bool = False) -> Floo
     """Of a step with these images; with `mlps`, of the task vectors of the MLPs alone."""
     count = sum(t.numel() for n, t in world.pretrained.items() if ".mlp." in n or not mlps)
     images = torch.empty(world.images.flatten(0, 1).shape, device="meta")
-    flops = forward_flops(open_clip_tower(world.blocks).to("meta"), images)
+    flops = forward_flops(open_clip_tower(world.shape).to("meta"), images)
     dtype = torch.bfloat16 if bf16 else torch.float32
     step = Step(len(world.tasks), count, flops, dtype, weight_bytes=dtype.itemsize)
     return floor(step, rates)

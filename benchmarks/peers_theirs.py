@@ -41,7 +41,7 @@ class Pool:
 
     def __init__(self, world: World) -> None:
         self.world, self.model_names = world, list(world.tasks)
-        self.model = transformers_tower(world.blocks).to(world.device)
+        self.model = transformers_tower(world.shape).to(world.device)
 
     def load_model(self, name: str) -> nn.Module:
         known = name == "_pretrained_"
@@ -80,7 +80,7 @@ class _Given:
         self.world, self.marks = world, Marks(world.device, bf16)
         own.modelpool = Pool(world)
         own._fabric_instance = own._fabric = self.marks
-        own.visual_projection = nn.Linear(768, 512, bias=False).to(world.device)
+        own.visual_projection = nn.Linear(world.shape.width, world.shape.dim, bias=False).to(world.device)
         own.visual_projection.weight = nn.Parameter(world.projection, requires_grad=False)
         own.logit_scale_exp = torch.tensor(SCALE, device=world.device)
         own.zeroshot_weights = dict(zip(world.tasks, world.classifiers, strict=True))
@@ -174,7 +174,7 @@ class TheirMixtures:
                 parts[0].add_(sum(part - parts[1] for part in parts[2:]), alpha=INIT)
             for index, layer in enumerate(self.model.encoder.layers):
                 layer.mlp = WeightEnsemblingMoE(
-                    hidden_size=768,
+                    hidden_size=world.shape.width,
                     base_model=base.encoder.layers[index].mlp,
                     expert_models=[expert.encoder.layers[index].mlp for expert in experts],
                     init_lambda=INIT,

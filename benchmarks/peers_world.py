@@ -18,18 +18,46 @@ State = dict[str, Tensor]
 INIT, RATE, SCALE, CLASSES = 0.3, 1e-3, 100.0, 100  # λ, learning rate, logit scale, classes
 
 
-def open_clip_tower(blocks: int) -> nn.Module:
-    """The image tower of ViT-B-32-quickgelu with that many blocks, random weights."""
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of an image tower of OpenAI's CLIPs."""
+
+    size: int  # of images
+    patch: int
+    width: int
+    blocks: int
+    heads: int
+    dim: int  # of features
+
+
+SHAPES = {
+    "ViT-B-32": Shape(224, 32, 768, 12, 12, 512),
+    "ViT-L-14": Shape(224, 14, 1024, 24, 16, 768),
+    "tiny": Shape(32, 16, 64, 2, 2, 16),
+}
+
+
+def open_clip_tower(shape: Shape) -> nn.Module:
+    """open_clip's tower of that shape with QuickGELU and random weights."""
     return VisionTransformer(
-        224, 32, 768, blocks, 12, 4.0, output_dim=512, act_layer=QuickGELU
+        *(shape.size, shape.patch, shape.width, shape.blocks, shape.heads, 4.0),
+        output_dim=shape.dim,
+        act_layer=QuickGELU,
     ).eval()
 
 
-def transformers_tower(blocks: int) -> CLIPVisionModel:
+def transformers_tower(shape: Shape) -> CLIPVisionModel:
     """The same in transformers, without the projection."""
     return CLIPVisionModel(
         CLIPVisionConfig(
-            num_hidden_layers=blocks, patch_size=32, hidden_act="quick_gelu", projection_dim=512
+            image_size=shape.size,
+            patch_size=shape.patch,
+            hidden_size=shape.width,
+            intermediate_size=4 * shape.width,
+            num_hidden_layers=shape.blocks,
+            num_attention_heads=shape.heads,
+            hidden_act="quick_gelu",
+            projection_dim=shape.dim,
         )
     ).eval()
 
@@ -38,7 +66,7 @@ def transformers_tower(blocks: int) -> CLIPVisionModel:
 class World:
     """Weights under open_clip's names, the same for both sides."""
 
-    blocks: int
+    shape: Shape
     tasks: tuple[str, ...]
     pretrained: State
     images: Tensor  # [T, B, 3, 224, 224]
@@ -46,13 +74,13 @@ class World:
     device: torch.device
 
     @classmethod
-    def make(cls, blocks: int, tasks: int, batch: int, device: torch.device) -> World:
+    def make(cls, shape: Shape, tasks: int, batch: int, device: torch.device) -> World:
         torch.manual_seed(0)
-        pretrained = dict(open_clip_tower(blocks).state_dict())
-        images = torch.randn(tasks, batch, 3, 224, 224)
-        rows = normalize(torch.randn(tasks, CLASSES, 512), dim=-1)
+        pretrained = dict(open_clip_tower(shape).state_dict())
+        images = torch.randn(tasks, batch, 3, shape.size, shape.size)
+        rows = normalize(torch.randn(tasks, CLASSES, shape.dim), dim=-1)
         return cls(
-            blocks,
+            shape,
             tuple(f"t{task}" for task in range(tasks)),
             {name: tensor.to(device) for name, tensor in pretrained.items()},
             images.to(device),

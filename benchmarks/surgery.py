@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
+from gpu_world import tower
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -46,10 +46,8 @@ class Setting:
     """A random tower, T random experts, their images and heads."""
 
     def __init__(self, architecture: str, tasks: int, images: int, batch: int, device: str) -> None:
-        torch.manual_seed(0)
         self.device = torch.device(device)
-        backbone = open_clip.create_model(architecture).visual.eval().requires_grad_(False)
-        backbone.to(self.device)
+        backbone: Any = tower(architecture, self.device)
         pretrained = dict(backbone.state_dict())
         self.tasks = [f"t{index}" for index in range(tasks)]
         experts = {
