@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-from torch import nn
-
+from adamerge.compat import is_failed_compilation, undo_compile
 from adamerge.errors import AdamergeError
 from adamerge.methods.base import MergeMethod
 from adamerge.towers import resblocks, towers_of
@@ -36,7 +34,9 @@ def compiled(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
         block.compile(dynamic=False, backend=BACKEND)
     try:
         yield
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+    except Exception as error:
+        if not is_failed_compilation(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise AdamergeError(
             f"the tower could not be compiled ({reason}): set compile=false, or install what "
@@ -44,11 +44,7 @@ def compiled(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
         ) from error
     finally:
         for block in blocks:
-            _plain(block)
-
-
-def _plain(block: nn.Module) -> None:
-    block._compiled_call_impl = None  # torch has `compile()`, and no name for its undoing
+            undo_compile(block)
 
 
 def refuse_compiling(method: MergeMethod) -> None:

@@ -12,6 +12,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from adamerge.compat import fingerprint
+
 _ARRAYS = (datasets.Array2D, datasets.Array3D, datasets.List, datasets.LargeList)
 
 
@@ -118,7 +120,7 @@ class DatasetSource:
         digest = hashlib.sha256(repr(images.features).encode())
         on_disk = [Path(entry["filename"]) for entry in self.dataset.cache_files]
         if on_disk:
-            digest.update(repr((self.dataset._fingerprint, column, file_stats(on_disk))).encode())
+            digest.update(repr((fingerprint(self.dataset), column, file_stats(on_disk))).encode())
             paths = _paths(self.dataset.data.column(column))
             digest.update(repr(file_stats(paths)).encode())
             return digest.hexdigest()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adamerge.compat import all_gather, reduce_scatter
 from adamerge.merging import as_type
 from adamerge.storage import Layer, contract, merge
 from adamerge.task_vectors import TaskVectors
@@ -126,7 +126,7 @@ class _ShardedMerge(torch.autograd.Function):
                 own[place : place + part.numel] = merged.view(-1)
                 place += part.numel
             everything = _empty(vectors, len(vectors.parts))
-            dist.all_gather_into_tensor(everything, own)
+            all_gather(everything, own)
             return tuple(_joined(vectors, everything, dtype))
 
     @staticmethod
@@ -141,7 +141,7 @@ class _ShardedMerge(torch.autograd.Function):
                 if grad is not None:
                     everything[place : place + part.numel] = part.of(grad).reshape(-1)
             own = _empty(vectors, 1)
-            dist.reduce_scatter_tensor(own, everything)
+            reduce_scatter(own, everything)
             table = own.new_zeros(len(vectors.tasks), len(vectors.names))
             index = {name: column for column, name in enumerate(vectors.names)}
             place = 0

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 SIZES = (1024, 2048, 4096)
@@ -132,11 +133,12 @@ def floor(step: Step, rates: Rates) -> Floor:
 def forward_flops(tower: nn.Module, images: Tensor) -> int:
     """FLOPs of `tower(images)`, a product and a sum counted as two.
 
-    The images require a gradient meanwhile: without any, attention takes a fused path that the
-    counter does not know.
+    The counter knows products, but not every fused kernel of every release of torch: attention is
+    computed by products meanwhile, and the images require a gradient, without which a module may
+    choose a fused path of its own.
     """
     counter = FlopCounterMode(display=False)
-    with counter, torch.enable_grad():
+    with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         tower(images.detach().requires_grad_())
     return counter.get_total_flops()
 
