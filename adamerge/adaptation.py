@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adamerge.encoders import Normalizer
 from adamerge.errors import AdamergeError
+from adamerge.graphs import ReplayedSteps
 from adamerge.heads import Heads
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective, marginal_entropy, sample_entropy
@@ -44,6 +45,7 @@ class Adaptation(pl.LightningModule):
         scheduler: optimizer -> learning-rate scheduler stepped every step, or None.
         micro_batch: images encoded at a time, see `step_loss`.
         log_every: steps between two log entries.
+        cuda_graph: record the step on a GPU and replay it, see `graphs.ReplayedSteps`.
     """
 
     def __init__(
@@ -56,12 +58,15 @@ class Adaptation(pl.LightningModule):
         scheduler: SchedulerFactory | None = None,
         micro_batch: int | None = None,
         log_every: int = 10,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.method, self.objective, self.heads = method, objective, heads
         self.normalizer = normalizer
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.micro_batch, self.log_every = micro_batch, log_every
+        learnables = [tensor for tensor in method.parameters() if tensor.requires_grad]
+        self._step = ReplayedSteps(self._compute, learnables) if cuda_graph else self._compute
         self._values: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}  # of the step under way, if it is logged
         self._readings = Readings()
@@ -71,13 +76,16 @@ class Adaptation(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
         images, targets, task_ids = self._collect(batch)
-        loss, values, features = step_loss(
-            self.method, self.objective, images, task_ids, self.micro_batch, targets
-        )
+        loss, values, features = self._step(images, task_ids, targets)
         self._values = values
         if self._is_logged():
             self._numbers = self._measure(loss.detach(), features, task_ids)
         return loss
+
+    def _compute(
+        self, images: Tensor, task_ids: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return step_loss(self.method, self.objective, images, task_ids, self.micro_batch, targets)
 
     @property
     def _asks_at_once(self) -> bool:

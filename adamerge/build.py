@@ -222,7 +222,15 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         scheduler,
         config["micro_batch"],
         config["log_every"],
+        config["cuda_graph"] and _can_be_recorded(config),
     )
+
+
+def _can_be_recorded(config: Config) -> bool:
+    """Whether every step is the same work on the GPU, and needs nothing from elsewhere."""
+    kept = config["task_vectors"]
+    elsewhere = kept["device"] in ("host", "disk") or kept["shard"]
+    return not (elsewhere or config["recompute"])
 
 
 _DECISIVE = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ def step_loss(
     learned = [
         (p, g) for p, g in zip(shared.learnables, shared.grads, strict=True) if g is not None
     ]
-    loss: Tensor = _Delivered.apply(
-        objective.weigh(values), [grad for _, grad in learned], *[tensor for tensor, _ in learned]
+    loss = deliver(
+        objective.weigh(values), [grad for _, grad in learned], [tensor for tensor, _ in learned]
     )
     return loss, values, objective.final(features)
 
@@ -159,6 +159,16 @@ def _two_pass_backward(
         with _full_precision(images):
             torch.autograd.backward(encoded, part)
     return values.detach(), features.detach()
+
+
+def deliver(loss: Tensor, grads: Sequence[Tensor], learnables: Sequence[Tensor]) -> Tensor:
+    """A loss whose gradients in the learnables are known: its `backward()` hands them over.
+
+    Args:
+        grads: one for each learnable; changed in place when handed over.
+    """
+    delivered: Tensor = _Delivered.apply(loss, list(grads), *learnables)
+    return delivered
 
 
 class _Delivered(torch.autograd.Function):

@@ -44,7 +44,6 @@ def parts(b32: list[str], l14: list[str]) -> list[Part]:
         Part("Layer-wise step, ViT-B/32", ["step", *b32], 150),
         Part("Merging work alone, ViT-B/32", ["merging", *b32], 80),
         Part("Beside fusion-bench, ViT-B/32, T = 8", ["peers", *b32, "--tasks", "8"], 120),
-        Part("Steps replayed from a graph", ["graphs", *b32], 60),
         Part("Layer-wise step, ViT-L/14", ["step", *l14], 200),
         Part("Beside fusion-bench, ViT-L/14, T = 8", ["peers", *l14, "--tasks", "8"], 150),
         Part("Where task vectors are kept", ["tiers", *b32], 120),
@@ -98,7 +97,11 @@ def machine(device: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,memory.total",
+            "--format=csv,noheader",
+        ]
         found["card"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return found
 

@@ -1,6 +1,6 @@
 """The parts of `gpu.py`: each gives rows, one at a time, so that a stop loses nothing that is done.
 
-    python benchmarks/gpu_parts.py PART --device cuda
+python benchmarks/gpu_parts.py PART --device cuda
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Sizes:
         self.towers = [SMOKE] if smoke else ["ViT-B-32", "ViT-L-14"]
         self.tasks = [2] if smoke else [8, 20]
         self.batch = 1 if smoke else 16
-        self.rounds = 1 if smoke else 20
+        self.rounds = 1 if smoke else 12
         self.growth = [(SMOKE, 2)] if smoke else GROWTH
         self.smoke = smoke
 
@@ -90,16 +90,19 @@ def step(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 def ways(
     learner: Learner, device: torch.device
 ) -> dict[str, Callable[[], contextlib.AbstractContextManager[object]]]:
-    """The ways of a step: as it is, and without or with what may make it faster or smaller."""
+    """The ways of a step: as a run makes it, and with and without what makes it faster or smaller."""
     method = learner.method
-    found = {
-        "default": contextlib.nullcontext,
-        "recompute": lambda: recomputing(method),
-        "compile": lambda: compiled(method),
-    }
+
+    @contextlib.contextmanager
+    def blocks_compiled() -> Iterator[None]:
+        with compiled(method), learner.replaying():
+            yield
+
+    found = {"default": learner.replaying, "compile": blocks_compiled}
     if device.type == "cuda":
-        found["without fused kernels"] = plain_merging
-    return found
+        found["no graph"] = contextlib.nullcontext
+        found["no graph, layer by layer"] = plain_merging
+    return found | {"recompute": lambda: recomputing(method)}
 
 
 @contextlib.contextmanager
@@ -113,51 +116,14 @@ def plain_merging() -> Iterator[None]:
         fused.DEVICES.update(known)
 
 
-def graphs(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """What a step captured once and replayed would take: its launches cost the host nothing."""
-    for architecture in sizes.towers if device.type == "cuda" else ():
-        for tasks in sizes.tasks:
-            world = World.make(architecture, tasks, sizes.batch, device)
-            learner = Learner.layer_wise(world, True, MICRO.get(architecture))
-            facts = {"tower": architecture, "T": tasks, "images": len(world.images)}
-            for name, around in ways(learner, device).items():
-                if name in ("default", "compile"):
-                    with around():
-                        yield facts | {"way": name} | _replayed(learner, device, sizes.rounds)
-            del learner, world
-            cleared(device)
-
-
-def _replayed(learner: Learner, device: torch.device, rounds: int) -> Row:
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    try:
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                learner.gradients()
-        torch.cuda.current_stream(device).wait_stream(side)
-        wanted = [p.grad.clone() for p in learner.method.parameters()]
-        learner.optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            learner.gradients()
-        graph.replay()
-        found = [p.grad for p in learner.method.parameters()]
-        off = max(
-            float((f - w / 3).abs().max() / w.abs().max() * 3)
-            for f, w in zip(found, wanted, strict=True)
-        )
-        return measured(graph.replay, device, rounds) | {"off": off}
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {str(error)[:400]}"}
-
-
 def merging(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     """Merge and contraction alone, by the type of τ, with and without the fused kernels."""
     bandwidth = sizes.rates(device).bandwidth
     for architecture in sizes.towers:
         for tasks in sizes.tasks:
-            for stored in ("float32", "bfloat16", "int8"):
+            for stored in (
+                ("float32", "bfloat16", "int8") if tasks == sizes.tasks[0] else ("float32",)
+            ):
                 world = World.make(
                     architecture, tasks, 1, device, stored_in(Path(), stored, "auto")
                 )
@@ -219,7 +185,11 @@ def peers(device: torch.device, sizes: Sizes) -> Iterator[Row]:
             }
         yield {"tower": architecture, "note": line}
         for name in compare.THEIRS if device.type == "cuda" else ():
-            yield {"tower": architecture, "scheme": name, "peak_GB": compare.peak_of(name, world) / 1e9}
+            yield {
+                "tower": architecture,
+                "scheme": name,
+                "peak_GB": compare.peak_of(name, world) / 1e9,
+            }
         del world
         cleared(device)
     shape = replace(SHAPES[sizes.towers[0]], blocks=2)
@@ -301,6 +271,7 @@ def methods(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 
 def _surgery(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     import surgery as bench
+
     from adamerge.features import StoredBatches
 
     tasks = sizes.tasks[0]
@@ -351,7 +322,8 @@ def growth(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     for architecture, tasks in sizes.growth:
         world = World.make(architecture, tasks, 4, device, stored_in(Path(), "bfloat16", "auto"))
         learner = Learner.layer_wise(world, True, MICRO.get(architecture))
-        row = measured(learner.step, device, max(sizes.rounds // 4, 1))
+        with learner.replaying():
+            row = measured(learner.step, device, max(sizes.rounds // 4, 1))
         floor = world.floor(rates, True)
         yield {
             **{"tower": architecture, "P_millions": world.vectors.numel() / 1e6, "T": tasks},
@@ -370,10 +342,7 @@ def cleared(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-PARTS = {
-    part.__name__: part
-    for part in (step, merging, graphs, peers, tiers, methods, end_to_end, growth)
-}
+PARTS = {part.__name__: part for part in (step, merging, peers, tiers, methods, end_to_end, growth)}
 
 
 def main() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from adamerge import TaskVectors
 from adamerge.encoders import build_backbone
+from adamerge.graphs import Compute, ReplayedSteps
 from adamerge.heads import Heads
 from adamerge.methods import AdaMerging
 from adamerge.methods.base import MergeMethod
@@ -33,7 +35,7 @@ TINY = {  # for a trial
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 64, "head_width": 32},
 }
-WARM_UP = 3
+WARM_UP = 5  # more than steps go by before one is recorded
 
 
 def tower(architecture: str, device: torch.device) -> nn.Module:
@@ -130,22 +132,32 @@ class Learner:
         self.world, self.bf16, self.micro = world, bf16, micro
         self.method: Any = method.to(world.device).train()
         self.objective = Entropy(world.heads)
+        self.compute: Compute = self.eager
         self.optimizer = torch.optim.Adam(self.method.parameters(), lr=1e-3)
 
     @classmethod
     def layer_wise(cls, world: World, bf16: bool = False, micro: int | None = None) -> Learner:
         return cls(world, AdaMerging(world.backbone, world.vectors, init=0.3), bf16, micro)
 
-    def gradients(self) -> None:
-        device = self.world.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            loss, *_ = step_loss(
-                self.method, self.objective, self.world.images, self.world.ids, self.micro
-            )
-        loss.backward()
+    def eager(
+        self, images: Tensor, task_ids: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return step_loss(self.method, self.objective, images, task_ids, self.micro, targets)
+
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        """As a run on a GPU does by default."""
+        self.compute = ReplayedSteps(self.eager, list(self.method.parameters()))
+        try:
+            yield
+        finally:
+            self.compute = self.eager
 
     def step(self) -> None:
-        self.gradients()
+        device = self.world.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            loss, *_ = self.compute(self.world.images, self.world.ids, None)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -59,8 +59,7 @@ def compare_steps(
     theirs = TheirLayerWise(world)
     methods = {same: layer_wise(world, same) for same in (False, True)}
     ours = {
-        name: Ours(world, methods[same], *rest, micro_batch)
-        for name, (same, *rest) in OURS.items()
+        name: Ours(world, methods[same], *rest, micro_batch) for name, (same, *rest) in OURS.items()
     }
     line = _learned(theirs, ours["adamerge, their tower"])
     steps: dict[str, Scheme] = {name: _their_step(theirs, bf16) for name, bf16 in THEIRS.items()}

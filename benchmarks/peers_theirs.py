@@ -80,7 +80,9 @@ class _Given:
         self.world, self.marks = world, Marks(world.device, bf16)
         own.modelpool = Pool(world)
         own._fabric_instance = own._fabric = self.marks
-        own.visual_projection = nn.Linear(world.shape.width, world.shape.dim, bias=False).to(world.device)
+        own.visual_projection = nn.Linear(world.shape.width, world.shape.dim, bias=False).to(
+            world.device
+        )
         own.visual_projection.weight = nn.Parameter(world.projection, requires_grad=False)
         own.logit_scale_exp = torch.tensor(SCALE, device=world.device)
         own.zeroshot_weights = dict(zip(world.tasks, world.classifiers, strict=True))
