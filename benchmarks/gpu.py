@@ -41,15 +41,16 @@ class Part:
 def parts(b32: list[str], l14: list[str]) -> list[Part]:
     """In order of worth."""
     return [
-        Part("Layer-wise step, ViT-B/32", ["step", *b32], 150),
-        Part("Merging work alone, ViT-B/32", ["merging", *b32], 80),
-        Part("Beside fusion-bench, ViT-B/32, T = 8", ["peers", *b32, "--tasks", "8"], 120),
-        Part("Layer-wise step, ViT-L/14", ["step", *l14], 200),
+        Part("Layer-wise step, ViT-B/32", ["step", *b32], 100),
+        Part("Merging work alone, ViT-B/32", ["merging", *b32], 45),
+        Part("Where the time goes, ViT-B/32", ["where", *b32], 45),
+        Part("Beside fusion-bench, ViT-B/32, T = 8", ["peers", *b32, "--tasks", "8"], 70),
+        Part("Layer-wise step, ViT-L/14", ["step", *l14], 110),
         Part("Beside fusion-bench, ViT-L/14, T = 8", ["peers", *l14, "--tasks", "8"], 150),
-        Part("Where task vectors are kept", ["tiers", *b32], 120),
-        Part("WEMoE and Surgery", ["methods", *b32], 120),
-        Part("From a cold start to the export", ["end_to_end"], 150),
-        Part("Growth", ["growth"], 200),
+        Part("Where task vectors are kept", ["tiers", *b32], 80),
+        Part("WEMoE and Surgery", ["methods", *b32], 80),
+        Part("From a cold start to the export", ["end_to_end"], 100),
+        Part("Growth", ["growth"], 120),
         Part("Merging work alone, ViT-L/14", ["merging", *l14], 80),
     ]
 

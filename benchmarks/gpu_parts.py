@@ -21,7 +21,7 @@ from typing import Any
 
 import hardware
 import torch
-from gpu_world import Learner, World, measured, stored_in
+from gpu_world import Learner, World, by_kernel, measured, stored_in
 
 from adamerge import fused
 from adamerge.compiled import compiled
@@ -29,6 +29,7 @@ from adamerge.methods import WEMoE
 from adamerge.recompute import recomputing
 
 Row = dict[str, Any]
+Way = Callable[[], contextlib.AbstractContextManager[object]]
 ROOT = Path(__file__).parent.parent
 # Images encoded at a time where the activations of all of them would not fit into 80 GB.
 MICRO = {"ViT-L-14": 64, "ViT-H-14": 32}
@@ -70,7 +71,8 @@ def step(device: torch.device, sizes: Sizes) -> Iterator[Row]:
                 floor = world.floor(rates, bf16)
                 learner = Learner.layer_wise(world, bf16, MICRO.get(architecture))
                 rounds = sizes.rounds if bf16 else max(sizes.rounds // 4, 1)
-                for name, around in ways(learner, device).items():
+                several = bf16 or architecture != "ViT-L-14"
+                for name, around in ways(learner, device, several).items():
                     with around():
                         row = measured(learner.step, device, rounds)
                     yield {
@@ -87,10 +89,21 @@ def step(device: torch.device, sizes: Sizes) -> Iterator[Row]:
             cleared(device)
 
 
-def ways(
-    learner: Learner, device: torch.device
-) -> dict[str, Callable[[], contextlib.AbstractContextManager[object]]]:
-    """The ways of a step: as a run makes it, and with and without what makes it faster or smaller."""
+def where(device: torch.device, sizes: Sizes) -> Iterator[Row]:
+    """The kernels of a bfloat16 step that take most of its time."""
+    world = World.make(sizes.towers[0], sizes.tasks[0], sizes.batch, device)
+    learner = Learner.layer_wise(world, True)
+    for name in ("no graph", "compile"):
+        with compiled(learner.method, name == "compile"):
+            for _ in range(3):
+                learner.step()
+            yield {"way": name}
+            for kernel, spent, calls in by_kernel(learner.step, device):
+                yield {"kernel": kernel, "ms": spent, "calls": calls}
+
+
+def ways(learner: Learner, device: torch.device, several: bool = True) -> dict[str, Way]:
+    """The ways of a step: as a run makes it, and with and without what changes time or memory."""
     method = learner.method
 
     @contextlib.contextmanager
@@ -98,7 +111,10 @@ def ways(
         with compiled(method), learner.replaying():
             yield
 
-    found = {"default": learner.replaying, "compile": blocks_compiled}
+    found: dict[str, Way] = {"default": learner.replaying}
+    if not several:
+        return found
+    found["compile"] = blocks_compiled
     if device.type == "cuda":
         found["no graph"] = contextlib.nullcontext
         found["no graph, layer by layer"] = plain_merging
@@ -342,7 +358,10 @@ def cleared(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-PARTS = {part.__name__: part for part in (step, merging, peers, tiers, methods, end_to_end, growth)}
+PARTS = {
+    part.__name__: part
+    for part in (step, merging, where, peers, tiers, methods, end_to_end, growth)
+}
 
 
 def main() -> None:

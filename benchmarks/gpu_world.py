@@ -203,6 +203,23 @@ def kernels(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
     return {"kernel_ms": spent, "launches": len(done)}
 
 
+def by_kernel(
+    work: Callable[[], object], device: torch.device, most: int = 25
+) -> list[tuple[str, float, int]]:
+    """Name, milliseconds and number of calls of the kernels that take most time (operations of a
+    CPU where that computes)."""
+    on_gpu = device.type == "cuda"
+    watched = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the profiler, about itself
+        with profile(activities=[watched]) as seen:
+            work()
+            hardware.now(device)
+        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        found = [(e.key[:90], getattr(e, key) / 1e3, e.count) for e in seen.key_averages()]
+    return sorted(found, key=lambda row: -row[1])[:most]
+
+
 def stored_in(folder: Path, dtype: str, place: str) -> Storage:
     """A place for task vectors; the file of those on disk is in `folder`."""
     name = f"tau-{dtype}-{time.monotonic_ns()}.safetensors"

@@ -14,8 +14,8 @@ FLOORS = {
     1: "towers mixtures adapters experts encoders heads transforms methods.base "
     "export_files loading",
     2: "methods.adamerging methods.surgery methods.wemoe",
-    3: "step graphs shared adaptation compiled device_images advice features callbacks checkpoints hub "
-    "data demo demo_images estimate evaluation export export_kinds folding model_card "
+    3: "step graphs shared adaptation compiled device_images advice features callbacks checkpoints "
+    "hub data demo demo_images estimate evaluation export export_kinds folding model_card "
     "image_cache image_files image_source arrays labels local_files staging pictures "
     "preflight preflight_report recompute resume sources stores tracking sharding",
     4: "config inputs build supplies inference init_text local_data survey task_names",

@@ -23,7 +23,7 @@ SIZES = [
     17,
     18,
     18,
-]  # images of a step: recorded at the fourth, one of another size
+]  # images of a step; the fourth is recorded
 
 
 def learned(name: str, kind: type[Objective], replay: bool) -> Tensor:
