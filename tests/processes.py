@@ -1,4 +1,4 @@
-"""Forked processes that run the main job: none has to import everything again."""
+"""Processes that run the main job: forked, where they can be, so that none imports all again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.utilities import rank_zero_only
+from torch.multiprocessing.spawn import start_processes
 
 from adamerge.cli import main
+
+# Where there is a GPU, autograd starts threads, and what is forked after that has no autograd.
+METHOD = "spawn" if torch.cuda.is_available() else "fork"
 
 
 def train_on_ranks(words: Sequence[str], ranks: int, folder: Path) -> None:
@@ -26,31 +29,36 @@ def train_on_ranks(words: Sequence[str], ranks: int, folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     everyone = [*words, f"trainer.devices={ranks}", "trainer.strategy=ddp"]
-    mp.start_processes(_rank, (ranks, port, folder, everyone), ranks, start_method="fork")
+    start_processes(_rank, (ranks, port, folder, everyone), ranks, start_method=METHOD)
 
 
 def _rank(rank: int, ranks: int, port: int, folder: Path, words: list[str]) -> None:
     settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks}
     settings |= {"NODE_RANK": 0, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in settings.items()})
-    rank_zero_only.rank = rank  # Lightning reads it when it is first imported
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]  # Lightning reads it when it is first imported
     torch.set_num_threads(1)  # more than one do not survive a fork
     os.chdir(folder)
     assert main(["train", *words]) == 0
 
 
-def forked(work: Callable[[], object], errors: Path) -> BaseProcess:
-    """A process, and the first of its group, that does `work`; what it complains is in `errors`."""
-    process = multiprocessing.get_context("fork").Process(target=_alone, args=(work, errors))
+def started(work: Callable[[], int], errors: Path) -> BaseProcess:
+    """A process, the first of its group, whose status is that of `work`, and stderr `errors`.
+
+    Args:
+        work: a function of a module, or a `functools.partial` of one.
+    """
+    context = multiprocessing.get_context(METHOD)
+    process = context.Process(target=_alone, args=(work, errors))  # type: ignore[attr-defined]
     process.start()
     return process
 
 
-def _alone(work: Callable[[], object], errors: Path) -> None:
+def _alone(work: Callable[[], int], errors: Path) -> None:
     os.setsid()
     with errors.open("w") as file:
         os.dup2(file.fileno(), 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the process ends
     logging.getLogger().handlers.clear()  # pytest's
     torch.set_num_threads(1)
-    sys.exit(work())  # type: ignore[arg-type]
+    sys.exit(work())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from adamerge import config, deliver, run, tracking
 from adamerge.cli import main
 from adamerge.encoders import Normalizer, Tower
 from tests import tiny
-from tests.processes import forked, train_on_ranks
+from tests.processes import started, train_on_ranks
 
 ROOT = Path(__file__).parent.parent
 FILES = [
@@ -396,7 +397,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 def long_run(base: list[str], tmp_path: Path) -> Iterator[tuple[BaseProcess, Path]]:
     run = tmp_path / "run"
     words = [*base, "trainer.max_steps=100000", "checkpoint_every=100000", f"run_dir={run}"]
-    process = forked(lambda: train(*words, "num_workers=1"), tmp_path / "errors")
+    process = started(partial(train, *words, "num_workers=1"), tmp_path / "errors")
     deadline = time.monotonic() + 90
     while not (run / "metrics.csv").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -525,16 +526,17 @@ def test_reading_the_readme_way(done: Path) -> None:
     assert Normalizer([0.5] * 3, [0.5] * 3)(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).min() == -1
 
 
+def train_with_small_files(*words: str) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    return train(*words)
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(
     base: list[str], tmp_path: Path
 ) -> None:
     """A limit on the size of files stands for the disk: the merged model does not fit."""
-
-    def limited() -> int:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        return train(*base, "evaluate.baselines=false", f"run_dir={tmp_path / 'run'}")
-
-    process = forked(limited, tmp_path / "errors")
+    words = [*base, "evaluate.baselines=false", f"run_dir={tmp_path / 'run'}"]
+    process = started(partial(train_with_small_files, *words), tmp_path / "errors")
     process.join(120)
     errors = (tmp_path / "errors").read_text()
     assert process.exitcode == 2, errors
