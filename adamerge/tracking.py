@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import logging
 import os
 import uuid
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import requests
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -127,11 +129,23 @@ def wandb_logger(
 
 
 def _logged_in() -> bool:
+    """Whether W&B's server takes the user's key, or identity token; nobody is asked for one."""
     try:
-        return bool(wandb.login(prompt=False))  # type: ignore[call-arg, unused-ignore]
-    except Exception as error:  # no network, no key, an old version: none of them stops a run
+        settings: dict[str, Any] = {"verify": True}
+        if "prompt" in inspect.signature(wandb.login).parameters:
+            settings["prompt"] = False
+        elif not _has_key():  # without one, older versions ask
+            return False
+        return bool(wandb.login(**settings))
+    except Exception as error:  # no network, a wrong key: none of them stops a run
         log.info("Weights & Biases: offline (%s)", " ".join(str(error).split())[:100])
         return False
+
+
+def _has_key() -> bool:
+    settings = wandb.setup().settings
+    given = settings.api_key or settings.identity_token_file
+    return bool(given or requests.utils.get_netrc_auth(settings.base_url))
 
 
 def log_results(

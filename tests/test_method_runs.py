@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,9 @@ import torch
 from torch import Tensor
 
 from adamerge.cli import main
+from tests.processes import train_on_ranks
 from tests.tiny import learned, make_suite
 
-ROOT = Path(__file__).parent.parent
 METHODS = {
     "wemoe": ["method=wemoe", "optim.lr=1e-2"],
     "wemoe, batch gates": ["method=wemoe", "optim.lr=1e-2", "method.batch_gate=true"],
@@ -70,13 +67,7 @@ def test_two_processes_equal_one_fed_the_same_images(
 ) -> None:
     words = [*base, *METHODS[name]]
     assert main(["train", *words, f"run_dir={tmp_path / 'one'}"]) == 0
-    command = [sys.executable, str(ROOT / "train.py"), *words, "batch_size=2"]
-    command += ["trainer.devices=2", "trainer.strategy=ddp", f"run_dir={tmp_path / 'two'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    answer = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
-    assert answer.returncode == 0, answer.stderr[-2000:]
+    train_on_ranks([*words, "batch_size=2", f"run_dir={tmp_path / 'two'}"], 2, tmp_path)
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)

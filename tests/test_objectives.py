@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from adamerge import AdamergeError, objectives
 from tests import golden_data as golden
 from tests import reference
+from tests.processes import METHOD
 
 
 def logits(rows: int = 6, classes: int = 5, seed: int = 0) -> torch.Tensor:
@@ -98,6 +99,7 @@ def test_weights() -> None:
 
 
 def _share(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     mine = logits(8)[rank * 4 : rank * 4 + 4].requires_grad_()
     loss = objectives.infomax(mine)
@@ -107,7 +109,7 @@ def _share(rank: int, folder: str) -> None:
 
 
 def test_marginal_spans_processes(tmp_path: Path) -> None:
-    mp.spawn(_share, (str(tmp_path),), nprocs=2)
+    mp.start_processes(_share, (str(tmp_path),), 2, start_method=METHOD)
     shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     whole = logits(8).requires_grad_()
     expected = reference.infomax(whole)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from adamerge import config, deliver, run, tracking
 from adamerge.cli import main
 from adamerge.encoders import Normalizer, Tower
 from tests import tiny
+from tests.processes import started, train_on_ranks
 
 ROOT = Path(__file__).parent.parent
 FILES = [
@@ -390,29 +394,28 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 
 
 @pytest.fixture
-def long_run(base: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def long_run(base: list[str], tmp_path: Path) -> Iterator[tuple[BaseProcess, Path]]:
     run = tmp_path / "run"
     words = [*base, "trainer.max_steps=100000", "checkpoint_every=100000", f"run_dir={run}"]
-    words += ["num_workers=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
-    ) as process:
-        deadline = time.monotonic() + 90
-        while not (run / "metrics.csv").is_file() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        yield process, run
-        process.kill()
+    process = started(partial(train, *words, "num_workers=1"), tmp_path / "errors")
+    deadline = time.monotonic() + 90
+    while not (run / "metrics.csv").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield process, run
+    process.kill()
+    process.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_cleanly_with_everything_saved(
-    long_run: tuple[subprocess.Popen[str], Path], number: int
+    long_run: tuple[BaseProcess, Path], number: int
 ) -> None:
     process, run = long_run
+    assert process.pid is not None
     os.killpg(process.pid, number)  # as a terminal does: to the workers too
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
+    process.join(60)
+    errors = (run.parent / "errors").read_text()
+    assert process.exitcode == 128 + number, errors
     assert f"resume={run}" in errors and "Traceback" not in errors
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] > 0
@@ -421,6 +424,17 @@ def test_signals_stop_cleanly_with_everything_saved(
     assert (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step + 1
     )
+
+
+def start_ranks(words: list[str], ranks: int, folder: Path) -> None:
+    """As a user does: the first process starts the others."""
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    command += [f"trainer.devices={ranks}", "trainer.strategy=ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -433,14 +447,11 @@ def test_ddp_equals_one_process_fed_the_same_images(
     words = [*base, "evaluate.baselines=false", "objective=infomax"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(*words, f"batch_size={2 * ranks}", f"run_dir={one}") == 0
-    command = [sys.executable, str(ROOT / "train.py"), *words, *sharded, "batch_size=2"]
-    command += [f"trainer.devices={ranks}", "trainer.strategy=ddp", f"run_dir={two}"]
-    command += ["method._target_=tests.tiny.Recording"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    answer = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
-    assert answer.returncode == 0, answer.stderr[-2000:]
+    words += [*sharded, "batch_size=2", f"run_dir={two}", "method._target_=tests.tiny.Recording"]
+    if sharded:
+        train_on_ranks(words, ranks, tmp_path)
+    else:
+        start_ranks(words, ranks, tmp_path)
     assert coefficients(two) == pytest.approx(coefficients(one), abs=1e-6)
     for alone, together in zip(losses(one), losses(two), strict=True):
         for name in alone:
@@ -451,18 +462,23 @@ def test_ddp_equals_one_process_fed_the_same_images(
     assert names == {"one", "two", *(f"rank-{rank}.txt" for rank in range(ranks))}
 
 
-@pytest.mark.parametrize("mode", ["auto", "offline"])
-def test_wandb_never_asks(base: list[str], tmp_path: Path, mode: str) -> None:
+def test_wandb_never_asks(base: list[str], tmp_path: Path) -> None:
     """A new user: no variable, no credentials, nobody at the keyboard."""
-    run, home = tmp_path / "run", tmp_path / "home"
+    home = tmp_path / "home"
     home.mkdir()
-    words = [word for word in base if word != "wandb=off"]
-    words += ["wandb.artifact=true", f"wandb={mode}", f"run_dir={run}", "evaluate.baselines=false"]
+    words = ["train", *(word for word in base if word != "wandb=off")]
+    words += ["wandb.artifact=true", "evaluate.baselines=false"]
+    code = f"""
+import sys
+from adamerge.cli import main
+for mode in ("auto", "offline"):
+    if main([*{words!r}, f"wandb={{mode}}", f"run_dir={{mode}}"]):
+        sys.exit(f"{{mode}} failed")
+"""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    command = [sys.executable, str(ROOT / "train.py"), *words]
     answer = subprocess.run(
-        command,
-        env={**environment, "HOME": str(home)},
+        [sys.executable, "-c", code],
+        env={**environment, "HOME": str(home), "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -470,7 +486,8 @@ def test_wandb_never_asks(base: list[str], tmp_path: Path, mode: str) -> None:
         timeout=120,
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
-    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    for mode in ("auto", "offline"):
+        assert list((tmp_path / mode / "wandb").glob("offline-run-*/*.wandb")), mode
     assert not (tmp_path / "wandb").exists()
 
 
@@ -509,17 +526,21 @@ def test_reading_the_readme_way(done: Path) -> None:
     assert Normalizer([0.5] * 3, [0.5] * 3)(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).min() == -1
 
 
+def train_with_small_files(*words: str) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    return train(*words)
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(
     base: list[str], tmp_path: Path
 ) -> None:
     """A limit on the size of files stands for the disk: the merged model does not fit."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     words = [*base, "evaluate.baselines=false", f"run_dir={tmp_path / 'run'}"]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {limit}\n"
-    code += f"from adamerge.cli import main; sys.exit(main({['train', *words]!r}))"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert answer.returncode == 2
-    assert "error: cannot" in answer.stderr and "Traceback" not in answer.stderr
+    process = started(partial(train_with_small_files, *words), tmp_path / "errors")
+    process.join(120)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 2, errors
+    assert "error: cannot" in errors and "Traceback" not in errors
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     assert not (tmp_path / "run" / "merged").exists()
     assert not list(tmp_path.rglob("*.tmp"))

@@ -17,6 +17,7 @@ from adamerge.methods import AdaMerging
 from adamerge.shards import ShardedTaskVectors, cut
 from adamerge.storage import Storage
 from tests import golden_data as golden
+from tests.processes import METHOD
 
 SHAPES = {
     "a": torch.Size([5, 3]),
@@ -88,8 +89,7 @@ def work(rank: int, ranks: int, folder: Path, dtype: str, low: bool, micro: int 
 def test_processes_together_find_the_gradient_of_one(
     ranks: int, dtype: str, low: bool, micro: int | None, tmp_path: Path
 ) -> None:
-    # Forked: a new process for each would import everything again.
-    mp.start_processes(work, (ranks, tmp_path, dtype, low, micro), ranks, start_method="fork")
+    mp.start_processes(work, (ranks, tmp_path, dtype, low, micro), ranks, start_method=METHOD)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     one = vectors(dtype)
     for name, weight in one.combine(torch.full((3,), 0.3)).items():
