@@ -16,6 +16,7 @@ from adamerge.binding import call, find, function_to, nearest, problems, subclas
 from adamerge.compiled import refuse_compiling
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
+from adamerge.config_check import shape_problems
 from adamerge.data import TaskData
 from adamerge.errors import AdamergeError
 from adamerge.inputs import Suite, normalizer
@@ -59,12 +60,13 @@ def check(config: Config) -> None:
             that lead nowhere or do not fit their arguments.
     """
     found = problems_of_config(config)
-    if isinstance(config["trainer"], Mapping):
-        found += [
-            f"trainer.{key} is unknown or not for adamerge{nearest(key, _TRAINER)}"
-            for key in config["trainer"]
-            if key not in _TRAINER
-        ]
+    if shapeless := shape_problems(config):
+        raise AdamergeError("; ".join(dict.fromkeys([*found, *shapeless])))
+    found += [
+        f"trainer.{key} is unknown or not for adamerge{nearest(key, _TRAINER)}"
+        for key in config["trainer"]
+        if key not in _TRAINER
+    ]
     for where, entry in entries(config["suite"]):
         if entry.get("data") is not None:
             found += data_problems(f"{where}.data", entry["data"])
