@@ -36,9 +36,9 @@ def function_to(result: type) -> Kind:
     return accepts
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: object, words: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing when no word is close."""
-    close = difflib.get_close_matches(word, list(words), n=1)
+    close = difflib.get_close_matches(str(word), list(words), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,17 +114,28 @@ def _storage_problems(config: Config, method: Callable[..., Any]) -> list[str]:
     return []
 
 
-def _trial(config: Config) -> list[str]:
-    """Optimizer and scheduler judge their own values, on a parameter that is thrown away."""
-    key = "optim"
+def _trial(config: Config, shapes: Iterable[Sequence[int]] = ((2, 2),)) -> list[str]:
+    """Optimizer and scheduler judge their values by one step on parameters that are thrown away.
+
+    Args:
+        shapes: of what they are to learn.
+    """
+    key, learned = "optim", [torch.nn.Parameter(torch.zeros(*shape)) for shape in shapes]
     try:
         kind, arguments = _target(key, config[key])
-        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **arguments)
+        optimizer = kind(learned, **arguments)
+        for parameter in learned:
+            parameter.grad = torch.zeros_like(parameter)
+        scheduler = None
         if config["scheduler"] is not None:
             key = "scheduler"
-            kind, arguments = _target(key, config[key])
-            scheduler = kind(optimizer, **arguments)
-            optimizer.step()
+            kind, options = _target(key, config[key])
+            scheduler = kind(optimizer, **options)
+        if not arguments.get("capturable"):  # such a step is for a GPU
+            key = "optim"
+            optimizer.step(lambda: torch.zeros(()))
+        if scheduler is not None:
+            key = "scheduler"
             scheduler.step()
     except AdamergeError as error:
         return [str(error)]
@@ -210,6 +221,12 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         refuse_compiling(method)
     if config["recompute"]:
         refuse_recomputing(method)
+    shapes = dict.fromkeys(tuple(parameter.shape) for parameter in method.parameters())
+    if refused := _trial(config, shapes):
+        raise AdamergeError(
+            f"{refused[0]}: {type(method).__name__} with these settings learns tensors of shape "
+            f"{', '.join(map(str, shapes))}; use an optimizer for them, as torch.optim.Adam"
+        )
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None
     if config["scheduler"] is not None:

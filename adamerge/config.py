@@ -19,6 +19,7 @@ from adamerge.config_check import (
     GROUPS,
     Config,
     count_values,
+    filled,
     lookups,
     setting_problems,
     sugar,
@@ -70,7 +71,11 @@ def load(words: Sequence[str] = ()) -> Config:
     for group in GROUPS:
         name = str(chosen.get(group, tree[group]))
         tree[group], overrides = _group(group, name, own if group == "suite" else ())
-        tree.merge_with(overrides)
+        try:
+            tree.merge_with(overrides)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise AdamergeError(f"{group}.defaults cannot be used ({reason}): mend them") from error
     for key, value in settings:
         if key not in GROUPS and not key.startswith("suite."):
             _set(tree, *sugar(key, value, defaults))
@@ -113,14 +118,14 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise AdamergeError(f"{run} holds no run: expected its config.yaml; give a run folder")
     defaults = _plain(_read(config_root() / "train.yaml"))
-    tree = _read(path)
+    saved = _plain(_read(path), str(path))
     for group in GROUPS:
-        if not isinstance(tree.get(group), DictConfig):
+        if not isinstance(saved.get(group), dict):
             raise AdamergeError(
                 f"{path} has no settings under {group}: expected a run's own config.yaml; copy the "
                 "run again, or start a new one"
             )
-    _fill(tree, {key: value for key, value in defaults.items() if key not in GROUPS})
+    tree = OmegaConf.create(filled(saved, defaults))
     for key, value in (_word(word) for word in words):
         if key in GROUPS:
             raise AdamergeError(
@@ -134,15 +139,6 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
             )
         _set(tree, *sugar(key, value, defaults))
     return _at_home(_plain(tree, str(path)))
-
-
-def _fill(tree: DictConfig, defaults: Config) -> None:
-    """Adds the settings that are younger than the run; arguments of its optimizer are its own."""
-    for key, value in defaults.items():
-        if key not in tree:
-            tree[key] = value
-        elif isinstance(value, dict) and isinstance(tree[key], DictConfig) and key != "optim":
-            _fill(tree[key], value)
 
 
 def text(config: Config) -> str:
@@ -167,8 +163,8 @@ def _read(path: Path) -> DictConfig:
         tree = OmegaConf.load(path)
         raw = OmegaConf.to_container(tree, resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise AdamergeError(f"{path} is not valid YAML ({reason}): mend that line") from error
+        said = " ".join(str(error).split())[:300]
+        raise AdamergeError(f"{path} is not valid YAML ({said}): mend that line") from error
     except RecursionError as error:
         raise AdamergeError(f"{path} is nested too deeply: write it flatter") from error
     if not isinstance(tree, DictConfig):
@@ -194,7 +190,7 @@ def _plain(tree: Any, where: str = "configuration") -> Config:
         AdamergeError: a reference to nothing, or to something outside the configuration.
     """
     try:
-        _refuse_lookups(without_references(OmegaConf.to_container(tree, resolve=False)), where)
+        _refuse_lookups(without_references(_raw(tree)), where)
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         what = " ".join(str(error).split("\n    ")[0].split())
@@ -225,12 +221,15 @@ def _group(
         )
     tree = _read(path)
     if group == "suite":  # before the words, whose keys are texts
-        tree = _named_by_text(tree)
+        suite = _raw(tree)
+        name_by_text(suite)
+        tree = OmegaConf.create(suite)
     for key, value in words:
         _set(tree, key, value)
     defaults = _defaults(group, tree)
     if group != "suite":
-        tree.name = tree.get("name", path.stem)
+        if "name" not in tree:
+            tree.name = path.stem
         return tree, defaults
     plain = {"name": path.stem, **_plain(tree, f"{group} {name}")}
     name_by_text(plain)  # what the words have set
@@ -242,9 +241,7 @@ def _group(
 
 def _defaults(group: str, tree: DictConfig) -> DictConfig:
     """Takes `defaults` out of a group's file; what they refer to are settings of the run."""
-    raw = OmegaConf.to_container(tree, resolve=False)
-    found = raw.get("defaults", {}) if isinstance(raw, dict) else {}
-    tree.pop("defaults", None)
+    found = _raw(tree).get("defaults", {})
     if not isinstance(found, dict):
         raise AdamergeError(
             f"{group}.defaults is {found!r}: expected settings of configs/train.yaml"
@@ -254,15 +251,16 @@ def _defaults(group: str, tree: DictConfig) -> DictConfig:
             f"{group}.defaults sets suite: expected other settings of configs/train.yaml; "
             "write what belongs to a suite into its file"
         )
-    return OmegaConf.create(found)
+    tree.pop("defaults", None)
+    text = OmegaConf.to_yaml(OmegaConf.create(found))
+    return OmegaConf.create(_raw(OmegaConf.create(text.replace("${vars.", "${suite.vars."))))
 
 
-def _named_by_text(tree: DictConfig) -> DictConfig:
+def _raw(tree: Any) -> Config:
+    """The content of a tree with its references as they stand."""
     raw = OmegaConf.to_container(tree, resolve=False)
-    assert isinstance(raw, dict)  # as `_read` has made sure
-    suite = {str(key): value for key, value in raw.items()}
-    name_by_text(suite)
-    return OmegaConf.create(suite)
+    assert isinstance(raw, dict)  # `_read` and `create` give dictionaries only
+    return {str(key): value for key, value in raw.items()}
 
 
 def _task(where: str, source: str, folder: Path) -> Config:
@@ -284,10 +282,10 @@ def _word(word: str) -> tuple[str, Any]:
         raise AdamergeError(f"{word!r} is not a setting: expected key=value, like optim.lr=1e-3")
     try:
         parsed = OmegaConf.from_dotlist([f"value={value}"])
-        raw = OmegaConf.to_container(parsed, resolve=False)
+        raw = _raw(parsed)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise AdamergeError(f"{word[:80]!r}: the value is not valid YAML; quote it") from error
-    return key, value if key in GROUPS or not isinstance(raw, dict) else raw["value"]
+    return key, value if key in GROUPS else raw["value"]
 
 
 def _set(tree: DictConfig, key: str, value: Any) -> None:

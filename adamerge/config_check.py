@@ -69,6 +69,15 @@ def sugar(key: str, value: Any, defaults: Config) -> tuple[str, Any]:
     return key, value
 
 
+def filled(config: Config, defaults: Config) -> Config:
+    """A saved configuration with the settings that are younger than it."""
+    whole = {**defaults, **config}
+    for key, value in defaults.items():
+        if key != "optim" and isinstance(value, dict) and isinstance(whole[key], dict):
+            whole[key] = filled(whole[key], value)  # arguments of another optimizer are its own
+    return whole
+
+
 def lookups(value: Any, key: str = "") -> Iterator[str]:
     """The keys of texts that are no plain text, like `${oc.env:NAME}` or what could become that.
 

@@ -137,7 +137,7 @@ def _problems(where: str, given: Any, hints: Mapping[str, Any]) -> Iterator[str]
     for key, value in given.items():
         at = f"{where}.{key}"
         if key not in hints:
-            yield f"{at} is unknown{nearest(str(key), hints)}"
+            yield f"{at} is unknown{nearest(key, hints)}"
         elif key == "hf_model_name" and value is not None:
             yield (
                 f"{at} names a text tower to be fetched from elsewhere; set suite.architecture to "
