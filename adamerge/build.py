@@ -19,6 +19,7 @@ from adamerge.config import problems as problems_of_config
 from adamerge.config_check import shape_problems
 from adamerge.data import TaskData
 from adamerge.errors import AdamergeError
+from adamerge.inference import architecture_names
 from adamerge.inputs import Suite, normalizer
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
@@ -47,7 +48,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "transform": (
         function_to(TaskVectors),
         "a function from TaskVectors annotated to return TaskVectors",
-        ("task_vectors",),
+        ("task_vectors", "architecture"),
     ),
 }
 
@@ -165,7 +166,10 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     for key, part in _targets(config):
         if key.startswith("transform"):
             target, arguments = _target(key, part)
-            given: Supplies = {"task_vectors": functools.partial(_itself, vectors)}
+            given: Supplies = {
+                "task_vectors": functools.partial(_itself, vectors),
+                "architecture": functools.partial(architecture_names, suite.clip.config),
+            }
             vectors = _construct(key, target, arguments, given)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small
         vectors = vectors.stored(replace(vectors.storage, dtype=config["task_vectors"]["dtype"]))
