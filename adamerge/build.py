@@ -121,7 +121,7 @@ def _trial(config: Config, shapes: Iterable[Sequence[int]] = ((2, 2),)) -> list[
     Args:
         shapes: of what they are to learn.
     """
-    key, learned = "optim", [torch.nn.Parameter(torch.zeros(*shape)) for shape in shapes]
+    key, learned = "optim", [torch.nn.Parameter(torch.zeros(tuple(shape))) for shape in shapes]
     try:
         kind, arguments = _target(key, config[key])
         optimizer = kind(learned, **arguments)

@@ -168,21 +168,12 @@ def _misnamed(config: Mapping[str, Any]) -> Iterable[str]:
     """A run's folder is called by these names."""
     for group in GROUPS:
         part = config.get(group)
-        name = part.get("name") if isinstance(part, Mapping) else None
-        if name is None:
-            continue
+        name = part.get("name") if isinstance(part, Mapping) else "one"
         text = str(name)
-        odd = (
-            isinstance(name, list | dict)
-            or text.startswith((".", "~", "-"))
-            or text != text.strip()
-        )
-        if (
-            odd
-            or not 0 < len(text) <= _LONGEST
-            or any(c in "/\\:" or not c.isprintable() for c in text)
-        ):
+        odd = name is None or isinstance(name, list | dict) or text.startswith((".", "~", "-"))
+        odd = odd or text != text.strip() or not 0 < len(text) <= _LONGEST
+        if odd or any(c in "/\\:" or not c.isprintable() for c in text):
             yield (
                 f"{group}.name is {text[:_LONGEST]!r}, which cannot name a run's folder: expected "
-                f"up to {_LONGEST} letters without /, \\ and :, and without . or ~ in front"
+                f"up to {_LONGEST} letters without /, \\ and :, and without ., - or ~ in front"
             )

@@ -23,6 +23,7 @@ import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 import yaml
 from omegaconf import OmegaConf
@@ -117,6 +118,23 @@ def test_a_tokenizer_of_its_own(
     (folder / "config.json").write_text(json.dumps(transformer))
     with pytest.raises(AdamergeError):
         build_clip(str(folder))
+
+
+def test_a_tokenizer_of_transformers_own(canary: Canary, tmp_path: Path) -> None:
+    """The right use keeps working, from the files in the folder alone."""
+    vocabulary = {"[UNK]": 0, "[PAD]": 1, "cat": 2, "dog": 3}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    text = {"hf_tokenizer_name": "owner/name", "tokenizer_kwargs": {"clean": "canonicalize"}}
+    folder = model_folder(tmp_path / "model", text_cfg=text)
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    auto = {"model_type": "clip", "auto_map": {"AutoModel": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(auto))
+    canary.module(folder / "own.py")
+    clip = build_clip(str(folder))
+    assert clip.tokenizer(["Dog, cat!"])[0, :3].tolist() == [3, 2, 1]
 
 
 @pytest.mark.parametrize("command", ["check", "train", "convert"])
