@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.machinery
 import inspect
+import os
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from adamerge.errors import AdamergeError
 
+_INSTALLED = {"site-packages", "dist-packages"}
 Kind = Callable[[Any], bool]
 
 
@@ -31,9 +36,9 @@ def function_to(result: type) -> Kind:
     return accepts
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: object, words: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing when no word is close."""
-    close = difflib.get_close_matches(word, list(words), n=1)
+    close = difflib.get_close_matches(str(word), list(words), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -47,10 +52,15 @@ def find(path: str, key: str, kind: Kind, expected: str) -> Any:
         AdamergeError: nothing at the path, or something of another kind.
     """
     module_name, _, name = path.rpartition(".")
+    parts = path.split(".")
+    # To import some of these is to run a program; none holds what a configuration can name.
+    if parts[0] in sys.stdlib_module_names or any(part.startswith("__") for part in parts):
+        raise AdamergeError(f"{key}._target_: {path!r} is not {expected}")
     try:
         module = importlib.import_module(module_name) if module_name else None
-    except (ImportError, ValueError, TypeError) as error:
-        raise AdamergeError(f"{key}._target_: cannot import {path!r} ({error})") from error
+    except (Exception, SystemExit) as error:  # whatever the user's own module raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise AdamergeError(f"{key}._target_: cannot import {path!r} ({reason})") from error
     found = getattr(module, name, None)
     if found is None:
         raise AdamergeError(
@@ -60,6 +70,46 @@ def find(path: str, key: str, kind: Kind, expected: str) -> Any:
     if not kind(found):
         raise AdamergeError(f"{key}._target_: {path!r} is not {expected}")
     return found
+
+
+def code_beside(config: Any, file: Path) -> None:
+    """Refuses `_target_`s of a file that lead to code which came with it; imports nothing.
+
+    That is code in or below the file's folder, or in the package that the file lies in. Free are
+    what is installed, what this process has imported, and a folder that PYTHONPATH names.
+
+    Args:
+        config: the content of the file.
+
+    Raises:
+        AdamergeError: naming the code.
+    """
+    folder = file.resolve().parent
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    own = {entry for entry in named if os.path.isabs(entry) and Path(entry).resolve() == folder}
+    endings = ("", *importlib.machinery.all_suffixes())
+    for target in _targets(config):
+        top = target.partition(".")[0]
+        if top in ("", "adamerge") or top in sys.modules:
+            continue
+        entries = [e for e in sys.path if e not in own and not _INSTALLED & {*Path(e).parts}]
+        for place in (Path(entry, f"{top}{ending}") for entry in entries for ending in endings):
+            code = place.resolve()
+            if place.exists() and (folder in code.parents or code in (folder, *folder.parents)):
+                raise AdamergeError(
+                    f"{file}: _target_ {target!r} would run {code}, which lies with that file and "
+                    "may have come with it: nothing of it is run; if it is yours, move one of them "
+                    "to another folder, or install it"
+                )
+
+
+def _targets(value: Any) -> Iterator[str]:
+    """Every `_target_` in a configuration, at any depth."""
+    inner = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping) and isinstance(value.get("_target_"), str):
+        yield value["_target_"]
+    for part in inner if isinstance(value, Mapping | list) else ():
+        yield from _targets(part)
 
 
 def problems(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from adamerge.binding import call, find, function_to, nearest, problems, subclas
 from adamerge.compiled import refuse_compiling
 from adamerge.config import Config
 from adamerge.config import problems as problems_of_config
+from adamerge.config_check import shape_problems
 from adamerge.data import TaskData
 from adamerge.errors import AdamergeError
+from adamerge.inference import architecture_names
 from adamerge.inputs import Suite, normalizer
 from adamerge.methods.base import MergeMethod
 from adamerge.objectives import Objective
@@ -46,7 +48,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "transform": (
         function_to(TaskVectors),
         "a function from TaskVectors annotated to return TaskVectors",
-        ("task_vectors",),
+        ("task_vectors", "architecture"),
     ),
 }
 
@@ -59,12 +61,13 @@ def check(config: Config) -> None:
             that lead nowhere or do not fit their arguments.
     """
     found = problems_of_config(config)
-    if isinstance(config["trainer"], Mapping):
-        found += [
-            f"trainer.{key} is unknown or not for adamerge{nearest(key, _TRAINER)}"
-            for key in config["trainer"]
-            if key not in _TRAINER
-        ]
+    if shapeless := shape_problems(config):
+        raise AdamergeError("; ".join(dict.fromkeys([*found, *shapeless])))
+    found += [
+        f"trainer.{key} is unknown or not for adamerge{nearest(key, _TRAINER)}"
+        for key in config["trainer"]
+        if key not in _TRAINER
+    ]
     for where, entry in entries(config["suite"]):
         if entry.get("data") is not None:
             found += data_problems(f"{where}.data", entry["data"])
@@ -112,17 +115,28 @@ def _storage_problems(config: Config, method: Callable[..., Any]) -> list[str]:
     return []
 
 
-def _trial(config: Config) -> list[str]:
-    """Optimizer and scheduler judge their own values, on a parameter that is thrown away."""
-    key = "optim"
+def _trial(config: Config, shapes: Iterable[Sequence[int]] = ((2, 2),)) -> list[str]:
+    """Optimizer and scheduler judge their values by one step on parameters that are thrown away.
+
+    Args:
+        shapes: of what they are to learn.
+    """
+    key, learned = "optim", [torch.nn.Parameter(torch.zeros(tuple(shape))) for shape in shapes]
     try:
         kind, arguments = _target(key, config[key])
-        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **arguments)
+        optimizer = kind(learned, **arguments)
+        for parameter in learned:
+            parameter.grad = torch.zeros_like(parameter)
+        scheduler = None
         if config["scheduler"] is not None:
             key = "scheduler"
-            kind, arguments = _target(key, config[key])
-            scheduler = kind(optimizer, **arguments)
-            optimizer.step()
+            kind, options = _target(key, config[key])
+            scheduler = kind(optimizer, **options)
+        if not arguments.get("capturable"):  # such a step is for a GPU
+            key = "optim"
+            optimizer.step(lambda: torch.zeros(()))
+        if scheduler is not None:
+            key = "scheduler"
             scheduler.step()
     except AdamergeError as error:
         return [str(error)]
@@ -152,7 +166,10 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     for key, part in _targets(config):
         if key.startswith("transform"):
             target, arguments = _target(key, part)
-            given: Supplies = {"task_vectors": functools.partial(_itself, vectors)}
+            given: Supplies = {
+                "task_vectors": functools.partial(_itself, vectors),
+                "architecture": functools.partial(architecture_names, suite.clip.config),
+            }
             vectors = _construct(key, target, arguments, given)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small
         vectors = vectors.stored(replace(vectors.storage, dtype=config["task_vectors"]["dtype"]))
@@ -208,6 +225,12 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         refuse_compiling(method)
     if config["recompute"]:
         refuse_recomputing(method)
+    shapes = dict.fromkeys(tuple(parameter.shape) for parameter in method.parameters())
+    if refused := _trial(config, shapes):
+        raise AdamergeError(
+            f"{refused[0]}: {type(method).__name__} with these settings learns tensors of shape "
+            f"{', '.join(map(str, shapes))}; use an optimizer for them, as torch.optim.Adam"
+        )
     optimizer, settings = _target("optim", config["optim"])
     scheduler = None
     if config["scheduler"] is not None:

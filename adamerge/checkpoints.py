@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from adamerge import hub
 from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
-from adamerge.files import joined, sha256
+from adamerge.files import joined, read_json, sha256
 from adamerge.layouts import (
     Computed,
     clip_from_transformers,
@@ -77,10 +76,10 @@ class Checkpoint:
         """
         path = self.files[0].parent / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = read_json(path)
             given = {**VISION, **(config.get("vision_config") or config)}
             kind = str(config.get("model_type"))
-        except (OSError, ValueError, AttributeError, TypeError):  # it is not needed for reading
+        except (AdamergeError, TypeError):  # it is not needed for reading
             return {}
         if not kind.startswith("clip"):
             return {}

@@ -148,6 +148,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.settings += rest
+    for name, value in vars(options).items():
+        if isinstance(value, str | Path):  # a shell replaces ~ only where it begins a word
+            setattr(options, name, type(value)(os.path.expanduser(value)))
     return options
 
 

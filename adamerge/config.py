@@ -5,7 +5,8 @@ The only module that knows omegaconf.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,25 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from adamerge.binding import fits, nearest
+from adamerge.binding import code_beside, nearest
+from adamerge.config_check import (
+    GROUPS,
+    Config,
+    count_values,
+    filled,
+    lookups,
+    setting_problems,
+    sugar,
+    without_references,
+)
 from adamerge.errors import AdamergeError
 from adamerge.files import replacing
-from adamerge.storage_kinds import DTYPES, PLACES
 from adamerge.suite_check import suite_problems
 from adamerge.suite_files import locate, locate_data, name_by_text, take_task_files
 
-Config = dict[str, Any]
+__all__ = ["GROUPS", "Config", "config_root", "load", "load_run", "names", "problems", "save"]
 
-GROUPS = ("suite", "method", "objective")
-# Dictionaries whose keys are arguments of something else, checked where that is known.
-_OPEN = ("trainer", "optim", "scheduler", "transform", *GROUPS)
+_MOST_BYTES, _MOST_VALUES = 8 * 2**20, 10**6  # of a YAML file, its aliases written out
 
 
 def config_root() -> Path:
@@ -61,37 +69,36 @@ def load(words: Sequence[str] = ()) -> Config:
         (key.removeprefix("suite."), value) for key, value in settings if key.startswith("suite.")
     ]
     for group in GROUPS:
-        loaded = _group(group, str(chosen.get(group, tree[group])), own if group == "suite" else ())
-        overrides = loaded.pop("defaults", {})
-        if not isinstance(overrides, DictConfig | dict):
-            raise AdamergeError(
-                f"{group}.defaults is {overrides!r}: expected settings of configs/train.yaml"
-            )
-        if "suite" in overrides:
-            raise AdamergeError(
-                f"{group}.defaults sets suite: expected other settings of configs/train.yaml; "
-                "write what belongs to a suite into its file"
-            )
-        tree[group] = loaded
-        tree.merge_with(overrides)
+        name = str(chosen.get(group, tree[group]))
+        tree[group], overrides = _group(group, name, own if group == "suite" else ())
+        try:
+            tree.merge_with(overrides)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise AdamergeError(f"{group}.defaults cannot be used ({reason}): mend them") from error
     for key, value in settings:
         if key not in GROUPS and not key.startswith("suite."):
-            _set(tree, *_sugar(key, value, defaults))
-    config = _plain(tree)
-    base = config["method"].get("base") if isinstance(config["method"], dict) else None
-    if isinstance(base, str) and Path(base).exists():
-        config["method"]["base"] = str(Path(base).resolve())
+            _set(tree, *sugar(key, value, defaults))
+    return _at_home(_plain(tree))
+
+
+def _at_home(config: Config) -> Config:
+    """With `~` in paths replaced by the home folder, and the base's path absolute."""
+    for part, key in ((config, "run_dir"), (config, "cache_dir"), (config["method"], "base")):
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            found = os.path.expanduser(part[key])
+            part[key] = (
+                os.path.realpath(found) if key == "base" and os.path.exists(found) else found
+            )
     return config
 
 
 def problems(config: Config) -> list[str]:
     """Unknown keys, mistyped values and an incomplete suite; arguments of dotted paths aside."""
     defaults = _plain(_read(config_root() / "train.yaml"))
-    return [
-        *_unknown(config, defaults),
-        *_mistyped(config, defaults),
-        *suite_problems(config["suite"], names("task")),
-    ]
+    suite = config.get("suite")
+    found = setting_problems(config, defaults)
+    return [*found, *(suite_problems(suite, names("task")) if isinstance(suite, dict) else ())]
 
 
 def save(config: Config, path: Path) -> None:
@@ -111,9 +118,14 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise AdamergeError(f"{run} holds no run: expected its config.yaml; give a run folder")
     defaults = _plain(_read(config_root() / "train.yaml"))
-    tree = _read(path)
-    for key in defaults.keys() - tree.keys():  # settings that are younger than the run
-        tree[key] = defaults[key]
+    saved = _plain(_read(path), str(path))
+    for group in GROUPS:
+        if not isinstance(saved.get(group), dict):
+            raise AdamergeError(
+                f"{path} has no settings under {group}: expected a run's own config.yaml; copy the "
+                "run again, or start a new one"
+            )
+    tree = OmegaConf.create(filled(saved, defaults))
     for key, value in (_word(word) for word in words):
         if key in GROUPS:
             raise AdamergeError(
@@ -125,8 +137,8 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
                 f"{key} cannot be changed in a run: its paths and splits are resolved already; "
                 f"start a new one, or give suite=… along with {key}="
             )
-        _set(tree, *_sugar(key, value, defaults))
-    return _plain(tree)
+        _set(tree, *sugar(key, value, defaults))
+    return _at_home(_plain(tree, str(path)))
 
 
 def text(config: Config) -> str:
@@ -135,18 +147,50 @@ def text(config: Config) -> str:
 
 
 def _read(path: Path) -> DictConfig:
+    """A YAML file, its references unresolved.
+
+    Raises:
+        AdamergeError: no YAML of keys and values, too much of it, or a `_target_` in a file that
+            lies with it.
+    """
     try:
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
+        if b"&" in text and count_values(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
         tree = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise AdamergeError(f"{path} is not valid YAML ({reason}): mend that line") from error
+        raw = OmegaConf.to_container(tree, resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise AdamergeError(f"{path} is not valid YAML ({said}): mend that line") from error
+    except RecursionError as error:
+        raise AdamergeError(f"{path} is nested too deeply: write it flatter") from error
     if not isinstance(tree, DictConfig):
         raise AdamergeError(f"{path} is not a configuration: expected keys and values in YAML")
+    if not path.resolve().is_relative_to(config_root()):
+        code_beside(raw, path)
     return tree
 
 
+def _refuse_lookups(value: Any, where: str) -> None:
+    """A configuration is written to the run's folder, its export and W&B: no place for secrets."""
+    for key in lookups(value):
+        raise AdamergeError(
+            f"{where}: {key} takes its value from elsewhere by ${{…}}: expected a value, or "
+            "${key} of another setting; give it on the command line, as suite.root=$DATA"
+        )
+
+
 def _plain(tree: Any, where: str = "configuration") -> Config:
+    """The values of a tree, each reference to another setting replaced by that setting's value.
+
+    Raises:
+        AdamergeError: a reference to nothing, or to something outside the configuration.
+    """
     try:
+        _refuse_lookups(without_references(_raw(tree)), where)
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         what = " ".join(str(error).split("\n    ")[0].split())
@@ -154,14 +198,22 @@ def _plain(tree: Any, where: str = "configuration") -> Config:
         raise AdamergeError(
             f"{where}: {what}{at}: write another value there, or set what it names"
         ) from error
+    except RecursionError as error:
+        raise AdamergeError(f"{where} is nested too deeply: write it flatter") from error
+    _refuse_lookups(plain, where)
     assert isinstance(plain, dict)  # `_read` and `create` give dictionaries only
     return {str(key): value for key, value in plain.items()}
 
 
-def _group(group: str, name: str, words: Sequence[tuple[str, Any]] = ()) -> DictConfig:
-    """A group's file with its `key=value` words on top, resolved."""
+def _group(
+    group: str, name: str, words: Sequence[tuple[str, Any]] = ()
+) -> tuple[DictConfig, DictConfig]:
+    """A group's file with its `key=value` words on top, and the defaults that it sets.
+
+    A suite is resolved by itself: what it refers to, it holds.
+    """
     shipped = config_root() / group / f"{name}.yaml"
-    path = shipped if shipped.is_file() else Path(name)
+    path = shipped if shipped.is_file() else Path(os.path.expanduser(name))
     if not path.is_file():
         raise AdamergeError(
             f"{group}={name}: no such {group}{nearest(name, names(group))}; expected a file or one "
@@ -169,24 +221,46 @@ def _group(group: str, name: str, words: Sequence[tuple[str, Any]] = ()) -> Dict
         )
     tree = _read(path)
     if group == "suite":  # before the words, whose keys are texts
-        tree = _named_by_text(tree)
+        suite = _raw(tree)
+        name_by_text(suite)
+        tree = OmegaConf.create(suite)
     for key, value in words:
         _set(tree, key, value)
+    defaults = _defaults(group, tree)
+    if group != "suite":
+        if "name" not in tree:
+            tree.name = path.stem
+        return tree, defaults
     plain = {"name": path.stem, **_plain(tree, f"{group} {name}")}
-    if group == "suite":
-        name_by_text(plain)  # what the words have set
-        folder = path.resolve().parent
-        take_task_files(plain, lambda where, source: _task(where, source, folder))
-        locate(plain, folder)
-    return OmegaConf.create(plain)
+    name_by_text(plain)  # what the words have set
+    folder = path.resolve().parent
+    take_task_files(plain, lambda where, source: _task(where, source, folder))
+    locate(plain, folder)
+    return OmegaConf.create(plain), defaults
 
 
-def _named_by_text(tree: DictConfig) -> DictConfig:
+def _defaults(group: str, tree: DictConfig) -> DictConfig:
+    """Takes `defaults` out of a group's file; what they refer to are settings of the run."""
+    found = _raw(tree).get("defaults", {})
+    if not isinstance(found, dict):
+        raise AdamergeError(
+            f"{group}.defaults is {found!r}: expected settings of configs/train.yaml"
+        )
+    if "suite" in found:
+        raise AdamergeError(
+            f"{group}.defaults sets suite: expected other settings of configs/train.yaml; "
+            "write what belongs to a suite into its file"
+        )
+    tree.pop("defaults", None)
+    text = OmegaConf.to_yaml(OmegaConf.create(found))
+    return OmegaConf.create(_raw(OmegaConf.create(text.replace("${vars.", "${suite.vars."))))
+
+
+def _raw(tree: Any) -> Config:
+    """The content of a tree with its references as they stand."""
     raw = OmegaConf.to_container(tree, resolve=False)
-    assert isinstance(raw, dict)  # as `_read` has made sure
-    suite = {str(key): value for key, value in raw.items()}
-    name_by_text(suite)
-    return OmegaConf.create(suite)
+    assert isinstance(raw, dict)  # `_read` and `create` give dictionaries only
+    return {str(key): value for key, value in raw.items()}
 
 
 def _task(where: str, source: str, folder: Path) -> Config:
@@ -207,10 +281,11 @@ def _word(word: str) -> tuple[str, Any]:
     if not equals or not key:
         raise AdamergeError(f"{word!r} is not a setting: expected key=value, like optim.lr=1e-3")
     try:
-        parsed = OmegaConf.create({"value": OmegaConf.from_dotlist([f"value={value}"])["value"]})
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise AdamergeError(f"{word!r}: the value is not valid YAML; quote it") from error
-    return key, value if key in GROUPS else _plain(parsed)["value"]
+        parsed = OmegaConf.from_dotlist([f"value={value}"])
+        raw = _raw(parsed)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise AdamergeError(f"{word[:80]!r}: the value is not valid YAML; quote it") from error
+    return key, value if key in GROUPS else raw["value"]
 
 
 def _set(tree: DictConfig, key: str, value: Any) -> None:
@@ -221,79 +296,3 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
             f"{key} cannot be set ({' '.join(str(error).split())}): a part of it holds a list or a "
             "value that has no keys; set that part whole"
         ) from error
-
-
-def _sugar(key: str, value: Any, defaults: Config) -> tuple[str, Any]:
-    """`wandb=off` means `wandb.mode=off`, `preflight=off` `preflight.enabled=false`; YAML reads a
-    bare `off` as false."""
-    if isinstance(defaults.get(key), dict) and not isinstance(value, dict):
-        switches = [name for name in ("mode", "enabled") if name in defaults[key]]
-        key = ".".join([key, *switches])
-    if key.endswith(".mode") and isinstance(value, bool):
-        value = "auto" if value else "off"
-    return key, value
-
-
-def _unknown(config: Config, defaults: Config) -> Iterable[str]:
-    for key, value in config.items():
-        if key not in defaults:
-            yield f"{key} is unknown{nearest(key, defaults)}"
-        elif key not in _OPEN and isinstance(defaults[key], dict) and isinstance(value, dict):
-            for inner in value:
-                if inner not in defaults[key]:
-                    yield f"{key}.{inner} is unknown{nearest(inner, defaults[key])}"
-
-
-_NULLABLE = {"micro_batch": int, "run_dir": str, "resume": str, "cache_dir": str, "fold": str}
-_CHOICES = {
-    "protocol": ("paper", "heldout"),
-    "on_bad_image": ("error", "skip"),
-    "fold": ("dynamic", "per_task", "single"),
-    "dtype": DTYPES,
-    "device": PLACES,
-    "mode": ("auto", "online", "offline", "off"),
-    "precision": ("32-true", "bf16-mixed"),
-}
-_LEAST = {
-    "seed": 0,
-    "batch_size": 1,
-    "micro_batch": 1,
-    "num_workers": 0,
-    "log_every": 1,
-    "eval_every": 0,
-    "checkpoint_every": 1,
-    "images": 1,
-    "max_steps": 1,
-}
-
-
-def _mistyped(config: Config, defaults: Config, prefix: str = "") -> Iterable[str]:
-    for key, default in defaults.items():
-        value, where = config.get(key), prefix + key
-        if key not in config:
-            yield f"{where} is missing"
-        elif key == "transform":
-            if not isinstance(value, list):
-                yield f"transform is {value!r}: expected a list of {{_target_: ...}}"
-        elif key in ("optim", "scheduler", *GROUPS):
-            continue
-        elif isinstance(default, dict):
-            if isinstance(value, dict):
-                yield from _mistyped({**default, **value}, default, f"{where}.")
-            else:
-                yield f"{where} is {value!r}: expected {', '.join(f'{where}.{k}' for k in default)}"
-        elif key in _NULLABLE and value is None:
-            continue
-        elif key in _CHOICES and value not in _CHOICES[key]:
-            yield (
-                f"{where} is {value!r}: expected {' or '.join(_CHOICES[key])}"
-                f"{nearest(str(value), _CHOICES[key])}"
-            )
-        elif key == "devices":  # an int, a list of devices or "auto": lightning's to judge
-            continue
-        elif key in _NULLABLE or not fits(value, type(default)):
-            wanted = _NULLABLE.get(key, type(default))
-            if not fits(value, wanted):
-                yield f"{where} is {value!r}: expected {wanted.__name__}"
-        if key in _LEAST and isinstance(value, int) and value < _LEAST[key]:
-            yield f"{where} is {value}: expected at least {_LEAST[key]}"

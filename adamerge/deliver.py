@@ -33,7 +33,7 @@ from adamerge.data import TaskData
 from adamerge.encoders import Experts, Tower
 from adamerge.errors import AdamergeError
 from adamerge.evaluation import Row, Scorer
-from adamerge.files import replacing
+from adamerge.files import read_json, replacing
 from adamerge.heads import Heads
 from adamerge.inputs import Suite
 from adamerge.objectives import Taught
@@ -108,8 +108,8 @@ def look_before(job: Job, run_dir: Path) -> None:
 def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
     """Signs before and after, and what they speak for, for the results."""
     try:
-        before = advice.Signs(**json.loads((run_dir / SIGNS).read_text()))
-    except (OSError, ValueError, TypeError):  # no look was taken
+        before = advice.Signs(**read_json(run_dir / SIGNS))
+    except (AdamergeError, TypeError):  # no look was taken
         return {}
     after = look(job, encoder)
     taught = isinstance(job.module.objective, Taught)  # by the experts: nothing to advise
@@ -279,6 +279,6 @@ def _protocol(folder: Path, otherwise: str) -> str:
     """What the merge in a folder was adapted on: its images must not be scored as if unseen."""
     record = folder / "merge.json"
     try:
-        return str(json.loads(record.read_text())["protocol"]) if record.is_file() else otherwise
-    except (ValueError, KeyError):
+        return str(read_json(record)["protocol"]) if record.is_file() else otherwise
+    except (AdamergeError, KeyError):
         return otherwise

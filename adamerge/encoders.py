@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from adamerge import model_configs
 from adamerge.errors import AdamergeError
 from adamerge.experts import Experts, PerTaskEncoder
+from adamerge.files import read_json
+from adamerge.model_check import check_model_config, check_preprocess_config, refuse_code
 from adamerge.towers import FoldedEncoder, Tower, merged_encoder
 
 __all__ = [
@@ -89,9 +91,7 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     # A tokenizer's own files lie beside an open_clip config, or come with the built-in name.
     own = (Path(architecture) / "open_clip_config.json").is_file()
     with _built(config, architecture) as (model, folder):
-        built_in = architecture in open_clip.list_models()
-        source = f"local-dir:{architecture if own else folder}"
-        tokenizer = open_clip.get_tokenizer(architecture if built_in else source)
+        tokenizer = _tokenizer(architecture, config, architecture if own else folder)
     weights = None
     if pretrained_tag is not None:
         weights = _download(architecture, pretrained_tag)
@@ -101,6 +101,22 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
     extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES if own)
     return Clip(model, config, tokenizer, weights, tuple(p for p in extras if p.is_file()))
+
+
+def _tokenizer(architecture: str, config: Mapping[str, Any], folder: str) -> Callable[..., Tensor]:
+    """The tokenizer of a built-in architecture, or the one whose files lie in a folder."""
+    told = [Path(architecture, name) for name in ("open_clip_config.json", "config.json")]
+    built_in = architecture in open_clip.list_models() and not any(p.is_file() for p in told)
+    limits = {"trust_remote_code": False, "local_files_only": not built_in}
+    named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    if not built_in:
+        refuse_code(Path(folder), _TOKENIZER_FILES)
+    return cast(
+        Callable[..., Tensor],
+        open_clip.get_tokenizer(
+            architecture if built_in else f"local-dir:{folder}", **(limits if named else {})
+        ),
+    )
 
 
 def build_backbone(config: Mapping[str, Any], name: str) -> nn.Module:
@@ -117,6 +133,7 @@ def build_backbone(config: Mapping[str, Any], name: str) -> nn.Module:
     image_part["quick_gelu"] = bool(image_part["quick_gelu"])
     smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
     part = {**config, "model_cfg": {**image_part, "text_cfg": smallest}}
+    check_model_config(part["model_cfg"], name)
     with torch.random.fork_rng(devices=[]), _built(part, name) as (model, _):
         return cast(nn.Module, model.visual).eval().requires_grad_(False)
 
@@ -178,29 +195,19 @@ def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any
             return _transformers_config(theirs)
     preprocess: dict[str, Any] = {}
     if path.is_file():
-        try:
-            loaded = json.loads(path.read_text())
-            model_cfg = loaded.get("model_cfg", loaded)
-            preprocess = loaded.get("preprocess_cfg", {})
-            complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(model_cfg)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise AdamergeError(
-                f"{path} is not a model config ({error}): expected JSON like an "
-                "open_clip_config.json"
-            ) from error
-        if not complete:
-            raise AdamergeError(
-                f"{path} lacks embed_dim, vision_cfg or text_cfg: expected an open_clip model "
-                "config in JSON"
-            )
+        loaded = read_json(path, "a model config", "expected JSON like an open_clip_config.json")
+        model_cfg, preprocess = loaded.get("model_cfg", loaded), loaded.get("preprocess_cfg", {})
+        check_model_config(model_cfg, str(path))
+        check_preprocess_config(preprocess, str(path))
     else:
-        model_cfg = open_clip.get_model_config(architecture)
-        if model_cfg is None:
+        if architecture not in open_clip.list_models():  # it would look on the hub, too
             raise AdamergeError(
                 f"architecture {architecture!r} is neither an open_clip model name nor a folder "
                 "with open_clip_config.json or a CLIP's config.json nor a JSON file: see "
                 "open_clip.list_models()"
             )
+        model_cfg = open_clip.get_model_config(architecture)
+        _refuse_folders(model_cfg["text_cfg"], architecture)
         if pretrained_tag is not None:
             tag_cfg = open_clip.get_pretrained_cfg(architecture, pretrained_tag)
             if not tag_cfg:
@@ -222,19 +229,23 @@ def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any
     return {"model_cfg": copy.deepcopy(model_cfg), "preprocess_cfg": dict(preprocess)}
 
 
+def _refuse_folders(text: Mapping[str, Any], architecture: str) -> None:
+    """transformers prefers a folder to the repository on the hub that an architecture names."""
+    for name in (text.get("hf_model_name"), text.get("hf_tokenizer_name")):
+        if name and Path(name).exists():
+            raise AdamergeError(
+                f"architecture {architecture!r} takes {name} from the hub, but a folder of that "
+                "name lies here and would be read in its place: work in another folder"
+            )
+
+
 def _transformers_config(path: Path) -> dict[str, Any]:
     processor = path.with_name("preprocessor_config.json")
-    preprocess = _json(processor) if processor.is_file() else {}
-    return model_configs.from_transformers(_json(path), preprocess, str(path))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise AdamergeError(
-            f"{path} is not valid JSON ({error}): download or save it again"
-        ) from error
+    preprocess = read_json(processor) if processor.is_file() else {}
+    config = model_configs.from_transformers(read_json(path), preprocess, str(path))
+    check_model_config(config["model_cfg"], str(path))
+    check_preprocess_config(config["preprocess_cfg"], str(path))
+    return config
 
 
 class Normalizer(nn.Module):

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from adamerge.data import TaskData
 from adamerge.encoders import Normalizer, Tower, merged_encoder
-from adamerge.files import replacing
+from adamerge.files import read_json, replacing
 from adamerge.heads import Heads
 from adamerge.task_vectors import TaskVectors
 
@@ -261,6 +261,6 @@ def write_results(results: Mapping[str, Any], folder: Path) -> str:
 
 def read_results(path: Path, exported: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     """A written `results.json` and its table, with another `exported` row, or none."""
-    results: dict[str, Any] = json.loads(path.read_text())
-    results = {key: value for key, value in results.items() if key != "exported"} | dict(exported)
+    written = read_json(path)
+    results = {key: value for key, value in written.items() if key != "exported"} | dict(exported)
     return results, as_markdown(results)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import open_clip
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -17,9 +15,10 @@ from adamerge.adapters import AdaptedEncoder
 from adamerge.encoders import build_backbone
 from adamerge.errors import AdamergeError
 from adamerge.experts import PerTaskEncoder
-from adamerge.files import sha256
+from adamerge.files import parse_json, read_json, sha256
 from adamerge.heads import Heads
 from adamerge.mixtures import DynamicEncoder, within
+from adamerge.model_check import check_preprocess_config
 from adamerge.towers import FoldedEncoder, Tower
 
 RECORD, HEADS = "merge.json", "heads.safetensors"
@@ -155,7 +154,7 @@ def read_heads(folder: Path) -> Heads:
     """
     weights, notes = _tensors(folder / HEADS)
     try:
-        classes = dict(json.loads(notes["classes"]))
+        classes = dict(parse_json(notes["classes"]))
         return Heads({task: weights[task] for task in classes}, classes)
     except (KeyError, ValueError, TypeError) as error:
         raise _damaged(folder / HEADS, f"class names or heads are missing: {error}") from error
@@ -187,7 +186,7 @@ def _adapted(path: Path, encoder: nn.Module, tasks: tuple[str, ...]) -> AdaptedE
             adapters[task] = [(own[f"{place}/down"], own[f"{place}/up"]) for place in places]
         if len({len(own) for own in adapters.values()}) != 1 or not next(iter(adapters.values())):
             raise KeyError("an adapter")
-        return AdaptedEncoder(encoder, adapters, json.loads(notes["adapters"])["activation"])
+        return AdaptedEncoder(encoder, adapters, parse_json(notes["adapters"])["activation"])
     except (KeyError, ValueError, TypeError) as error:
         raise _damaged(path, f"{error} is missing") from error
 
@@ -197,19 +196,7 @@ def _config(path: Path) -> dict[str, Any]:
     for key in ("model_cfg", "preprocess_cfg"):
         if not isinstance(config.get(key), dict):
             raise _damaged(path, f"{key} is missing")
-    try:
-        cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
-    except TypeError as error:
-        raise _damaged(path, f"preprocess_cfg: {error}") from error
-    size = [cfg.size] * 2 if isinstance(cfg.size, int) else cfg.size
-    for key, value, count, kind in (
-        ("mean", cfg.mean, 3, int | float),
-        ("std", cfg.std, 3, int | float),
-        ("size", size, 2, int),
-    ):
-        fits = isinstance(value, list | tuple) and len(value) == count
-        if not fits or not all(isinstance(number, kind) and number >= 0 for number in value):
-            raise _damaged(path, f"preprocess_cfg.{key} is {value!r}")
+    check_preprocess_config(config["preprocess_cfg"], str(path))
     return config
 
 
@@ -217,12 +204,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise _missing(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(found, dict):
-        raise _damaged(path, "no JSON object")
-    return found
+        return read_json(path)
+    except AdamergeError as error:
+        raise _damaged(path, str(error.__cause__)) from error
 
 
 def _tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import httpx
 import huggingface_hub
 
 from adamerge.errors import AdamergeError
+from adamerge.files import read_json
 
 SCHEME = "hf://"
 _ADDRESS = re.compile(
@@ -122,9 +122,11 @@ def shards(index: Path) -> list[str]:
         AdamergeError: an index that is none, or names files elsewhere.
     """
     try:
-        names: Sequence[str] = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        names: Sequence[str] = sorted(
+            {*read_json(index, "an index of weight files")["weight_map"].values()}
+        )
         plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise AdamergeError(
             f"{index} is not an index of weight files ({type(error).__name__}): download it again"
         ) from error

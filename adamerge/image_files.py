@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from adamerge.errors import AdamergeError
-from adamerge.files import locked
+from adamerge.files import locked, read_json
 from adamerge.image_source import ImageSource, pixels
 from adamerge.staging import Staging, allocate
 
@@ -90,10 +90,10 @@ def write_folder(
 def complete(folder: Path) -> Meta | None:
     """The meta.json of a finished cache folder, or None if it is missing or damaged."""
     try:
-        meta: Meta = json.loads((folder / "meta.json").read_text())
+        meta: Meta = read_json(folder / "meta.json")
         size = (folder / "images.npy").stat().st_size
         return meta if size == meta["bytes"] and "sha256" in meta and "bad" in meta else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (AdamergeError, OSError, TypeError, KeyError):
         return None
 
 

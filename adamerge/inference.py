@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 
@@ -104,6 +105,12 @@ def names_of(shape: Tower, features: int | None) -> list[str]:
         if shape_of(config) == shape and features in (None, config["embed_dim"]):
             found.append(name)
     return sorted(found, key=len)
+
+
+def architecture_names(config: Mapping[str, Any]) -> list[str]:
+    """open_clip's names of a model, given as `Clip.config`; none where it has no plain CLIP's."""
+    shape = shape_of(config["model_cfg"])
+    return [] if shape is None else names_of(shape, config["model_cfg"]["embed_dim"])
 
 
 def shape_of(config: dict[str, object]) -> Tower | None:

@@ -131,7 +131,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Merged:
         AdamergeError: no export there, of a kind that this version does not know, or with a
             missing or damaged file.
     """
-    where = find_export(Path(folder))
+    where = find_export(Path(folder).expanduser())
     layout = read_layout(where)
     check_files(where, layout)
     encoder, config = read_encoder(where, layout)

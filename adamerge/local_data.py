@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adamerge.errors import AdamergeError
+from adamerge.files import read_json
 from adamerge.task_names import normal
 
 _FILES = (".parquet", ".arrow", ".tar", ".npz", ".npy")
@@ -100,7 +100,6 @@ def _saved(path: Path, inner: Path, split: str | None) -> LocalData:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):  # reading the data says more than could be said here
+        return read_json(path)
+    except AdamergeError:  # reading the data says more than could be said here
         return {}
-    return found if isinstance(found, dict) else {}

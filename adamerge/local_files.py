@@ -18,6 +18,7 @@ from datasets.table import InMemoryTable
 from adamerge.errors import AdamergeError
 from adamerge.image_source import file_stats
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells a server what kind is read
 _SHARDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",

@@ -7,7 +7,6 @@ s = alpha / r, or alpha / √r (rsLoRA, arXiv 2312.03732).
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
+from adamerge.files import read_json
 from adamerge.layouts import Computed, tower_from_transformers, tower_to_transformers
 
 # Settings that change what the adapter computes in ways that B A alone does not say.
@@ -30,6 +30,8 @@ _WRAPPERS = ("base_model.model.", "base_layer.", "modules_to_save.", "default.")
 # whenever it runs or merges the model, training included: the expert is what was trained.
 _TWICE = "base_layer.out_proj.lora_A"
 
+_SAVE_AGAIN = "expected the JSON that PEFT writes; save the adapter again"
+
 
 class LoraConfig:
     """The settings of an `adapter_config.json` that matter for merging.
@@ -40,15 +42,15 @@ class LoraConfig:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        loaded = read_json(path, "an adapter config", _SAVE_AGAIN)
         try:
-            loaded = json.loads(path.read_text())
             self.kind = str(loaded.get("peft_type"))
             self.alpha = float(loaded.get("lora_alpha", 8))
             self.alphas = {str(k): float(v) for k, v in (loaded.get("alpha_pattern") or {}).items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise AdamergeError(
-                f"{path} is not an adapter config ({' '.join(str(error).split())[:80]}): expected "
-                "the JSON that PEFT writes; save the adapter again"
+                f"{path} is not an adapter config ({' '.join(str(error).split())[:80]}): "
+                f"{_SAVE_AGAIN}"
             ) from error
         self.rslora = bool(loaded.get("use_rslora"))
         self.transposed = bool(loaded.get("fan_in_fan_out"))

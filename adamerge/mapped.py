@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
-from adamerge.files import replacing
+from adamerge.files import parse_json, replacing
 from adamerge.storage import Layer, Storage
 
 log = logging.getLogger("adamerge")
@@ -118,7 +118,7 @@ class MappedLayers(Mapping[str, Layer]):
                 # A private map: torch wants tensors it may write to, and no write reaches the file.
                 self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             room = int.from_bytes(self._map[:8], "little")
-            entries = json.loads(self._map[8 : 8 + room])
+            entries = parse_json(self._map[8 : 8 + room])
             self.metadata: dict[str, str] = entries.pop("__metadata__")
             self._start = 8 + room
             self._entries: dict[str, dict[str, Any]] = entries

@@ -55,8 +55,8 @@ def from_transformers(
             " expected a whole CLIP (model_type clip), because the heads come from its text tower"
         )
     # The very old files have the same under `…_config_dict`, the newest leave defaults out.
-    parts = [(config.get(f"{part}_config") or {}) for part in ("vision", "text")]
-    vision, text = {**VISION, **parts[0]}, {**_TEXT, **parts[1]}
+    vision = _part(config, "vision_config", VISION, where)
+    text = _part(config, "text_config", _TEXT, where)
     activation = vision["hidden_act"]
     if activation not in _ACTIVATIONS or activation != text["hidden_act"]:
         raise AdamergeError(
@@ -100,9 +100,25 @@ def from_transformers(
         "preprocess_cfg": {
             "mean": processor.get("image_mean", _MEAN),
             "std": processor.get("image_std", _STD),
-            "interpolation": _RESAMPLING.get(processor.get("resample", 3), "bicubic"),
+            "interpolation": "bilinear" if processor.get("resample") == 2 else "bicubic",
         },
     }
+
+
+def _part(
+    config: Mapping[str, Any], key: str, usual: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """The settings of one tower, with transformers' defaults for those left out."""
+    given = config.get(key) or {}
+    whole = {**usual, **given} if isinstance(given, Mapping) else {key: given}
+    for name, value in usual.items():
+        wrong = type(whole.get(name)) is not type(value)
+        if wrong or (isinstance(value, int) and whole[name] < 1):
+            raise AdamergeError(
+                f"{where} has {key}.{name} {whole.get(name)!r}: expected a value like {value!r}; "
+                "download or save it again"
+            )
+    return whole
 
 
 def _ratio(part: Mapping[str, Any]) -> float:

@@ -94,7 +94,7 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
     """The configuration, the run folder, and whether it is resumed."""
     resume = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
     if resume and resume[-1] not in ("", "null"):
-        run_dir = Path(resume[-1])
+        run_dir = Path(os.path.expanduser(resume[-1]))
         rest = [word for word in words if not word.startswith("resume=")]
         if any(word.startswith("run_dir=") for word in rest):
             raise AdamergeError("resume= goes on in the run's own folder: leave run_dir= out")

@@ -145,7 +145,12 @@ def _load(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dat
         if kind is None:
             raise AdamergeError(f"path: {path} is of no kind that is read: expected {_EXPECTED}")
         return read_shards(kind, [local])
-    if local.is_dir() and not data.get("name"):
+    if local.is_dir() and data.get("name"):  # `datasets` would follow what its README.md names
+        raise AdamergeError(
+            f"name: {path} is a folder here, and name chooses a part of a data set on the hub: "
+            "leave it out, and give the path of that part"
+        )
+    if local.is_dir():
         inner = subfolder(local, split)
         shards = shards_in(inner, split if inner == local else None)
         if shards is not None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from adamerge.files import replacing
+from adamerge.errors import AdamergeError
+from adamerge.files import read_json, replacing
 
 
 @dataclass
@@ -39,12 +40,12 @@ class Staging:
             OSError: no space for all of the images.
         """
         try:
-            record = json.loads((folder / "progress.json").read_text())
+            record = read_json(folder / "progress.json")
             bad = {int(row): str(reason) for row, reason in record["bad"].items()}
             images = np.load(folder / "images.npy", mmap_mode="r")
             if images.shape == shape and 0 <= record["done"] <= shape[0]:
                 return cls(folder, shape, int(record["done"]), bad)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (AdamergeError, OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # nothing there, or nothing to rely on
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

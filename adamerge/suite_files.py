@@ -86,7 +86,7 @@ def locate(suite: Entry, folder: Path) -> None:
     """
     here = (folder, Path.cwd())
     if isinstance(suite.get("root"), str):
-        suite["root"] = _found(str(Path(suite["root"]).expanduser()), *here)
+        suite["root"] = _found(suite["root"], *here)
     root = Path(suite["root"]) if isinstance(suite.get("root"), str) else None
     first = [root] if root is not None and root.is_dir() else []
     if "architecture" in suite:  # which may be left out, but not left empty
@@ -125,6 +125,7 @@ def _found(value: Any, *bases: Path) -> Any:
     """The absolute path of what lies at `value` in the first base that has it, or `value`."""
     if not isinstance(value, str) or value.startswith(HUB):
         return value
+    value = os.path.expanduser(value)
     for base in bases:
         if (base / value).exists():
             return str((base / value).resolve())

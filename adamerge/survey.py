@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from adamerge import hub
 from adamerge.checkpoints import Checkpoint, read
 from adamerge.errors import AdamergeError
+from adamerge.files import read_json
 from adamerge.layouts import renamed, tower_from_transformers, transformers_prefix
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)")
@@ -107,7 +107,7 @@ def look(path: Path) -> Found | None:
     checkpoint = read(path)
     config = _config(path) if path.is_dir() else {}
     if checkpoint.lora is not None:
-        base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         return Found(path, "lora", base=str(base) if base else None)
     names = list(checkpoint.tensors)
     head = _head(checkpoint)
@@ -121,7 +121,7 @@ def look(path: Path) -> Found | None:
     vision = config.get("vision_config")
     stated = (vision if isinstance(vision, dict) else config).get("hidden_act", "quick_gelu")
     quick = stated == "quick_gelu" if str(config.get("model_type")).startswith("clip") else None
-    if "model_cfg" in config:
+    if isinstance(config.get("model_cfg"), dict):
         quick = bool(config["model_cfg"].get("quick_gelu"))
     tells = whole and ("model_cfg" in config or config.get("model_type") == "clip")
     base = config.get("_name_or_path")
@@ -140,17 +140,7 @@ def _of_text_block(name: str) -> bool:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return next((_json(folder / name) for name in _CONFIGS if (folder / name).is_file()), {})
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise AdamergeError(
-            f"{path} is not valid JSON ({error}): download or save it again"
-        ) from error
-    return found if isinstance(found, dict) else {}
+    return next((read_json(folder / name) for name in _CONFIGS if (folder / name).is_file()), {})
 
 
 def _head(checkpoint: Checkpoint) -> tuple[int, int] | None:

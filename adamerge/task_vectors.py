@@ -15,6 +15,7 @@ from torch import Tensor
 from adamerge.ahead import Ahead
 from adamerge.differences import Differences, StateDict, Where, identical
 from adamerge.errors import AdamergeError
+from adamerge.files import parse_json
 from adamerge.mapped import MappedLayers, Shelf, storing
 from adamerge.merging import Merge
 from adamerge.storage import Layer, Storage, keep
@@ -139,7 +140,7 @@ class TaskVectors:
         other = object.__new__(cls)
         layers = MappedLayers(storage.file)
         try:
-            read = {key: json.loads(text) for key, text in layers.metadata.items()}
+            read = {key: parse_json(text) for key, text in layers.metadata.items()}
             other.tasks, other.names = tuple(read["tasks"]), tuple(read["names"])
             other.promoted = dict(read["promoted"])
             other._norms = torch.tensor(read["norms"], dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,11 @@ from adamerge.errors import AdamergeError
 from adamerge.task_vectors import TaskVectors
 
 
-def ties(task_vectors: TaskVectors, density: float = 0.2) -> TaskVectors:
+def ties(
+    task_vectors: TaskVectors,
+    density: float | Mapping[str, float] = 0.2,
+    architecture: Sequence[str] = (),
+) -> TaskVectors:
     """Trim and sign-elected task vectors, one per task: the "++" of AdaMerging++.
 
     TIES-Merging: Resolving Interference When Merging Models (arXiv 2306.01708), without its last
@@ -22,17 +26,32 @@ def ties(task_vectors: TaskVectors, density: float = 0.2) -> TaskVectors:
 
     Args:
         task_vectors: the experts' task vectors; left unchanged.
-        density: fraction of entries to keep before the election, in (0, 1].
+        density: fraction of entries to keep before the election, in (0, 1]; or one for every
+            open_clip name of an architecture, and a `default`.
+        architecture: the names that the task vectors' architecture has in open_clip.
 
     Raises:
-        AdamergeError: `density` is out of range.
+        AdamergeError: `density` is out of range, or there is none for this architecture.
     """
+    density = _of_architecture(density, architecture)
     if not 0 < density <= 1:
         raise AdamergeError(f"ties: density is {density}, expected a fraction in (0, 1], like 0.2")
     thresholds = _trim_thresholds(task_vectors, density)
     signs = {name: trimmed.sum(0).sign_() for name, trimmed in _trimmed(task_vectors, thresholds)}
     balance = torch.stack([sign.sum(dtype=torch.float64) for sign in signs.values()]).sum().sign()
     return task_vectors.with_deltas(_agreeing(task_vectors, thresholds, signs, balance))
+
+
+def _of_architecture(density: float | Mapping[str, float], names: Sequence[str]) -> float:
+    if not isinstance(density, Mapping):
+        return density
+    named = [name for name in (*names, "default") if name in density]
+    if not named or not isinstance(density[named[0]], int | float):
+        raise AdamergeError(
+            f"ties: density is {dict(density)!r}, expected a number for "
+            f"{names[0] if names else 'this architecture'} or for default"
+        )
+    return float(density[named[0]])
 
 
 def _trim_thresholds(task_vectors: TaskVectors, density: float) -> Tensor:

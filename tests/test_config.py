@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from adamerge import AdamergeError, build, config
+from adamerge.cli import _parsed
 
 
 @pytest.mark.parametrize("group", config.GROUPS)
@@ -35,6 +39,95 @@ def test_paths_are_relative_to_the_suite_file(suite: Path) -> None:
     tasks = config.load([f"suite={suite}"])["suite"]["tasks"]
     assert tasks["dots"]["expert"] == str(suite.parent / "dots.safetensors")
     assert tasks["dots"]["data"]["path"] == str(suite.parent / "dots-images")
+
+
+def test_settings_may_refer_to_others_whose_last_value_counts(suite: Path, tmp_path: Path) -> None:
+    scheduler = (
+        "{_target_: torch.optim.lr_scheduler.CosineAnnealingLR, T_max: '${trainer.max_steps}'}"
+    )
+    for words in (
+        [f"scheduler={scheduler}", "trainer.max_steps=7"],
+        ["trainer.max_steps=7", f"scheduler={scheduler}"],
+        ["method=paper_wemoe", "trainer.max_steps=7"],
+    ):
+        settings = config.load([f"suite={suite}", *words])
+        assert settings["scheduler"]["T_max"] == 7
+        build.check(settings)
+    own = tmp_path / "own.yaml"
+    defaults = "{seed: '${vars.k}', batch_size: '${seed}'}"
+    own.write_text(f"vars: {{k: 5}}\nname: n${{vars.k}}\ntasks: {{}}\ndefaults: {defaults}\n")
+    settings = config.load([f"suite={own}", "suite.vars.k=6"])
+    assert (settings["seed"], settings["batch_size"], settings["suite"]["name"]) == (6, 6, "n6")
+    assert config.load([f"suite={own}", "seed=8"])["batch_size"] == 8
+
+
+def test_the_home_folder(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("expert.pt", "model.pt", "base.pt", "own.yaml"):
+        (tmp_path / name).write_text("pretrained: ~/model.pt\ntasks: {a: {expert: ~/expert.pt}}\n")
+    words = ["run_dir=~/run", "cache_dir=~/cache", "suite.root=~/root", "method=wemoe"]
+    settings = config.load(["suite=~/own.yaml", *words, "method.base=~/base.pt"])
+    found: dict[str, Any] = {**settings["suite"], **settings["suite"]["tasks"]["a"]}
+    found |= {"base": settings["method"]["base"], **settings}
+    for key, name in (
+        *(("run_dir", "run"), ("cache_dir", "cache"), ("root", "root"), ("base", "base.pt")),
+        *(("pretrained", "model.pt"), ("expert", "expert.pt")),
+    ):
+        assert found[key] == str(tmp_path / name), key
+    config.save(config.load([f"suite={suite}"]), tmp_path / "config.yaml")
+    assert config.load_run(tmp_path, ["cache_dir=~/x"])["cache_dir"] == str(tmp_path / "x")
+    options = _parsed(["export", "~/run", "--to=~/to"])
+    assert (options.run, options.to) == (tmp_path / "run", tmp_path / "to")
+
+
+def test_an_older_run_gets_the_settings_younger_than_it(suite: Path, tmp_path: Path) -> None:
+    now = config.load([f"suite={suite}", "optim={_target_: torch.optim.Adadelta}"])
+    old = {key: value for key, value in now.items() if key not in ("wandb", "recompute")}
+    old |= {"task_vectors": {"dtype": "int8"}, "evaluate": {"oracle": False}, "trainer": {}}
+    config.save(old, tmp_path / "config.yaml")
+    found = config.load_run(tmp_path)
+    build.check(found)
+    assert found["task_vectors"] == {**now["task_vectors"], "dtype": "int8"}
+    assert found["evaluate"] == {**now["evaluate"], "oracle": False}
+    assert found["wandb"] == now["wandb"] and found["trainer"] == config.load()["trainer"] | {
+        "max_steps": 1000
+    }
+    assert found["optim"] == {"_target_": "torch.optim.Adadelta"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "5", "- a", "\0", "suite: 5", "suite: {}", "suite: ${x}", "[", "a: &a [*a]"),
+        "suite: {}\nmethod: {}\nobjective: {}",
+        "suite: {tasks: [1]}\nmethod: {base: [1]}\nobjective: {name: {}}\ntrainer: 7\nwandb: []",
+        "suite: {tasks: {a: 5}}\nmethod: {}\nobjective: {}\noptim: []\ntransform: {a: 1}",
+        "suite: {name: 5}\nmethod: {_target_: [1]}\nobjective: {_target_: 5}\ntask_vectors: 5",
+    ],
+)
+def test_a_config_of_another_shape_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(AdamergeError):
+        build.check(config.load_run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("target", "shapes", "message"),
+    [
+        ("torch.optim.Muon", [(2, 3), (4, 4)], None),
+        ("torch.optim.Muon", [(2, 3), (4,)], "only supports 2D parameters"),
+        ("torch.optim.SparseAdam", [(2, 3)], "does not support dense gradients"),
+        ("torch.optim.LBFGS", [(2,)], None),
+        ("torch.optim.Adam", [(), (2, 3, 4)], None),
+    ],
+)
+def test_an_optimizer_is_tried_on_what_is_learned(
+    target: str, shapes: list[tuple[int, ...]], message: str | None
+) -> None:
+    if not hasattr(torch.optim, target.rpartition(".")[2]):
+        pytest.skip("not in this torch")
+    found = build._trial(config.load([f"optim={{_target_: {target}, lr: 0.1}}"]), shapes)
+    assert not found if message is None else message in found[0]
 
 
 def test_wandb_takes_a_word_even_where_yaml_reads_a_boolean() -> None:
@@ -91,6 +184,23 @@ MISTAKES = [
     ("suite.tasks.dots.classes.a=1", r"dots\.classes\.a cannot be set .*set that part whole"),
     ("optim.lr=-1", r"optim: Invalid learning rate"),
     ("method._target_=adamerge.methods.MergeMethod", r"is not a MergeMethod class"),
+    ("seed=4294967296", r"seed is 4294967296: expected at most 4294967295"),
+    ("batch_size=1000000000", r"batch_size is 1000000000: expected at most 65536"),
+    ("evaluate.batch_size=1000000000", r"evaluate\.batch_size is 1000000000: expected at most"),
+    ("trainer.devices=1000000000", r"trainer\.devices is 1000000000: expected at most"),
+    ("suite.name=/abs", r"suite\.name is '/abs', which cannot name a run's folder"),
+    ("suite.name=../up", r"suite\.name is '\.\./up', which cannot"),
+    ("suite.name=a/b", r"suite\.name is 'a/b', which cannot"),
+    ("suite.name=~", r"suite\.name is 'None', which cannot"),
+    ("suite.name='~x'", r"suite\.name is '~x', which cannot"),
+    ("suite.name=[a]", r"suite\.name is .*, which cannot"),
+    ("method.name=a\\b", r"method\.name is .*, which cannot"),
+    ("objective.name=" + "x" * 300, r"objective\.name is .*, which cannot"),
+    ("optim={_target_: torch.optim.SparseAdam}", r"optim: SparseAdam does not support dense"),
+    ("optim=5", r"optim is 5: expected its keys and values"),
+    ("task_vectors=5", r"task_vectors is 5: expected task_vectors\.dtype"),
+    ("seed=${nothing}", r"Interpolation key 'nothing' not found \(in seed\)"),
+    ("method={1: 2}", r"no such method"),
     ("wandb=onlin", r"wandb\.mode is 'onlin': .*did you mean 'online'"),
 ]
 
@@ -116,6 +226,12 @@ def test_words_and_names(suite: Path) -> None:
         config.load(["method=layerwise"])
 
 
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{inner}: &{inner} [*{outer}, *{outer}, *{outer}, *{outer}]\n"
+    for outer, inner in itertools.pairwise("abcdefghijklmnop")
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -126,6 +242,14 @@ def test_words_and_names(suite: Path) -> None:
         ("tasks: {a: {}, a: {}}", r"broken\.yaml is not valid YAML .*duplicate key a"),
         ("tasks: [", r"broken\.yaml is not valid YAML"),
         ("- a", r"broken\.yaml is not a configuration"),
+        ("tasks: " + "[" * 20_000, r"broken\.yaml is (not valid YAML|nested too deeply)"),
+        ("tasks: " + "{a: " * 300 + "}" * 300, r"broken\.yaml is nested too deeply"),
+        (LAUGHS, r"broken\.yaml is not valid YAML \(its aliases stand for more than"),
+        ("tasks: &a [*a]", r"its aliases stand for more than"),
+        ("tasks: 5\n5: 6", r"suite\.5 is unknown"),
+        ("tasks: ${tasks}", r"(?i)recursive|interpolation"),
+        ("defaults: {optim: [1]}", r"suite\.defaults cannot be used"),
+        ("defaults: ${x}", r"suite\.defaults is '\$\{x\}': expected settings"),
     ],
 )
 def test_broken_suites(tmp_path: Path, text: str, message: str) -> None:

@@ -10,14 +10,14 @@ FLOORS = {
     0: "errors files binding suite_check suite_files task_vectors storage mapped storage_kinds "
     "merging ahead fused fused_kernels fused_plan differences fast_paths shards gated losses "
     "objectives solving verdicts readings safe_pickle pickled torch_files weight_files "
-    "layouts model_configs lora compat",
-    1: "towers mixtures adapters experts encoders heads transforms methods.base "
-    "export_files loading",
+    "layouts model_configs lora compat model_check config_check",
+    1: "towers mixtures adapters experts encoders heads transforms methods.base export_files "
+    "loading",
     2: "methods.adamerging methods.surgery methods.wemoe",
-    3: "step graphs shared adaptation compiled device_images advice features callbacks checkpoints "
-    "hub data demo demo_images estimate evaluation export export_kinds folding model_card "
-    "image_cache image_files image_source arrays labels local_files staging pictures "
-    "preflight preflight_report recompute resume sources stores tracking sharding",
+    3: "step graphs shared adaptation compiled device_images advice features callbacks "
+    "checkpoints hub data demo demo_images estimate evaluation export export_kinds folding "
+    "model_card image_cache image_files image_source arrays labels local_files staging "
+    "pictures preflight preflight_report recompute resume sources stores tracking sharding",
     4: "config inputs build supplies inference init_text local_data survey task_names",
     5: "check convert deliver init run cli",
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
+import torch
 import yaml
 
 from adamerge import build, config
 from adamerge.cli import main
+from adamerge.inference import architecture_names
 
 # The public tasks, in the order of the papers: classes, templates, data set, split, first and last
 # class. Counts and data sets as FusionBench and task arithmetic document them.
@@ -176,8 +179,34 @@ def test_methods_with_the_papers_settings(granularity: str, plus: str) -> None:
     assert (method["granularity"], method["init"], method["clamp"]) == (granularity, 0.3, True)
     assert settings["optim"] == {"_target_": "torch.optim.Adam", "lr": 1e-3}
     assert settings["batch_size"] == 2 * 16 and settings["trainer"]["max_steps"] == 500
-    ties = [{"_target_": "adamerge.transforms.ties", "density": 0.2}]
+    density = {"ViT-B-32": 0.2583, "ViT-B-16": 0.2594, "ViT-L-14": 0.2254, "default": 0.2}
+    ties = [{"_target_": "adamerge.transforms.ties", "density": density}]
     assert settings["transform"] == (ties if plus else [])
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14"])
+def test_the_papers_densities_are_a_fifth_of_their_files(name: str) -> None:
+    """20 % of the image encoder's file, whose leftovers of the text tower no one trained."""
+    model = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        clip = open_clip.CLIP(model["embed_dim"], model["vision_cfg"], model["text_cfg"])
+    tower = sum(tensor.numel() for tensor in clip.visual.parameters())
+    rest = [p for n, p in clip.named_parameters() if not n.startswith(("visual.", "transformer."))]
+    share = 0.2 * (1 + sum(tensor.numel() for tensor in rest) / tower)
+    given = config.load(["method=paper_adamerging_task_pp"])["transform"][0]["density"]
+    assert given[name] == round(share, 4)
+    for known in (name, f"{name}-quickgelu"):
+        names = architecture_names({"model_cfg": open_clip.get_model_config(known)})
+        assert next(given[n] for n in names if n in given) == given[name]
+
+
+def test_e_wemoe_with_the_papers_settings() -> None:
+    settings = config.load(["method=paper_e_wemoe"])
+    build.check(settings)
+    method = settings["method"]
+    assert (method["batch_gate"], method["shared_router"], method["density"]) == (True, True, 0.1)
+    assert settings["optim"] == {"_target_": "torch.optim.Adam", "lr": 1e-4}
+    assert (settings["batch_size"], settings["trainer"]["max_steps"]) == (16, 1000)
 
 
 def test_show_lists_tasks_and_prints_a_suite_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,3 +49,15 @@ def test_leaves_its_input_alone_and_shares_pretrained() -> None:
 def test_density_out_of_range(density: float) -> None:
     with pytest.raises(AdamergeError, match=r"density is .* expected a fraction in \(0, 1\]"):
         ties(random_vectors(0), density)
+
+
+def test_density_by_architecture() -> None:
+    vectors = random_vectors(0)
+    density = {"ViT-B-32": 0.5, "default": 0.2}
+    for names, wanted in ((["ViT-B-32", "ViT-B-32-quickgelu"], 0.5), (["RN50"], 0.2), ([], 0.2)):
+        found, plain = ties(vectors, density, names), ties(vectors, wanted)
+        assert all(torch.equal(found.deltas[name], plain.deltas[name]) for name in plain.deltas)
+    with pytest.raises(AdamergeError, match="expected a number for RN50 or for default"):
+        ties(vectors, {"ViT-B-32": 0.5}, ["RN50"])
+    with pytest.raises(AdamergeError, match=r"density is 2\.0, expected a fraction"):
+        ties(vectors, {"RN50": 2.0}, ["RN50"])
