@@ -16,6 +16,7 @@ log = logging.getLogger("adamerge")
 Compute = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 _WARM_UP = 3  # steps before the recording: kernels are compiled and workspaces made
+_TRIES = 2  # the first recording of a process may meet what is only then set up
 
 
 class ReplayedSteps:
@@ -34,14 +35,14 @@ class ReplayedSteps:
     def __init__(self, compute: Compute, learnables: Sequence[Tensor]) -> None:
         self._compute, self._learnables = compute, list(learnables)
         self._key: Any = None
-        self._seen, self._failed = 0, False
+        self._seen, self._failures = 0, 0
         self._recorded: _Recording | None = None
 
     def __call__(
         self, images: Tensor, task_ids: Tensor, targets: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `compute`."""
-        if images.device.type != "cuda" or self._failed:
+        if images.device.type != "cuda" or self._failures == _TRIES:
             return self._compute(images, task_ids, targets)
         key = _key(images, task_ids, targets)
         if self._recorded is None:
@@ -59,8 +60,10 @@ class ReplayedSteps:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what cannot be recorded is computed as ever
-            self._failed = True
-            log.info("steps are not recorded as a CUDA graph: %s", " ".join(str(error).split()))
+            self._failures += 1
+            if self._failures == _TRIES:
+                reason = " ".join(str(error).split())
+                log.info("steps are not recorded as a CUDA graph: %s", reason)
 
 
 class _Recording:

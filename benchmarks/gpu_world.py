@@ -168,6 +168,9 @@ def measured(work: Callable[[], object], device: torch.device, rounds: int) -> d
     The wall time is that of one call with the device idle before and after it; `queued` is the
     mean of calls that follow each other without waiting, as steps of a run do.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     for _ in range(WARM_UP):
         work()
     walls = []
@@ -181,10 +184,6 @@ def measured(work: Callable[[], object], device: torch.device, rounds: int) -> d
     queued = (hardware.now(device) - start) / rounds
     found = {"wall_ms": 1e3 * statistics.median(walls), "queued_ms": 1e3 * queued}
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        torch.cuda.synchronize(device)
         found["peak_GB"] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
         found |= kernels(work, device)
     return found

@@ -14,23 +14,15 @@ from tests import golden_data as golden
 from tests.test_contract import every_method, make
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SIZES = [
-    18,
-    18,
-    18,
-    18,
-    18,
-    17,
-    18,
-    18,
-]  # images of a step; the fourth is recorded
+SIZES = [18] * 5 + [17] + [18] * 2  # images of a step; the fourth is recorded
+NOT_RECORDED = {"e_wemoe"}  # sparse task vectors wait for the device
 
 
 def learned(name: str, kind: type[Objective], replay: bool) -> Tensor:
     """What is learned by a step of each of `SIZES`."""
     device = torch.device("cuda")
     method = make(name, torch.float32).to(device).train()
-    objective = kind(golden.heads(torch.float32)).to(device)
+    objective = kind(golden.heads(torch.float32).to(device))
 
     def compute(
         images: Tensor, ids: Tensor, targets: Tensor | None
@@ -48,7 +40,7 @@ def learned(name: str, kind: type[Objective], replay: bool) -> Tensor:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert not replay or step._recorded is not None
+    assert not replay or (step._recorded is None) == (name in NOT_RECORDED)
     return torch.cat([tensor.detach().flatten() for tensor in learnables])
 
 
