@@ -24,7 +24,7 @@ from adamerge.labels import class_numbers
 
 log = logging.getLogger("adamerge")
 
-_FORMAT = 2  # of a cache folder; another number makes new folders
+_FORMAT = 3  # of a cache folder; another number makes new folders
 
 
 @dataclass
@@ -81,7 +81,8 @@ def cache_images(
             under its name only when it is complete.
         on_bad_image: `error`, or `skip` to leave broken images out and count them.
         image, label: column names; the default names stand for the only image column, and for
-            webdataset's `cls`, where no column is named so. No label column means unlabeled.
+            webdataset's `cls` or the only column of class labels, where no column is named so. No
+            label column means unlabeled.
         labelled: the label column was asked for by name, so its absence is an error.
 
     Raises:
@@ -136,10 +137,12 @@ def _label_column(task: str, source: ImageSource, column: str | None, asked: boo
         return None
     if column not in source.columns and not asked:
         usual = source.usual("label")
-        if len(usual) != 1:
-            return None
-        log.info("task %s: labels from column %r", task, usual[0])
-        return usual[0]
+        if len(usual) == 1:
+            log.info("task %s: labels from column %r", task, usual[0])
+            return usual[0]
+        columns = ", ".join(source.columns)
+        log.info("task %s: no labels (columns: %s); data.label names a column", task, columns)
+        return None
     if column not in source.columns:
         raise AdamergeError(
             f"data of task {task!r} has no label column {column!r}: its columns are "
@@ -159,12 +162,13 @@ def _labels(
 ) -> np.ndarray | None:
     if column is None:
         return None
-    values, names = source.labels(column)
-    if len(values) != source.rows(image):
+    images, count = source.rows(image), source.rows(column)
+    if count != images:
         raise AdamergeError(
-            f"data of task {task!r} has {source.rows(image)} images in {image!r} but "
-            f"{len(values)} labels in {column!r}: expected one for each; mend data.label"
+            f"data of task {task!r} has {images} images in {image!r} but {count} labels in "
+            f"{column!r}: expected one for each; mend data.label"
         )
+    values, names = source.labels(column)
     return class_numbers(task, column, values, names, classes)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from adamerge.decoding import decode
 from adamerge.errors import AdamergeError
 from adamerge.files import locked
-from adamerge.image_source import ImageSource, pixels
+from adamerge.image_source import ImageSource
 from adamerge.staging import Staging, allocate
 
 log = logging.getLogger("adamerge")
@@ -31,11 +31,6 @@ Transform = Callable[[Image.Image], np.ndarray]
 Meta = dict[str, Any]
 
 _CHUNK = 256  # images between two entries of the record: what a kill can cost
-# What is opened, out of all that Pillow knows: its EPS reader starts Ghostscript.
-_FORMATS = (
-    *("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"),
-    *("TGA", "PCX", "SGI", "ICO"),
-)
 
 
 def write_folder(
@@ -160,32 +155,13 @@ def _cores() -> int:
 def _convert(transform: Transform, value: Any) -> np.ndarray | str:
     """The preprocessed image, or why there is none."""
     try:
-        return transform(_decode(value))
+        return transform(decode(value))
     except MemoryError:
         raise
     except UnidentifiedImageError:
         return "not in an image format that is read"
     except Exception as error:  # decoders raise anything on a broken file
         return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-
-
-def _decode(value: Any) -> Image.Image:
-    """As `datasets` does: upright, if the file says how the camera was held."""
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if value is None:
-        raise ValueError("the row has no image")
-    if not isinstance(value, bytes | str):
-        return Image.fromarray(pixels(value))
-    image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=_known())
-    image.load()
-    return ImageOps.exif_transpose(image)
-
-
-@functools.cache
-def _known() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _finish(staging: Staging) -> Meta:

@@ -33,7 +33,7 @@ def build(folder: Path, on_bad_image: str = "error") -> dict[str, Any]:
 def count_decodes(kill_at: int = 0) -> list[Any]:
     """What is decoded from now on, as it goes."""
     decoded: list[Any] = []
-    decode = image_files._decode
+    decode = image_files.decode
 
     def counting(value: Any) -> Image.Image:
         decoded.append(value)
@@ -41,7 +41,7 @@ def count_decodes(kill_at: int = 0) -> list[Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(value)
 
-    image_files._decode = counting
+    image_files.decode = counting
     return decoded
 
 

@@ -62,7 +62,7 @@ def start(process: subprocess.Popen[str]) -> None:
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few images between two records; what `count_decodes` replaces comes back."""
     monkeypatch.setattr(image_files, "_CHUNK", 16)
-    monkeypatch.setattr(image_files, "_decode", image_files._decode)
+    monkeypatch.setattr(image_files, "decode", image_files.decode)
 
 
 def test_a_killed_build_goes_on_where_its_record_ends(tmp_path: Path, pictures: np.ndarray) -> None:
