@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,13 +19,14 @@ from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from adamerge.errors import AdamergeError
-from adamerge.image_files import complete, refuse, write_folder
+from adamerge.image_files import complete, refuse, still_broken, write_folder
 from adamerge.image_source import ImageSource, as_source
 from adamerge.labels import class_numbers
 
 log = logging.getLogger("adamerge")
 
 _FORMAT = 3  # of a cache folder; another number makes new folders
+_FLAT = 4  # brightest and darkest pixel of a task nearer than this: no pictures
 
 
 @dataclass
@@ -97,10 +99,15 @@ def cache_images(
         raise AdamergeError(f"data of task {task!r} is empty: expected at least one image")
     labels = _labels(task, source, image, _label_column(task, source, label, labelled), classes)
     folder = cache_dir / "images" / _key(source, image, preprocess)
+    transform = uint8_transform(preprocess)
     meta = complete(folder)
+    if meta and meta["bad"] and on_bad_image == "error":
+        first = min(map(int, meta["bad"]))
+        if not still_broken(source, image, first, transform):  # mended, and as large and old
+            shutil.rmtree(folder)
+            meta = None
     if meta is None:
-        transform = uint8_transform(preprocess)
-        meta = write_folder(folder, task, source, image, transform, on_bad_image)
+        meta = write_folder(folder, task, source, image, transform)
     bad = {int(row): reason for row, reason in meta["bad"].items()}
     if bad and on_bad_image == "error":
         refuse(task, source, image, bad)
@@ -109,6 +116,12 @@ def cache_images(
     images = np.load(folder / "images.npy", mmap_mode="r")
     size = meta["bytes"] / 1e6
     log.info("task %s: %d images, %.0f MB in %s", task, len(images), size, folder)
+    if meta["high"] - meta["low"] < _FLAT:
+        log.warning(
+            "task %s: the pixels of all %d images lie between %d and %d of 255: are they pictures, "
+            "of 8 bits?",
+            task, len(images), meta["low"], meta["high"],
+        )  # fmt: skip
     kept = None if labels is None else np.delete(labels, sorted(bad))
     return TaskImages(images, kept, meta["sha256"], len(bad))
 

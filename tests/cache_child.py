@@ -23,11 +23,11 @@ def channels_first(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def build(folder: Path, on_bad_image: str = "error") -> dict[str, Any]:
+def build(folder: Path) -> dict[str, Any]:
     """Writes a cache folder from `x.npy`."""
     source = ArraySource("data", folder / "x.npy", "test")
     target = folder / "cache" / "k"
-    return image_files.write_folder(target, "t", source, "image", channels_first, on_bad_image)
+    return image_files.write_folder(target, "t", source, "image", channels_first)
 
 
 def count_decodes(kill_at: int = 0) -> list[Any]:
