@@ -49,8 +49,9 @@ def find(path: str, key: str, kind: Kind, expected: str) -> Any:
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name) if module_name else None
-    except (ImportError, ValueError, TypeError) as error:
-        raise AdamergeError(f"{key}._target_: cannot import {path!r} ({error})") from error
+    except Exception as error:  # whatever the user's own module raises
+        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise AdamergeError(f"{key}._target_: cannot import {path!r} ({why})") from error
     found = getattr(module, name, None)
     if found is None:
         raise AdamergeError(

@@ -138,9 +138,11 @@ def _image_column(task: str, source: ImageSource, column: str) -> str:
             f"{', '.join(source.columns)}; set data.image"
         )
     if not source.holds_images(column):
+        first = next(iter(source.images(column, 0, 1)), None)
+        texts = f" but texts such as {first[:60]!r}" if isinstance(first, str) else ""
         raise AdamergeError(
-            f"column {column!r} of task {task!r} holds no images: expected image files or uint8 "
-            f"arrays; its columns are {', '.join(source.columns)}; mend data.image"
+            f"column {column!r} of task {task!r} holds no images{texts}: expected image files or "
+            f"uint8 arrays; its columns are {', '.join(source.columns)}; mend data.image"
         )
     return column
 

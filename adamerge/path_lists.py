@@ -66,7 +66,9 @@ def _lines(opened: IO[str]) -> Iterator[str]:
 def _table(file: Path, opened: IO[str]) -> Columns:
     first = opened.readline(_LINE)
     opened.seek(0)
-    rows = list(csv.reader(_lines(opened), delimiter=max(",;\t", key=first.count)))
+    tabs = file.suffix.lower() == ".tsv"
+    delimiter = "\t" if tabs else max(",;\t", key=first.count)
+    rows = list(csv.reader(_lines(opened), delimiter=delimiter))
     if not rows:
         raise ValueError("it has no lines")
     header = [name.strip() for name in rows[0]]

@@ -278,3 +278,11 @@ def test_no_labels_of_numpy_files_are_told(
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8), np.uint8), kinds=[0, 1])
     assert cached(tmp_path / "x.npz").labels is None
     assert "no labels (columns: images, kinds)" in caplog.text
+
+
+def test_paths_of_a_hub_are_told_as_texts(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_dict({"image": ["https://a/b.png"]})
+    with pytest.raises(
+        AdamergeError, match=r"holds no images but texts such as 'https://a/b\.png'"
+    ):
+        cache_images("t", data, CLASSES, CFG, tmp_path)

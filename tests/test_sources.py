@@ -529,6 +529,31 @@ def test_a_function_of_the_users_that_fails(kind: str, message: str) -> None:
         open_dataset("t", target)
 
 
+@pytest.mark.parametrize("code", ["raise OSError(28, 'No space')", "1 / 0", "x ="])
+def test_a_module_of_the_users_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    (tmp_path / "failing_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = r"cannot import 'failing_module\.f' \((OSError|ZeroDivisionError|SyntaxError): "
+    with pytest.raises(AdamergeError, match=message):
+        open_dataset("t", {"_target_": "failing_module.f"})
+
+
+@pytest.mark.parametrize("place", range(0, 2000, 7))
+def test_a_flipped_byte_of_an_npz_is_a_sentence_or_harmless(tmp_path: Path, place: int) -> None:
+    np.savez_compressed(tmp_path / "x.npz", images=PIXELS[:3], labels=LABELS[:3])
+    whole = bytearray((tmp_path / "x.npz").read_bytes())
+    whole[-1 - place] ^= 1 << place % 8
+    (tmp_path / "x.npz").write_bytes(whole)
+    try:
+        source = ArraySource("data", tmp_path / "x.npz", "test")
+        for column in source.columns:
+            source.images(column, 0, source.rows(column))
+    except AdamergeError as error:
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("name", ["dataset_info.json", "state.json"])
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '{"features": 5}', None])
 def test_damage_to_what_is_said_of_a_saved_data_set(
