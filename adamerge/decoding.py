@@ -7,6 +7,7 @@ import functools
 import io
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _ENDINGS = (
 )
 _LONGEST = 200  # times the short side: resizing by the short side multiplies what is too narrow
 _LARGE = 1 << 24  # pixels; larger images are decoded one at a time, so that memory is bounded
+_UP = 0x0112  # EXIF's orientation
 _one_large = threading.Lock()
 
 
@@ -33,13 +35,18 @@ def is_image(file: str | Path) -> bool:
     return Path(file).suffix.lower() in _ENDINGS
 
 
-def decode(value: Any) -> Image.Image:
+def _same(image: Image.Image) -> Any:
+    return image
+
+
+def decode(value: Any, then: Callable[[Image.Image], Any] = _same) -> Any:
     """An image of 8 bits per channel, upright if the file says how the camera was held.
 
     16 bits become 8 by their high byte, as Pillow itself reads 16-bit colours.
 
     Args:
         value: a file's path or content, `{"bytes": …, "path": …}`, or an array, see `pixels`.
+        then: what is made of the image, while no other large one is in memory.
 
     Raises:
         ValueError, OSError: no image that can be read so; decoders raise other types too.
@@ -51,7 +58,7 @@ def decode(value: Any) -> Image.Image:
     if not isinstance(value, bytes | str):
         array = pixels(value)
         _require_bounded(array.shape[1], array.shape[0])
-        return Image.fromarray(array)
+        return then(Image.fromarray(array))
     if isinstance(value, str) and not stat.S_ISREG(Path(value).stat().st_mode):
         raise ValueError("not a regular file")
     opened = io.BytesIO(value) if isinstance(value, bytes) else value
@@ -60,7 +67,9 @@ def decode(value: Any) -> Image.Image:
         large = image.width * image.height > _LARGE
         with _one_large if large else contextlib.nullcontext():
             image.load()
-            return _eight_bits(ImageOps.exif_transpose(image), image)
+            shallow = _eight_bits(image)
+            ImageOps.exif_transpose(shallow, in_place=True)
+            return then(shallow)
 
 
 @functools.cache
@@ -76,8 +85,7 @@ def _require_bounded(width: int, height: int) -> None:
         )
 
 
-def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
-    """The image, which was read from the file, at most 8 bits deep."""
+def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("mode F (floats), of which white is not known: save it with 8 or 16 bits")
     if image.mode != "I" and not image.mode.startswith("I;"):
@@ -86,14 +94,18 @@ def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    tiff = file.format == "TIFF"  # whose `I` has 32 bits, or signs; that of others has 16
+    tiff = image.format == "TIFF"  # whose `I` has 32 bits, or signs; that of others has 16
     if low < 0 or high > 0xFFFF or (tiff and image.mode == "I" and 0 < high <= 0xFF):
         raise ValueError(
             f"mode {image.mode} with values from {low} to {high}, of which white is not known: "
             "expected 8 bits, or 16, of which 65535 is white"
         )
-    twelve = tiff and getattr(file, "tag_v2", {}).get(258) == (12,)  # bits of a sample
-    return Image.fromarray((values >> (4 if twelve else 8)).astype(np.uint8))
+    twelve = tiff and getattr(image, "tag_v2", {}).get(258) == (12,)  # bits of a sample
+    scaled = Image.fromarray((values >> (4 if twelve else 8)).astype(np.uint8))
+    upright = Image.Exif()
+    upright[_UP] = image.getexif().get(_UP, 1)
+    scaled.info["exif"] = upright.tobytes()
+    return scaled
 
 
 def pixels(value: Any) -> np.ndarray:

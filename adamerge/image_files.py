@@ -243,7 +243,8 @@ def _cores() -> int:
 def _convert(transform: Transform, value: Any) -> np.ndarray | str:
     """The preprocessed image, or why there is none."""
     try:
-        return transform(decode(value))
+        found: np.ndarray = decode(value, transform)
+        return found
     except MemoryError:
         raise
     except UnidentifiedImageError:

@@ -35,11 +35,11 @@ def count_decodes(kill_at: int = 0) -> list[Any]:
     decoded: list[Any] = []
     decode = image_files.decode
 
-    def counting(value: Any) -> Image.Image:
+    def counting(value: Any, *then: Any) -> Any:
         decoded.append(value)
         if len(decoded) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(value)
+        return decode(value, *then)
 
     image_files.decode = counting
     return decoded

@@ -126,12 +126,13 @@ def test_a_deep_image_keeps_its_picture_in_the_cache(tmp_path: Path) -> None:
     assert found[0].min() < 20 and found[0].max() > 235
 
 
-def test_a_deep_image_is_turned_upright() -> None:
+@pytest.mark.parametrize("values", [DEEP, GREY])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_images_of_every_depth_are_turned_upright(kind: str, values: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    for kind in ("PNG", "TIFF"):
-        found = decode(written(Image.fromarray(DEEP), kind, exif=exif))
-        np.testing.assert_array_equal(np.asarray(found), np.rot90(GREY, -1))
+    found = decode(written(Image.fromarray(values), kind, exif=exif))
+    np.testing.assert_array_equal(np.asarray(found), np.rot90(GREY, -1))
 
 
 @pytest.mark.parametrize("low", [0, 1, 255])
@@ -183,14 +184,14 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
             taken.append(True)
 
         def __exit__(self, *_: object) -> None:
-            pass
+            taken.append(False)
 
     monkeypatch.setattr(decoding, "_LARGE", 1000)
     monkeypatch.setattr(decoding, "_one_large", Lock())
     decode(written(Image.new("L", (30, 30)), "PNG"))
     assert not taken
-    decode(written(Image.new("L", (40, 40)), "PNG"))
-    assert taken == [True]
+    made = decode(written(Image.new("L", (40, 40)), "PNG"), lambda image: (image.size, list(taken)))
+    assert made == ((40, 40), [True]) and taken == [True, False]
 
 
 def test_every_ending_of_a_format_that_is_read_is_an_image() -> None:

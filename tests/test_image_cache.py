@@ -233,10 +233,10 @@ def test_a_broken_image_that_can_be_read_after_all(
     dataset = pictures_on_disk(tmp_path, a=png(0), b=png(1), c=png(2))
     decode, failing = image_files.decode, [True]
 
-    def sometimes(value: Any) -> Image.Image:
+    def sometimes(value: Any, *then: Any) -> Any:
         if failing[0] and value["path"].endswith("b.png"):
             raise OSError(5, "Input/output error")
-        return decode(value)
+        return decode(value, *then)
 
     monkeypatch.setattr(image_files, "decode", sometimes)
     with pytest.raises(AdamergeError, match=r"image 1 of task 't' .*Input/output error"):
