@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,9 +14,16 @@ import numpy as np
 
 from adamerge.errors import AdamergeError
 from adamerge.image_source import file_stats
+from adamerge.local_files import split_names
 
 _SKIP = 1 << 20  # bytes that are unpacked at once on the way to a row
 _IMAGES = "uint8 images [N, H, W], [N, H, W, 3] or [N, 3, H, W]"
+_MEND = (
+    "save floats from 0 to 1 as (255 * x).round().astype('uint8'), 16 bits as "
+    "(x >> 8).astype('uint8')"
+)
+_WIDEST = 1 << 28  # bytes of one image
+_BOMB, _RATIO = 1 << 28, 500  # unpacked bytes, and how many times the packed ones, that are refused
 
 
 class ArraySource:
@@ -28,7 +34,8 @@ class ArraySource:
 
     Args:
         where: the configuration's key, for messages.
-        split: `{split}_images` and `x_{split}` come first among the usual names.
+        split: `{split}_images` and `x_{split}` (or with another name of that split) come first
+            among the usual names.
 
     Raises:
         AdamergeError: no NumPy file, or an array of Python objects, which would have to be
@@ -42,7 +49,7 @@ class ArraySource:
             self.shapes = _npz(path) if path.suffix.lower() == ".npz" else _npy(path)
         except AdamergeError as error:
             raise AdamergeError(f"{where}.path: {error}") from error
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        except Exception as error:  # a header may fail in a dozen ways
             reason = " ".join(str(error).split())[:200]
             raise AdamergeError(
                 f"{where}.path: cannot read {str(path)!r} as a NumPy file ({reason}): expected "
@@ -54,7 +61,8 @@ class ArraySource:
         return list(self.shapes)
 
     def rows(self, column: str) -> int:
-        return self.shapes[column][0][0]
+        shape = self.shapes[column][0]
+        return shape[0] if shape else 1
 
     def images(self, column: str, start: int, stop: int) -> Sequence[Any]:
         return list(self._rows(column, start, min(stop, self.rows(column))))
@@ -75,16 +83,26 @@ class ArraySource:
         return hashlib.sha256(repr((column, file_stats([self.path]))).encode()).hexdigest()
 
     def usual(self, kind: str) -> list[str]:
+        first, letter = ("labels", "y") if kind == "label" else ("images", "x")
+        pairs = [(f"{one}_{first}", f"{letter}_{one}") for one in split_names(self.split)]
+        splits = [name for pair in pairs for name in pair]
+        names = (*splits, first, letter, "targets" if kind == "label" else "data")
         if kind == "label":
-            names = (f"{self.split}_labels", f"y_{self.split}", "labels", "y", "targets")
             return [name for name in names if name in self.shapes][:1]
-        named = (f"{self.split}_images", f"x_{self.split}", "images", "x", "data")
-        usual = [name for name in named if name in self.shapes and self.holds_images(name)]
-        return usual[:1] or [name for name in self.shapes if self.holds_images(name)]
+        usual = [name for name in names if self.holds_images(name)]
+        usual = usual[:1] or [name for name in self.shapes if self.holds_images(name)]
+        other = [name for name in names if len(self.shapes.get(name, ((), 0))[0]) in (3, 4)]
+        if other and not usual:
+            shape, dtype = self.shapes[other[0]]
+            raise AdamergeError(
+                f"{self.where}.image: array {other[0]!r} of {self.path} holds {dtype} of shape "
+                f"{list(shape)}: expected {_IMAGES}; {_MEND}"
+            )
+        return usual
 
     def holds_images(self, column: str) -> bool:
         shape, dtype = self.shapes.get(column, ((), np.dtype(bool)))
-        if dtype != np.uint8 or len(shape) not in (3, 4):
+        if dtype != np.uint8 or len(shape) not in (3, 4) or math.prod(shape[1:]) > _WIDEST:
             return False
         return len(shape) == 3 or shape[-1] in (1, 3, 4) or shape[1] in (1, 3)
 
@@ -98,7 +116,7 @@ class ArraySource:
             return self._opened[column].read(start, stop)
         except AdamergeError as error:
             raise AdamergeError(f"{self.where}.path: {error}") from error
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # and so may what follows it
             self._opened.pop(column, None)
             reason = " ".join(str(error).split())[:200]
             raise AdamergeError(
@@ -164,7 +182,9 @@ def _npy(path: Path) -> Shapes:
     with path.open("rb") as file:
         shape, dtype, _ = _header(file, str(path), os.path.getsize(path))
     if dtype != np.uint8 or len(shape) not in (3, 4):
-        raise AdamergeError(f"{path} holds {dtype} of shape {list(shape)}: expected {_IMAGES}")
+        raise AdamergeError(
+            f"{path} holds {dtype} of shape {list(shape)}: expected {_IMAGES}; {_MEND}"
+        )
     return {"image": (shape, dtype)}
 
 
@@ -173,6 +193,12 @@ def _npz(path: Path) -> Shapes:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
+            claimed, packed = member.file_size, min(member.compress_size, path.stat().st_size)
+            if claimed > max(_BOMB, _RATIO * packed):
+                raise AdamergeError(
+                    f"array {name!r} of {path} claims {claimed / 1e6:.0f} MB in {packed / 1e6:.1f} "
+                    f"MB, as no pictures do: expected at most {_RATIO} times; save it as .npy"
+                )
             with archive.open(member) as file:
                 what = f"array {name!r} of {path}"
                 found[name] = _header(file, what, member.file_size)[:2]
@@ -193,6 +219,8 @@ def _header(file: IO[bytes], what: str, size: int) -> tuple[tuple[int, ...], np.
             f"{what} holds Python objects, which are never unpickled: save plain arrays of numbers "
             "or texts instead"
         )
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {list(shape)}")
     if file.tell() + math.prod(shape) * dtype.itemsize > size:
         raise AdamergeError(
             f"{what} is cut short: {size} bytes are fewer than its shape {list(shape)} needs; get "

@@ -59,8 +59,9 @@ def find(path: str, key: str, kind: Kind, expected: str) -> Any:
     try:
         module = importlib.import_module(module_name) if module_name else None
     except (Exception, SystemExit) as error:  # whatever the user's own module raises
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise AdamergeError(f"{key}._target_: cannot import {path!r} ({reason})") from error
+        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        why = " ".join(why.split())[:200]
+        raise AdamergeError(f"{key}._target_: cannot import {path!r} ({why})") from error
     found = getattr(module, name, None)
     if found is None:
         raise AdamergeError(

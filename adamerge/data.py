@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -74,7 +76,8 @@ class Stream:
 class UnlabeledBatches(IterableDataset[dict[str, Tensor]]):
     """`{task: uint8 [B, 3, H, W]}` per step, from `first_step` on, without end.
 
-    Several DataLoader workers take turns, which keeps the order of the steps.
+    Several DataLoader workers take turns, which keeps the order of the steps. To a process that is
+    started, not forked, mapped images go as their path.
     """
 
     def __init__(
@@ -86,6 +89,17 @@ class UnlabeledBatches(IterableDataset[dict[str, Tensor]]):
         super().__init__()
         self.images, self.streams, self.first_step = dict(images), streams, first_step
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {task: _path_of(images) for task, images in self.images.items()}
+        return {**self.__dict__, "images": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.images = {
+            task: np.load(images, mmap_mode="r") if isinstance(images, Path) else images
+            for task, images in state["images"].items()
+        }
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = torch.utils.data.get_worker_info()
         step = self.first_step + (worker.id if worker else 0)
@@ -96,6 +110,13 @@ class UnlabeledBatches(IterableDataset[dict[str, Tensor]]):
                 for stream in self.streams
             }
             step += stride
+
+
+def _path_of(images: np.ndarray | DeviceImages) -> np.ndarray | DeviceImages | Path:
+    """The file of images that are one whole mapped file; other images as they are."""
+    if isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap) and images.filename:
+        return Path(images.filename)
+    return images
 
 
 class TaskData(pl.LightningDataModule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,13 +19,14 @@ from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from adamerge.errors import AdamergeError
-from adamerge.image_files import complete, refuse, write_folder
+from adamerge.image_files import complete, refuse, still_broken, write_folder
 from adamerge.image_source import ImageSource, as_source
 from adamerge.labels import class_numbers
 
 log = logging.getLogger("adamerge")
 
-_FORMAT = 2  # of a cache folder; another number makes new folders
+_FORMAT = 3  # of a cache folder; another number makes new folders
+_FLAT = 4  # brightest and darkest pixel of a task nearer than this: no pictures
 
 
 @dataclass
@@ -81,7 +83,8 @@ def cache_images(
             under its name only when it is complete.
         on_bad_image: `error`, or `skip` to leave broken images out and count them.
         image, label: column names; the default names stand for the only image column, and for
-            webdataset's `cls`, where no column is named so. No label column means unlabeled.
+            webdataset's `cls` or the only column of class labels, where no column is named so. No
+            label column means unlabeled.
         labelled: the label column was asked for by name, so its absence is an error.
 
     Raises:
@@ -96,10 +99,15 @@ def cache_images(
         raise AdamergeError(f"data of task {task!r} is empty: expected at least one image")
     labels = _labels(task, source, image, _label_column(task, source, label, labelled), classes)
     folder = cache_dir / "images" / _key(source, image, preprocess)
+    transform = uint8_transform(preprocess)
     meta = complete(folder)
+    if meta and meta["bad"] and on_bad_image == "error":
+        first = min(map(int, meta["bad"]))
+        if not still_broken(source, image, first, transform):  # mended, and as large and old
+            shutil.rmtree(folder)
+            meta = None
     if meta is None:
-        transform = uint8_transform(preprocess)
-        meta = write_folder(folder, task, source, image, transform, on_bad_image)
+        meta = write_folder(folder, task, source, image, transform)
     bad = {int(row): reason for row, reason in meta["bad"].items()}
     if bad and on_bad_image == "error":
         refuse(task, source, image, bad)
@@ -108,6 +116,12 @@ def cache_images(
     images = np.load(folder / "images.npy", mmap_mode="r")
     size = meta["bytes"] / 1e6
     log.info("task %s: %d images, %.0f MB in %s", task, len(images), size, folder)
+    if meta["high"] - meta["low"] < _FLAT:
+        log.warning(
+            "task %s: the pixels of all %d images lie between %d and %d of 255: are they pictures, "
+            "of 8 bits?",
+            task, len(images), meta["low"], meta["high"],
+        )  # fmt: skip
     kept = None if labels is None else np.delete(labels, sorted(bad))
     return TaskImages(images, kept, meta["sha256"], len(bad))
 
@@ -124,9 +138,11 @@ def _image_column(task: str, source: ImageSource, column: str) -> str:
             f"{', '.join(source.columns)}; set data.image"
         )
     if not source.holds_images(column):
+        first = next(iter(source.images(column, 0, 1)), None)
+        texts = f" but texts such as {first[:60]!r}" if isinstance(first, str) else ""
         raise AdamergeError(
-            f"column {column!r} of task {task!r} holds no images: expected image files or uint8 "
-            f"arrays; its columns are {', '.join(source.columns)}; mend data.image"
+            f"column {column!r} of task {task!r} holds no images{texts}: expected image files or "
+            f"uint8 arrays; its columns are {', '.join(source.columns)}; mend data.image"
         )
     return column
 
@@ -136,10 +152,12 @@ def _label_column(task: str, source: ImageSource, column: str | None, asked: boo
         return None
     if column not in source.columns and not asked:
         usual = source.usual("label")
-        if len(usual) != 1:
-            return None
-        log.info("task %s: labels from column %r", task, usual[0])
-        return usual[0]
+        if len(usual) == 1:
+            log.info("task %s: labels from column %r", task, usual[0])
+            return usual[0]
+        columns = ", ".join(source.columns)
+        log.info("task %s: no labels (columns: %s); data.label names a column", task, columns)
+        return None
     if column not in source.columns:
         raise AdamergeError(
             f"data of task {task!r} has no label column {column!r}: its columns are "
@@ -159,12 +177,13 @@ def _labels(
 ) -> np.ndarray | None:
     if column is None:
         return None
-    values, names = source.labels(column)
-    if len(values) != source.rows(image):
+    images, count = source.rows(image), source.rows(column)
+    if count != images:
         raise AdamergeError(
-            f"data of task {task!r} has {source.rows(image)} images in {image!r} but "
-            f"{len(values)} labels in {column!r}: expected one for each; mend data.label"
+            f"data of task {task!r} has {images} images in {image!r} but {count} labels in "
+            f"{column!r}: expected one for each; mend data.label"
         )
+    values, names = source.labels(column)
     return class_numbers(task, column, values, names, classes)
 
 

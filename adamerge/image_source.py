@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
-import numpy as np
 import pyarrow as pa
 
 from adamerge.compat import fingerprint
@@ -95,9 +94,10 @@ class DatasetSource:
         return values, getattr(feature, "names", None)
 
     def usual(self, kind: str) -> list[str]:
-        if kind == "label":  # `cls` is what webdataset calls it
-            return [name for name in ("cls",) if name in self.dataset.column_names]
         features = self.dataset.features
+        if kind == "label":  # `cls` is what webdataset calls it
+            named = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
+            return ["cls"] if "cls" in features else named
         typed = [name for name in features if isinstance(features[name], datasets.Image)]
         return typed or [name for name in features if self.holds_images(name)]
 
@@ -167,23 +167,3 @@ def _paths(values: pa.ChunkedArray) -> list[str]:
             paths = paths.filter(chunk.field("bytes").is_null())
         found += [path for path in paths.to_pylist() if path]
     return found
-
-
-def pixels(value: Any) -> np.ndarray:
-    """A uint8 array for PIL, `[H, W]`, `[H, W, 3]` or `[H, W, 4]`, of an image given as an array.
-
-    Raises:
-        ValueError: another shape, or values that are no whole numbers from 0 to 255.
-    """
-    array = np.asarray(value)
-    if array.dtype != np.uint8:
-        if array.dtype.kind not in "iu" or array.min(initial=0) < 0 or array.max(initial=0) > 255:
-            raise ValueError(f"an array of {array.dtype}, expected whole numbers from 0 to 255")
-        array = array.astype(np.uint8)
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
-        raise ValueError(f"an array of shape {list(array.shape)}, expected [H, W] or [H, W, 3]")
-    return np.ascontiguousarray(array)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adamerge.decoding import is_image
 from adamerge.errors import AdamergeError
 from adamerge.files import read_json
+from adamerge.local_files import split_names, subfolder
 from adamerge.task_names import normal
 
 _FILES = (".parquet", ".arrow", ".tar", ".npz", ".npy")
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_LARGEST = 1 << 26  # bytes of what `datasets` says of a data set
 
 
 @dataclass
@@ -62,40 +65,54 @@ def agree(found: LocalData, classes: Collection[str]) -> bool:
 
 def _folder(path: Path) -> LocalData:
     if (path / "dataset_dict.json").is_file():
-        splits = _json(path / "dataset_dict.json").get("splits") or []
-        split = next((name for name in ("test", "validation", *splits) if name in splits), "test")
-        return _saved(path, path / split, split)
+        given = _json(path / "dataset_dict.json").get("splits")
+        splits = [str(name) for name in given] if isinstance(given, list) else []
+        usual = [*split_names("test"), *split_names("validation"), *splits]
+        saved = next((name for name in usual if name in splits), "test")
+        return _saved(path, path / saved, saved)
     if (path / "state.json").is_file():
         return _saved(path, path, None)
-    inner = path / "test" if (path / "test").is_dir() else path
+    split, inner = _split(path)
     entries = sorted(entry for entry in inner.iterdir() if entry.name[0] != ".")
-    if not any(entry.suffix.lower() in _PICTURES for entry in entries):
+    if not any(map(is_image, entries)):
         classes = [entry.name for entry in entries if entry.is_dir() and _has_pictures(entry)]
         if len(classes) > 1:
-            keys = {"split": None, "image": "image", "label": "label"}
+            keys = {"split": split, "image": "image", "label": "label"}
             return LocalData(path, keys, classes, ordered=False)
         if not classes:  # shards, perhaps of several splits, or nothing that is known here
             return LocalData(path)
-    return LocalData(path, {"split": None, "image": "image", "label": None})
+    return LocalData(path, {"split": split, "image": "image", "label": None})
+
+
+def _split(path: Path) -> tuple[str | None, Path]:
+    """The split to name, and its folder: that of `test` is found unnamed, else `validation`'s."""
+    for split in (None, "validation"):
+        with contextlib.suppress(AdamergeError):  # folders of other splits
+            inner = subfolder(path, split)
+            if inner != path:
+                return split, inner
+    return None, path
 
 
 def _has_pictures(folder: Path) -> bool:
-    return any(entry.suffix.lower() in _PICTURES for entry in folder.iterdir())
+    return any(map(is_image, folder.iterdir()))
 
 
 def _saved(path: Path, inner: Path, split: str | None) -> LocalData:
     """A folder of `datasets`: its columns and class names, from the JSON beside the tables."""
-    features = _json(inner / "dataset_info.json").get("features") or {}
-    kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+    features = _json(inner / "dataset_info.json").get("features")
+    named = features.items() if isinstance(features, dict) else ()
+    kinds = {name: kind for name, kind in named if isinstance(kind, dict)}
     image = [name for name, kind in kinds.items() if kind.get("_type") == "Image"]
     label = [name for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"]
     keys: dict[str, Any] = {"split": split}
     if len(image) == 1:
         keys["image"] = image[0]
-    if "label" in kinds or label:
+    if "label" in kinds or len(label) == 1:
         keys["label"] = "label" if "label" in kinds else label[0]
-    named = kinds.get(keys.get("label", ""), {}).get("names")
-    return LocalData(path, keys, [str(name) for name in named] if named else None)
+    names = kinds.get(keys.get("label", ""), {}).get("names")
+    told = [str(name) for name in names] if isinstance(names, list) else None
+    return LocalData(path, keys, told or None)
 
 
 def _json(path: Path) -> dict[str, Any]:

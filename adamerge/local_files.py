@@ -10,13 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
-import pyarrow as pa
-from datasets.table import InMemoryTable
 
+from adamerge.decoding import is_image
 from adamerge.errors import AdamergeError
 from adamerge.image_source import file_stats
+from adamerge.path_lists import LISTS, as_dataset, described
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells a server what kind is read
 _SHARDS = {
@@ -25,10 +26,6 @@ _SHARDS = {
     ".feather": "arrow",
     ".tar": "webdataset",
 }
-_IMAGES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".pcx", ".sgi", ".ico"),
-)
 _MAGIC = (b"PAR1", b"ARROW1", b"\x93NUMPY", b"PK")
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -48,8 +45,11 @@ def require_sound(file: Path) -> None:
     """Refuses what a failed download left under a data file's name.
 
     Raises:
-        AdamergeError: an empty file, zeros, a Git LFS pointer, a web page or another text.
+        AdamergeError: a pipe or device, an empty file, zeros, a Git LFS pointer, a web page, or a
+            text that is no list.
     """
+    if not file.is_file():
+        raise AdamergeError(f"path: {file} is not a regular file: expected one that can be read")
     with file.open("rb") as opened:
         head = opened.read(512)
     text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
@@ -62,7 +62,7 @@ def require_sound(file: Path) -> None:
         what = "a web page saved under that name: the download failed (a login? a limit?)"
     elif not head.strip(b"\0") and file.suffix.lower() != ".tar":
         what = "zeros where its header should be: an interrupted download; get it again"
-    elif _is_text(text) and not head.startswith(_MAGIC):
+    elif file.suffix.lower() not in LISTS and _is_text(text) and not head.startswith(_MAGIC):
         what = f"a text that begins {text[:40]!r}, no data: the download failed?"
     if what is not None:
         raise AdamergeError(f"path: {file} is {what}")
@@ -107,22 +107,30 @@ def _escaped(path: str) -> str:
     return re.sub(r"([*?\[\]])", r"[\1]", path)
 
 
+def split_names(split: str | None) -> list[str]:
+    """What a split is looked for by: its name, then others for the same (`validation`, `val`)."""
+    wanted = split or "test"
+    same = next((names for names in _SPLITS.values() if wanted.casefold() in names), ())
+    return list(dict.fromkeys([wanted, *same]))
+
+
 def subfolder(folder: Path, split: str | None) -> Path:
     """The folder's subfolder for a split, if it has one.
 
     Raises:
         AdamergeError: subfolders that are splits, none of which is the one asked for.
     """
-    inner = folder / (split or "test")
-    if inner.is_dir():
-        return inner
-    known = {word for words in _SPLITS.values() for word in words}
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     names = [name for name in names if not name.startswith(".")]
+    for wanted in split_names(split):
+        same = [name for name in names if name.casefold() == wanted.casefold()]
+        if same:
+            return folder / (wanted if wanted in same else same[0])
+    known = {word for words in _SPLITS.values() for word in words}
     if names and all(name.casefold() in known for name in names):
         raise AdamergeError(
-            f"split: no folder {inner} for split {split or 'test'!r}: {folder} has "
-            f"{', '.join(names)}"
+            f"split: no folder {folder / (split or 'test')} for split {split or 'test'!r}: {folder}"
+            f" has {', '.join(names)}"
         )
     return folder
 
@@ -160,7 +168,7 @@ def shards_in(folder: Path, split: str | None) -> tuple[str, list[Path]] | None:
 def _split_of(file: Path, wanted: str) -> str:
     """The split that a shard's name (`test-00000-of-00002.parquet`) or folder speaks of, or ``."""
     words = re.split(r"[^0-9a-z]+", str(file.with_suffix("")).casefold())
-    if wanted.casefold() in words:
+    if {*split_names(wanted.casefold())} & {*words}:
         return wanted
     return next((split for split, names in _SPLITS.items() if set(names) & set(words)), "")
 
@@ -169,7 +177,7 @@ def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
     """The images of a folder, in the order of their paths, as an unread data set.
 
     Class subfolders' names become labels if images lie in more than one folder. A metadata file
-    (`file_name` and other columns) is read by `datasets`.
+    (`file_name` and other columns) tells which images count, and their labels if it has any.
 
     Args:
         labelled: false where no labels are asked for, and folders are only folders.
@@ -179,23 +187,21 @@ def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
             classes can be told.
     """
     files = _files(folder)
-    if any(file.name in _METADATA for file in files):
-        stamp = hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()[:32]
-        with _silent():
-            loaded: datasets.Dataset = datasets.load_dataset(
-                "imagefolder", name=stamp, data_dir=str(folder), split="train"
-            )
-        return loaded
-    files = [file for file in files if is_image(file)]
-    if not files:
+    metadata = [file for file in files if file.name in _METADATA]
+    for file in metadata:
+        require_sound(file)
+    columns: dict[str, list[Any]] = described(metadata) or {"image": [*filter(is_image, files)]}
+    if not columns["image"]:
         raise AdamergeError(
             f"path: {folder} holds no images: expected files such as .jpg or .png, or parquet, "
             "arrow or .tar files"
         )
-    if labelled:
-        _require_one_depth(folder, files)
-    names = [file.parent.name for file in files]
-    return image_list(files, names if labelled and len({*names}) > 1 else None)
+    if labelled and "label" not in columns:
+        _require_one_depth(folder, columns["image"])
+        names = [file.parent.name for file in columns["image"]]
+        if len({*names}) > 1:
+            columns["label"] = names
+    return as_dataset(columns, images="image")
 
 
 def _require_one_depth(folder: Path, files: Sequence[Path]) -> None:
@@ -210,24 +216,6 @@ def _require_one_depth(folder: Path, files: Sequence[Path]) -> None:
             "folders are classes cannot be told: move or remove those, or set label: null to use "
             "no labels"
         )
-
-
-def is_image(file: Path) -> bool:
-    """Whether a file is named as an image."""
-    return file.suffix.lower() in _IMAGES
-
-
-def image_list(files: Sequence[Path], labels: Sequence[str] | None = None) -> datasets.Dataset:
-    """Image files, and their class names if they are known, as an unread data set."""
-    paths = pa.array([str(file) for file in files])
-    nothing = pa.nulls(len(files), pa.binary())
-    columns = {"image": pa.StructArray.from_arrays([nothing, paths], ["bytes", "path"])}
-    features = datasets.Features(image=datasets.Image())
-    if labels is not None:
-        columns["label"] = pa.array(labels, pa.string())
-        features["label"] = datasets.Value("string")
-    # Straight from Arrow: `from_dict` would look at every file.
-    return datasets.Dataset(InMemoryTable(pa.table(columns, schema=features.arrow_schema)))
 
 
 def _files(folder: Path) -> list[Path]:

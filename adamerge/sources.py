@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,29 @@ import datasets
 
 from adamerge.arrays import ArraySource
 from adamerge.binding import call, find, function_to, nearest, problems
+from adamerge.decoding import is_image
 from adamerge.errors import AdamergeError
 from adamerge.image_source import ImageSource
 from adamerge.local_files import (
     image_folder,
-    image_list,
-    is_image,
     read_shards,
     require_sound,
     shard_kind,
     shards_in,
+    split_names,
     subfolder,
 )
+from adamerge.path_lists import LISTS, as_dataset, read_list, with_images
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # told as what it is, not as unreadable data
 _KEYS = ("path", "name", "split", "revision", "image", "label")
 _NULLABLE = ("name", "split", "revision", "label")
 _ARRAYS = (".npy", ".npz")
-_NO_READER = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip", ".gz", ".tgz", ".7z", ".h5", ".pt")
+_LARGEST_JSON = 1 << 26  # bytes of what `datasets` says of a data set
+_NO_READER = (".json", ".txt", ".zip", ".gz", ".tgz", ".7z", ".h5", ".pt")
 _EXPECTED = (
     "a hub name, a folder saved by `datasets`, parquet, arrow or webdataset (.tar) files, a folder "
-    "of images, or a .npy or .npz file"
+    "of images, a .csv, .tsv or .jsonl list of image files, or a .npy or .npz file"
 )
 
 
@@ -46,9 +49,9 @@ def open_dataset(
         task: for messages.
         data: `path` is a hub name (with `name`, `split`, `revision`); a folder saved by
             `datasets`; a parquet, arrow or webdataset file, a folder of them or a glob; a folder
-            of images with or without class subfolders, or a glob; or a `.npy` or `.npz` file; `~`
-            is the home folder. Or `_target_`
-            is the dotted path of a function that returns a `datasets.Dataset`, with its arguments.
+            of images with or without class subfolders, or a glob; a csv, tsv or jsonl list of
+            image files; or a `.npy` or `.npz` file; `~` is the home folder. Or `_target_` is the
+            dotted path of a function that returns a `datasets.Dataset`, with its arguments.
         part: where the task stands in the suite, `tasks` or `unseen`; for messages.
 
     Raises:
@@ -60,13 +63,31 @@ def open_dataset(
     found = data_problems(where, data)
     if found:
         raise AdamergeError("; ".join(found))
-    if "_target_" not in data:
-        return _read(where, data)
+    return _made(where, data) if "_target_" in data else _read(where, data)
+
+
+def _made(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
+    """What a function of the user's returns; what it raises is told as its own."""
+    function = _function(where, data)
     try:
-        made: datasets.Dataset = call(_function(where, data), _arguments(data), {})
-    except ValueError as error:
+        made = call(function, _arguments(data), {})
+    except AdamergeError as error:
         raise AdamergeError(f"{where}: {error}") from error
-    return made
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [one for one in frames if one.filename == function.__code__.co_filename]
+        at = (own or frames)[-1]
+        raise AdamergeError(
+            f"{where}: {data['_target_']} raised {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]} ({at.filename}, line {at.lineno}): mend the "
+            "function or its arguments"
+        ) from error
+    if not isinstance(made, datasets.Dataset):
+        raise AdamergeError(
+            f"{where}: {data['_target_']} returned {type(made).__name__}: expected one "
+            "datasets.Dataset, as it is annotated to return"
+        )
+    return with_images(made, data.get("image", "image"), [Path.cwd()], where)
 
 
 def data_problems(where: str, data: Any) -> list[str]:
@@ -115,6 +136,11 @@ def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource
             require_sound(local)
             return ArraySource(where, local, split or "test")
         loaded = _load(path, split, data)
+        if not (local.exists() or glob.has_magic(path)):
+            return loaded  # of the hub
+        folders = [local, local.parent, Path()] if local.is_dir() else [local.parent, Path()]
+        folders = [folder.absolute() for folder in folders]
+        return with_images(loaded, data.get("image", "image"), folders, path)
     except AdamergeError as error:
         if str(error).startswith(where):
             raise
@@ -129,7 +155,6 @@ def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource
             f"{where}.path: cannot read {path!r} {'' if here else 'from the hub '}"
             f"({type(error).__name__}: {reason}){'' if here else _NOT_HERE}: expected {_EXPECTED}"
         ) from error
-    return loaded
 
 
 _NOT_HERE = ", and no file or folder of that name is here"
@@ -142,9 +167,14 @@ def _load(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dat
         return _saved(path, split)
     if local.is_file():
         kind = shard_kind(local)
+        if local.suffix.lower() in LISTS:
+            require_sound(local)
+            return as_dataset(read_list(local))
         if kind is None:
             raise AdamergeError(f"path: {path} is of no kind that is read: expected {_EXPECTED}")
         return read_shards(kind, [local])
+    if local.exists() and not local.is_dir():
+        raise AdamergeError(f"path: {path} is neither a file nor a folder: expected {_EXPECTED}")
     if local.is_dir() and data.get("name"):  # `datasets` would follow what its README.md names
         raise AdamergeError(
             f"name: {path} is a folder here, and name chooses a part of a data set on the hub: "
@@ -155,7 +185,7 @@ def _load(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dat
         shards = shards_in(inner, split if inner == local else None)
         if shards is not None:
             return read_shards(*shards)
-        return image_folder(inner, data.get("label", "label") is not None)
+        return image_folder(inner, data.get("label", "label") == "label")
     if not local.exists() and glob.has_magic(path):
         return _globbed(path)
     if not local.exists() and _means_a_file(path):
@@ -179,7 +209,7 @@ def _means_a_file(path: str) -> bool:
         path.startswith((".", "~", "/"))
         or path.count("/") > 1
         or known
-        or local.suffix.lower() in (*_ARRAYS, *_NO_READER)
+        or local.suffix.lower() in (*_ARRAYS, *LISTS, *_NO_READER)
         or ("/" in path and Path(local.parts[0]).is_dir())
     )
 
@@ -187,13 +217,20 @@ def _means_a_file(path: str) -> bool:
 def _saved(path: str, split: str | None) -> datasets.Dataset:
     for file in sorted(Path(path).rglob("*.arrow")):
         require_sound(file)
+    for file in sorted(Path(path).rglob("*.json")):
+        if not file.is_file() or file.stat().st_size > _LARGEST_JSON:
+            raise AdamergeError(
+                f"path: {file} is no regular file of at most {_LARGEST_JSON / 1e6:.0f} MB: expected"
+                " what `datasets` saves; save the data set again"
+            )
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.DatasetDict):
-        if (split or "test") not in loaded:
+        found = next((name for name in split_names(split) if name in loaded), None)
+        if found is None:
             raise AdamergeError(
                 f"split: no {split or 'test'!r} in {path}: it has {', '.join(loaded)}"
             )
-        loaded = loaded[split or "test"]
+        loaded = loaded[found]
     return loaded
 
 
@@ -201,7 +238,7 @@ def _globbed(pattern: str) -> datasets.Dataset:
     files = sorted(Path(found) for found in glob.glob(pattern, recursive=True))
     files = [file for file in files if file.is_file()]
     if files and all(is_image(file) for file in files):
-        return image_list(files)
+        return as_dataset({"image": files}, images="image")
     kinds = {shard_kind(file) for file in files}
     if not files or len(kinds) > 1 or None in kinds:
         raise AdamergeError(

@@ -23,25 +23,25 @@ def channels_first(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def build(folder: Path, on_bad_image: str = "error") -> dict[str, Any]:
+def build(folder: Path) -> dict[str, Any]:
     """Writes a cache folder from `x.npy`."""
     source = ArraySource("data", folder / "x.npy", "test")
     target = folder / "cache" / "k"
-    return image_files.write_folder(target, "t", source, "image", channels_first, on_bad_image)
+    return image_files.write_folder(target, "t", source, "image", channels_first)
 
 
 def count_decodes(kill_at: int = 0) -> list[Any]:
     """What is decoded from now on, as it goes."""
     decoded: list[Any] = []
-    decode = image_files._decode
+    decode = image_files.decode
 
-    def counting(value: Any) -> Image.Image:
+    def counting(value: Any, *then: Any) -> Any:
         decoded.append(value)
         if len(decoded) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(value)
+        return decode(value, *then)
 
-    image_files._decode = counting
+    image_files.decode = counting
     return decoded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,19 @@ def test_workers_keep_the_order_of_steps() -> None:
     loader = torch.utils.data.DataLoader(data.batches(3), batch_size=None, num_workers=2)
     for expected, found, _ in zip(plain, loader, range(5), strict=False):
         assert torch.equal(expected["t"], found["t"])
+
+
+def test_started_workers_get_the_path_of_mapped_images(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (200, 3, 32, 32), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    for given, small in ((mapped, True), (mapped[50:], False), (images, False)):
+        batches = TaskData({"t": TaskImages(given, None, "key", 0)}, 4, 1).batches()
+        content = pickle.dumps(batches)
+        assert (len(content) < 10_000) is small
+        again = pickle.loads(content)
+        for expected, found, _ in zip(batches, again, range(3), strict=False):
+            assert torch.equal(expected["t"], found["t"])
 
 
 @pytest.mark.parametrize("protocol", ["paper", "heldout"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import json
 import logging
 import os
 import signal
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from adamerge import AdamergeError, image_files, staging
+from adamerge import AdamergeError, image_files
 from adamerge.arrays import ArraySource
 from adamerge.image_cache import TaskImages, cache_images
 from tests.cache_child import build, count_decodes
@@ -62,41 +62,20 @@ def start(process: subprocess.Popen[str]) -> None:
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few images between two records; what `count_decodes` replaces comes back."""
     monkeypatch.setattr(image_files, "_CHUNK", 16)
-    monkeypatch.setattr(image_files, "_decode", image_files._decode)
+    monkeypatch.setattr(image_files, "decode", image_files.decode)
 
 
-def test_a_killed_build_goes_on_where_its_record_ends(tmp_path: Path, pictures: np.ndarray) -> None:
+def test_a_killed_build_is_made_again(tmp_path: Path, pictures: np.ndarray) -> None:
     with child(tmp_path, 100) as process:
         start(process)
         assert process.wait() == -signal.SIGKILL
     cache = tmp_path / "cache"
     assert sorted(path.name for path in cache.iterdir()) == ["k.lock", "k.part"]
-    done = json.loads((cache / "k.part" / "progress.json").read_text())["done"]
-    assert 48 <= done < 100
-    decoded = count_decodes()
-    meta = build(tmp_path)
-    assert len(decoded) == COUNT - done  # nothing that was done is done again
+    build(tmp_path)
     assert [path.name for path in cache.iterdir()] == ["k"]
     np.testing.assert_array_equal(
         np.load(cache / "k" / "images.npy"), pictures.transpose(0, 3, 1, 2)
     )
-    (cache / "k").rename(tmp_path / "resumed")
-    assert build(tmp_path)["sha256"] == meta["sha256"]
-
-
-def test_a_record_that_cannot_be_relied_on_starts_anew(
-    tmp_path: Path, pictures: np.ndarray
-) -> None:
-    part = tmp_path / "cache" / "k.part"
-    part.mkdir(parents=True)
-    np.save(part / "images.npy", np.zeros((COUNT - 1, 3, 8, 8), np.uint8))  # another length
-    for record in ('{"done": 64, "bad": {}}', '{"done": 64, "b', "[]", '{"done": 1e9, "bad": {}}'):
-        part.mkdir(exist_ok=True)
-        (part / "progress.json").write_text(record)
-        build(tmp_path)
-        found = np.load(tmp_path / "cache" / "k" / "images.npy")
-        np.testing.assert_array_equal(found, pictures.transpose(0, 3, 1, 2))
-        (tmp_path / "cache" / "k").rename(part)
 
 
 def test_two_processes_build_once(tmp_path: Path, pictures: np.ndarray) -> None:
@@ -131,21 +110,84 @@ def cached(tmp_path: Path, **options: Any) -> TaskImages:
     return cache_images("t", source, ("a", "b"), CFG, tmp_path / "c", **options)
 
 
-@pytest.mark.parametrize("damage", ["images cut", "images gone", "meta cut", "meta gone"])
+def flipped(content: bytes, place: int) -> bytes:
+    whole = bytearray(content)
+    whole[place] ^= 4
+    return bytes(whole)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "gone": lambda content: None,
+    "cut": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "longer": lambda content: content + b"x",
+    "first bit": lambda content: flipped(content, 0),
+    "middle bit": lambda content: flipped(content, len(content) // 2),
+    "last bit": lambda content: flipped(content, len(content) - 1),
+    "another list": lambda content: b"[]",
+    "deep": lambda content: b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("file", ["images.npy", "meta.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_made_again(
-    tmp_path: Path, pictures: np.ndarray, damage: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, pictures: np.ndarray, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = cached(tmp_path)
+    expected = np.array(before.images)
     (folder,) = (tmp_path / "c" / "images").iterdir()
-    what, how = damage.split()
-    path = folder / {"images": "images.npy", "meta": "meta.json"}[what]
-    content = path.read_bytes()
-    path.unlink()
-    if how == "cut":
-        path.write_bytes(content[:-1])
+    content = DAMAGES[damage]((folder / file).read_bytes())
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
     after = cached(tmp_path)
     assert after.key == before.key and "is damaged and made again" in caplog.text
-    np.testing.assert_array_equal(after.images, before.images)
+    np.testing.assert_array_equal(after.images, expected)
+    caplog.clear()
+    assert cached(tmp_path).key == before.key and "damaged" not in caplog.text
+
+
+def test_a_changed_row_of_a_broken_image_is_seen(tmp_path: Path) -> None:
+    """The labels of all images after it would move."""
+    dataset = pictures_on_disk(tmp_path, a=png(0), b=b"broken", c=png(2))
+    first = cache_images("t", dataset, ("x", "y", "z"), CFG, tmp_path / "c", "skip")
+    (folder,) = (tmp_path / "c" / "images").iterdir()
+    told = (folder / "meta.json").read_text()
+    assert '"bad": {"1"' in told
+    (folder / "meta.json").write_text(told.replace('"bad": {"1"', '"bad": {"2"'))
+    again = cache_images("t", dataset, ("x", "y", "z"), CFG, tmp_path / "c", "skip")
+    assert again.labels is not None and again.labels.tolist() == [0, 2] and again.key == first.key
+
+
+def test_a_large_cache_is_checked_in_every_block(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "_BLOCK", 5000)
+    build(tmp_path)
+    path = tmp_path / "cache" / "k" / "images.npy"
+    content = path.read_bytes()
+    assert image_files.complete(path.parent) is not None
+    for place in range(0, len(content), 4999):
+        path.write_bytes(flipped(content, place))
+        assert image_files.complete(path.parent) is None
+    path.write_bytes(content)
+    assert image_files.complete(path.parent) is not None
+
+
+def test_a_complete_cache_is_used_where_nothing_can_be_written(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cached(tmp_path)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "rename", "replace", "rmdir", "unlink"):
+            patch.setattr(os, name, refused)
+        patch.setattr(image_files, "locked", refused)
+        assert cached(tmp_path).key == first.key
 
 
 def pictures_on_disk(tmp_path: Path, **files: bytes) -> datasets.Dataset:
@@ -164,9 +206,7 @@ def png(index: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_after_an_error_only_the_broken_image_is_tried_again(
-    tmp_path: Path,
-) -> None:
+def test_after_an_error_nothing_is_decoded_again(tmp_path: Path) -> None:
     dataset = pictures_on_disk(tmp_path, a=png(0), b=b"broken", c=png(2))
     classes = ("x", "y", "z")
 
@@ -179,10 +219,60 @@ def test_after_an_error_only_the_broken_image_is_tried_again(
         run("error")
     decoded = count_decodes()
     found = run("skip")
-    assert len(decoded) == 1 and found.skipped == 1
+    assert not decoded and found.skipped == 1
     assert found.labels is not None and found.labels.tolist() == [0, 2]
     with pytest.raises(AdamergeError, match=r"image 1 of task 't' cannot be decoded"):
         run("error")  # the finished folder remembers
+    assert len(decoded) == 1  # tried again
+
+
+def test_a_broken_image_that_can_be_read_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the same size and time, as when a disk was out of reach."""
+    dataset = pictures_on_disk(tmp_path, a=png(0), b=png(1), c=png(2))
+    decode, failing = image_files.decode, [True]
+
+    def sometimes(value: Any, *then: Any) -> Any:
+        if failing[0] and value["path"].endswith("b.png"):
+            raise OSError(5, "Input/output error")
+        return decode(value, *then)
+
+    monkeypatch.setattr(image_files, "decode", sometimes)
+    with pytest.raises(AdamergeError, match=r"image 1 of task 't' .*Input/output error"):
+        cache_images("t", dataset, ("x", "y", "z"), CFG, tmp_path / "c")
+    failing[0] = False
+    found = cache_images("t", dataset, ("x", "y", "z"), CFG, tmp_path / "c")
+    assert len(found.images) == 3 and found.skipped == 0
+
+
+def test_rows_that_cannot_be_read_are_one_sentence(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: Any) -> None:
+        raise pa.ArrowInvalid("Buffer 3 is\ntoo short")
+
+    monkeypatch.setattr(ArraySource, "images", damaged)
+    message = r"rows 0 to 1 of column 'image' of task 't' cannot .*\(ArrowInvalid: Buffer 3 is too"
+    with pytest.raises(AdamergeError, match=message):
+        cached(tmp_path)
+    assert not list((tmp_path / "c" / "images").iterdir())
+
+
+def test_large_images_are_read_a_few_at_a_time(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    images = ArraySource.images
+
+    def counting(self: ArraySource, column: str, start: int, stop: int) -> Any:
+        read.append(stop - start)
+        return images(self, column, start, stop)
+
+    monkeypatch.setattr(ArraySource, "images", counting)
+    monkeypatch.setattr(image_files, "_BYTES", 5 * pictures[0].nbytes)
+    build(tmp_path)
+    assert max(read) == 5 and len(read) == 1 + COUNT // 5
 
 
 def bomb() -> bytes:
@@ -217,7 +307,7 @@ def test_no_space_leaves_nothing_behind(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(staging.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(image_files.os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match=r"No space left on device: .*images\.npy"):
         cached(tmp_path)
     assert not list((tmp_path / "c" / "images").iterdir())

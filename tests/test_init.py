@@ -24,6 +24,7 @@ from adamerge.convert import convert
 from adamerge.encoders import Clip, build_clip
 from adamerge.init import init
 from adamerge.local_data import agree, local_data
+from adamerge.sources import open_dataset
 from adamerge.task_names import shipped_task, task_name, without_common_start
 from tests import tiny
 from tests.test_formats import as_tower, theirs, trained, vanishing
@@ -355,3 +356,30 @@ def test_folders_of_other_words_are_no_classes_of_the_task(tmp_path: Path) -> No
             Image.new("RGB", (4, 4)).save(root / "task" / name / "a.png")
         found = local_data(root, lambda name: name == "task")
         assert found is not None and agree(found, ["cat", "dog"]) is wanted
+
+
+@pytest.mark.parametrize("ending", [".avif", ".jp2", ".JPG", ".webp"])
+@pytest.mark.parametrize("split", [None, "test", "val", "valid"])
+def test_folders_of_images_of_every_ending(tmp_path: Path, ending: str, split: str | None) -> None:
+    for name in ("cat", "dog"):
+        inner = tmp_path / "task" / (split or "") / name
+        inner.mkdir(parents=True)
+        (inner / f"a{ending}").touch()
+    found = local_data(tmp_path, lambda name: name == "task")
+    assert found is not None and found.classes == ["cat", "dog"]
+    assert found.keys["split"] == ("validation" if split and split != "test" else None)
+    assert len(open_dataset("t", {"path": str(found.path), **found.keys})) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "[]", "{", '{"features": [1]}', '{"features": {"label": {}}}',
+                '{"features": {"label": {"_type": "ClassLabel", "names": 5}}}', '{"splits": 5}'],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["dataset_info.json", "dataset_dict.json"])
+def test_damage_to_what_is_said_of_a_data_set(tmp_path: Path, name: str, content: str) -> None:
+    for folder in ("task", "task/test"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "state.json").write_text("{}")
+        (tmp_path / folder / name).write_text(content)
+    found = local_data(tmp_path, lambda name: name == "task")
+    assert found is not None and found.classes is None

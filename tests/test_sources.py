@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 import tracemalloc
@@ -23,7 +24,7 @@ import webdataset
 import yaml
 from PIL import Image
 
-from adamerge import AdamergeError, config
+from adamerge import AdamergeError, arrays, config, sources
 from adamerge.arrays import ArraySource
 from adamerge.cli import main
 from adamerge.image_cache import TaskImages, cache_images
@@ -380,7 +381,9 @@ def test_numpy_files_that_do_not_fit(tmp_path: Path) -> None:
     refused(r"no image column 'pics': its columns are images, labels", image="pics")
     refused(r"column 'labels' of task 't' holds no images", image="labels")
     np.savez(tmp_path / "x.npz", images=PIXELS.astype(np.float32))
-    refused("no image column 'image': its columns are images; set data.image")
+    refused(r"image: array 'images' of .* holds float32 of shape .* as \(255 \* x\)\.round\(\)")
+    np.savez(tmp_path / "x.npz", x_test=PIXELS.astype(np.uint16) * 257)
+    refused(r"image: array 'x_test' .* uint16 .*: expected uint8 images .* as \(x >> 8\)")
     np.save(tmp_path / "x.npy", PIXELS.astype(np.float32))
     with pytest.raises(AdamergeError, match=r"holds float32 of shape .* expected uint8 images"):
         open_dataset("t", {"path": str(tmp_path / "x.npy")})
@@ -447,6 +450,134 @@ def test_arrays_of_an_npz_that_cannot_be_read_row_by_row(tmp_path: Path) -> None
         ArraySource("data", tmp_path / "y.npz", "test")
 
 
+def claim(folder: Path, shape: tuple[int, ...], content: int) -> Path:
+    """An .npz that claims images of a shape and has so many bytes of zeros."""
+    with zipfile.ZipFile(folder / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(content))
+    return folder / "x.npz"
+
+
+@pytest.mark.parametrize(
+    ("shape", "content", "message"),
+    [
+        ((40_000, 10, 10), 4_000_000, r"claims 4 MB in 0\.0 MB, as no pictures do: expected at"),
+        ((-1, 5, 5), 100, r"as a NumPy file \(shape \[-1, 5, 5\]\)"),
+        ((1, 10**5, 10**5), 100, r"is cut short"),
+    ],
+)  # fmt: skip
+def test_an_npz_that_claims_more_than_it_has(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    content: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(arrays, "_BOMB", 1 << 20)
+    path = claim(tmp_path, shape, content)
+    with pytest.raises(AdamergeError, match=message):
+        ArraySource("data", path, "test")
+
+
+@pytest.mark.parametrize(
+    ("asked", "there"),
+    [("validation", "val"), ("val", "validation"), ("validation", "Valid"), ("dev", "val"),
+     ("test", "eval"), ("val", "dev")],
+)  # fmt: skip
+def test_a_split_is_found_by_its_other_names(tmp_path: Path, asked: str, there: str) -> None:
+    folder_of(tmp_path / "folder", "train/red/a.png", f"{there}/red/b.png", f"{there}/blue/c.png")
+    found = cached(tmp_path, {"path": str(tmp_path / "folder"), "split": asked})
+    assert len(found.images) == 2 and sorted(found.labels) == [0, 2]
+    (tmp_path / "shards").mkdir()
+    dataset(slice(4)).to_parquet(tmp_path / "shards" / f"{there}-0.parquet")
+    dataset(slice(5)).to_parquet(tmp_path / "shards" / "train-0.parquet")
+    assert len(open_dataset("t", {"path": str(tmp_path / "shards"), "split": asked})) == 4
+    np.savez(tmp_path / "x.npz", **{f"{there.lower()}_images": PIXELS, "train_images": PIXELS})
+    assert len(cached(tmp_path, {"path": str(tmp_path / "x.npz"), "split": asked}).images) == 12
+    both = datasets.DatasetDict({"train": dataset(), there.lower(): dataset(slice(3))})
+    both.save_to_disk(str(tmp_path / "saved"))
+    assert len(open_dataset("t", {"path": str(tmp_path / "saved"), "split": asked})) == 3
+
+
+def test_a_split_of_two_names_is_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "x", "val/a.png", "valid/b.png", "valid/c.png")
+    for split, count in (("val", 1), ("valid", 2), ("validation", 2)):
+        assert len(open_dataset("t", {**data, "split": split})) == count
+
+
+def failing(kind: str) -> datasets.Dataset:
+    """A data set of the user's, whose own code is at fault."""
+    if kind == "disk":
+        raise OSError(28, "No space left on device")
+    if kind == "value":
+        raise ValueError("two\nlines")
+    return {} if kind == "type" else datasets.load_from_disk("/no/where")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("disk", r"raised OSError: \[Errno 28\] No space left on device \(.*test_sources\.py, line"),
+     ("value", r"raised ValueError: two lines \(.*test_sources\.py, line \d+\): mend the function"),
+     ("library", r"raised FileNotFoundError: Directory /no/where .*test_sources\.py, line \d+\)"),
+     ("type", r"returned dict: expected one datasets\.Dataset")],
+)  # fmt: skip
+def test_a_function_of_the_users_that_fails(kind: str, message: str) -> None:
+    target = {"_target_": "tests.test_sources.failing", "kind": kind}
+    with pytest.raises(AdamergeError, match=rf"^suite\.tasks\.t\.data: tests.*{message}"):
+        open_dataset("t", target)
+
+
+@pytest.mark.parametrize("code", ["raise OSError(28, 'No space')", "1 / 0", "x ="])
+def test_a_module_of_the_users_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    (tmp_path / "failing_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = r"cannot import 'failing_module\.f' \((OSError|ZeroDivisionError|SyntaxError): "
+    with pytest.raises(AdamergeError, match=message):
+        open_dataset("t", {"_target_": "failing_module.f"})
+
+
+@pytest.mark.parametrize("place", range(0, 2000, 7))
+def test_a_flipped_byte_of_an_npz_is_a_sentence_or_harmless(tmp_path: Path, place: int) -> None:
+    np.savez_compressed(tmp_path / "x.npz", images=PIXELS[:3], labels=LABELS[:3])
+    whole = bytearray((tmp_path / "x.npz").read_bytes())
+    whole[-1 - place] ^= 1 << place % 8
+    (tmp_path / "x.npz").write_bytes(whole)
+    try:
+        source = ArraySource("data", tmp_path / "x.npz", "test")
+        for column in source.columns:
+            source.images(column, 0, source.rows(column))
+    except AdamergeError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '{"features": 5}', None])
+def test_damage_to_what_is_said_of_a_saved_data_set(
+    tmp_path: Path, name: str, content: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+    path = tmp_path / "saved" / name
+    monkeypatch.setattr(sources, "_LARGEST_JSON", 200_000)
+    path.write_text(" " * 200_001 if content is None else content)
+    with pytest.raises(AdamergeError, match=r"^suite\.tasks\.t\.data\.path: ") as told:
+        open_dataset("t", {"path": str(tmp_path / "saved")})
+    assert "\n" not in str(told.value) and len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.npz", "x.csv", "in/x.tar", "in/metadata.csv"])
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / name)
+    path = (tmp_path / name).parent if name.startswith("in/") else tmp_path / name
+    with pytest.raises(AdamergeError, match=r"data\.path: .* (not a regular|neither a) file"):
+        open_dataset("t", {"path": str(path)})
+
+
 def test_places_without_images_are_named(tmp_path: Path) -> None:
     def refused(message: str, path: str, **data: Any) -> None:
         with pytest.raises(AdamergeError, match=message):
@@ -460,8 +591,8 @@ def test_places_without_images_are_named(tmp_path: Path) -> None:
     refused(r"matches 2 files of several kinds: expected files of one kind", "a.*")
     refused(r"holds parquet and webdataset files: expected one kind", "")
     refused(r"data\.path: .*a\.tar is empty \(0 bytes\): get it again", "a.tar")
-    (tmp_path / "x.csv").write_text("a,b")
-    refused(r"x\.csv is of no kind that is read: expected a hub name", "x.csv")
+    (tmp_path / "x.json").write_text("[]")
+    refused(r"x\.json is of no kind that is read: expected a hub name", "x.json")
     for split in ("train", "val"):
         (tmp_path / "splits" / split).mkdir(parents=True)
     refused(r"data\.split: no folder .* for split 'test': .* has train, val", "splits")

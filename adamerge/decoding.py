@@ -1,0 +1,128 @@
+"""One image, whatever it is kept in, as 8-bit pixels; within bounds, and nothing executed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# What is opened, out of all that Pillow knows: its EPS reader starts Ghostscript.
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"),
+    *("TGA", "PCX", "SGI", "ICO"),
+)
+_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx"),
+    *(".j2c", ".avif", ".avifs", ".tga", ".pcx", ".sgi", ".ico"),
+)
+_LONGEST = 200  # times the short side: resizing by the short side multiplies what is too narrow
+_LARGE = 1 << 24  # pixels; larger images are decoded one at a time, so that memory is bounded
+_UP = 0x0112  # EXIF's orientation
+_one_large = threading.Lock()
+
+
+def is_image(file: str | Path) -> bool:
+    """Whether a file is named as an image of a kind that is read."""
+    return Path(file).suffix.lower() in _ENDINGS
+
+
+def _same(image: Image.Image) -> Any:
+    return image
+
+
+def decode(value: Any, then: Callable[[Image.Image], Any] = _same) -> Any:
+    """An image of 8 bits per channel, upright if the file says how the camera was held.
+
+    16 bits become 8 by their high byte, as Pillow itself reads 16-bit colours.
+
+    Args:
+        value: a file's path or content, `{"bytes": …, "path": …}`, or an array, see `pixels`.
+        then: what is made of the image, while no other large one is in memory.
+
+    Raises:
+        ValueError, OSError: no image that can be read so; decoders raise other types too.
+    """
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise ValueError("the row has no image")
+    if not isinstance(value, bytes | str):
+        array = pixels(value)
+        _require_bounded(array.shape[1], array.shape[0])
+        return then(Image.fromarray(array))
+    if isinstance(value, str) and not stat.S_ISREG(Path(value).stat().st_mode):
+        raise ValueError("not a regular file")
+    opened = io.BytesIO(value) if isinstance(value, bytes) else value
+    with Image.open(opened, formats=_known()) as image:
+        _require_bounded(*image.size)
+        large = image.width * image.height > _LARGE
+        with _one_large if large else contextlib.nullcontext():
+            image.load()
+            shallow = _eight_bits(image)
+            ImageOps.exif_transpose(shallow, in_place=True)
+            return then(shallow)
+
+
+@functools.cache
+def _known() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _require_bounded(width: int, height: int) -> None:
+    if max(width, height) > _LONGEST * min(width, height):
+        raise ValueError(
+            f"{width} × {height} pixels, expected no side over {_LONGEST} times the other"
+        )
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("mode F (floats), of which white is not known: save it with 8 or 16 bits")
+    if image.mode != "I" and not image.mode.startswith("I;"):
+        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+            del image.info["transparency"]  # left out of RGB anyway, but with a warning
+        return image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    tiff = image.format == "TIFF"  # whose `I` has 32 bits, or signs; that of others has 16
+    if low < 0 or high > 0xFFFF or (tiff and image.mode == "I" and 0 < high <= 0xFF):
+        raise ValueError(
+            f"mode {image.mode} with values from {low} to {high}, of which white is not known: "
+            "expected 8 bits, or 16, of which 65535 is white"
+        )
+    twelve = tiff and getattr(image, "tag_v2", {}).get(258) == (12,)  # bits of a sample
+    scaled = Image.fromarray((values >> (4 if twelve else 8)).astype(np.uint8))
+    upright = Image.Exif()
+    upright[_UP] = image.getexif().get(_UP, 1)
+    scaled.info["exif"] = upright.tobytes()
+    return scaled
+
+
+def pixels(value: Any) -> np.ndarray:
+    """A uint8 array for PIL, `[H, W]`, `[H, W, 3]` or `[H, W, 4]`, of an image given as an array.
+
+    Raises:
+        ValueError: another shape, or values that are no whole numbers from 0 to 255.
+    """
+    array = np.asarray(value)
+    if array.dtype != np.uint8:
+        if array.dtype.kind not in "iu" or array.min(initial=0) < 0 or array.max(initial=0) > 255:
+            raise ValueError(f"an array of {array.dtype}, expected whole numbers from 0 to 255")
+        array = array.astype(np.uint8)
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
+        raise ValueError(f"an array of shape {list(array.shape)}, expected [H, W] or [H, W, 3]")
+    return np.ascontiguousarray(array)
