@@ -65,9 +65,15 @@ def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
         return clip, {"pretrained": {"path": source, "sha256": sha256(clip.weights)}}
     checkpoint = read(source)
     clip = build_clip(_architecture(architecture, checkpoint))
-    load_pretrained(clip, checkpoint)
+    load_pretrained(clip, checkpoint, _needs_text(suite), suite.get("logit_scale"))
     _check_stated(clip, checkpoint, str(architecture))
     return clip, {"pretrained": checkpoint.record()}
+
+
+def _needs_text(suite: Config) -> bool:
+    """Whether a head is made by the text tower."""
+    entries = {**suite.get("tasks", {}), **(suite.get("unseen") or {})}
+    return not entries or any(entry.get("head") is None for entry in entries.values())
 
 
 def _check_stated(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None:
@@ -120,7 +126,8 @@ def load_suite(config: Config) -> Suite:
     for task, entry in suite["tasks"].items():
         expert = read(str(entry["expert"]))
         sources[task], files[task] = expert.source, expert.record()
-        experts[task] = tower_state(expert, clip.backbone)
+        fill = "pretrained" in (entry.get("missing"), suite.get("missing"))
+        experts[task] = tower_state(expert, clip.backbone, fill)
         _check_stated(clip, expert, str(suite.get("architecture")))
         if entry.get("head") is not None:
             files[f"head of {task}"] = read(entry["head"]).record()
