@@ -67,18 +67,20 @@ class Checkpoint:
         return found
 
     def stated(self) -> dict[str, Any]:
-        """What transformers' `config.json` beside the weights states of the image tower and its
-        tensors' shapes do not show: `quick_gelu`, `heads` and `layer_norm_eps`; empty without one.
+        """What pickled modules, or transformers' `config.json` beside the weights, state of the
+        image tower and its tensors' shapes do not show: `quick_gelu`, `heads`, `layer_norm_eps`,
+        as far as they do; `activation` where it is no GELU.
         """
+        found = dict(getattr(self.tensors, "stated", {}))
         path = self.files[0].parent / "config.json"
         try:
             config = json.loads(path.read_text())
             given = {**VISION, **(config.get("vision_config") or config)}
             kind = str(config.get("model_type"))
         except (OSError, ValueError, AttributeError, TypeError):  # it is not needed for reading
-            return {}
-        if not kind.startswith("clip"):
-            return {}
+            return found
+        if not kind.startswith("clip") or found:
+            return found
         return {
             "quick_gelu": given["hidden_act"] == "quick_gelu",
             "heads": given["num_attention_heads"],
@@ -247,9 +249,16 @@ def read_head(source: str | Path) -> Tensor:
     Rows are used as stored, logit scale included, as the papers' scripts save them.
 
     Raises:
-        AdamergeError: no weight matrix in there, several, or one with a bias that is not zero.
+        AdamergeError: no weight matrix in there, several, one with a bias that is not zero, or one
+            that was made for features as they come.
     """
-    tensors = read(source).tensors
+    checkpoint = read(source)
+    tensors = checkpoint.tensors
+    if checkpoint.stated().get("normalize") is False:
+        raise AdamergeError(
+            f"head {source} has normalize=False: it is for features as they come, and heads are "
+            "used with normalised ones; give one made for these, or leave head out to make it anew"
+        )
     matrices = [name for name in tensors if tensors[name].ndim == 2]
     if len(matrices) != 1:
         raise AdamergeError(

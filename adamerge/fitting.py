@@ -64,7 +64,7 @@ def check_tower(matched: Match, fill: bool) -> None:
     if not fill:
         raise AdamergeError(
             f"{source}{looks} lacks {len(missing)} of the tower's {whole} tensors, such as "
-            f"{missing[0]}, and has {have}: if the others were frozen when it was fine-tuned, set "
+            f"{missing[0]}, and has {have}: if those it lacks were frozen in fine-tuning, set "
             "missing: pretrained for its task, or for the suite (suite.missing), which takes the "
             "pretrained ones"
         )

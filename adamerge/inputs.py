@@ -86,13 +86,19 @@ def _check_stated(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None
         "layer_norm_eps": 1e-5,
     }
     for key in ("heads", "layer_norm_eps"):
-        if stated and stated[key] != built[key]:
+        if key in stated and stated[key] != built[key]:
             raise AdamergeError(
                 f"{checkpoint.source} was trained with {key} = {stated[key]} in its image tower, "
                 f"{architecture} has {built[key]}, though all shapes fit: set suite.architecture "
                 "to the model it was trained as"
             )
-    if not stated or stated["quick_gelu"] == built["quick_gelu"]:
+    if "activation" in stated:
+        raise AdamergeError(
+            f"{checkpoint.source} was trained with the activation {stated['activation']}, which "
+            f"{architecture} has not, though all shapes fit: set suite.architecture to the model "
+            "it was trained as"
+        )
+    if stated.get("quick_gelu", built["quick_gelu"]) == built["quick_gelu"]:
         return
     gelu = stated["quick_gelu"]
     name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if gelu else "")

@@ -68,8 +68,8 @@ def _missing(where: str, given: Any) -> Iterable[str]:
     value = given.get("missing") if isinstance(given, Mapping) else None
     if value not in (None, "pretrained"):
         yield (
-            f"{where}.missing is {value!r}: expected pretrained, which takes the pretrained tensors "
-            "for those that an expert's file lacks"
+            f"{where}.missing is {value!r}: expected pretrained, which takes the pretrained "
+            "tensors for those that an expert's file lacks"
         )
 
 
