@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -16,21 +18,14 @@ from adamerge import hub
 from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
 from adamerge.files import joined, read_json, sha256
-from adamerge.layouts import (
-    Computed,
-    clip_from_transformers,
-    renamed,
-    tower_from_transformers,
-    transformers_prefix,
-)
+from adamerge.fitting import check_tower, check_whole, lacks_text, other_shape, with_text_names
+from adamerge.layouts import Computed, renamed
 from adamerge.lora import LoraConfig, lora_expert
+from adamerge.matching import match
 from adamerge.model_configs import VISION
 from adamerge.weight_files import open_weights
 
 log = logging.getLogger("adamerge")
-
-# Constants that OpenAI's own files carry beside the weights.
-_LEFT_OVER = ("input_resolution", "context_length", "vocab_size", "attn_mask", "image_size")
 
 
 @dataclass(frozen=True)
@@ -71,18 +66,20 @@ class Checkpoint:
         return found
 
     def stated(self) -> dict[str, Any]:
-        """What transformers' `config.json` beside the weights states of the image tower and its
-        tensors' shapes do not show: `quick_gelu`, `heads` and `layer_norm_eps`; empty without one.
+        """What pickled modules, or transformers' `config.json` beside the weights, state of the
+        image tower and its tensors' shapes do not show: `quick_gelu`, `heads`, `layer_norm_eps`,
+        as far as they do; `activation` where it is no GELU.
         """
+        found = dict(getattr(self.tensors, "stated", {}))
         path = self.files[0].parent / "config.json"
         try:
             config = read_json(path)
             given = {**VISION, **(config.get("vision_config") or config)}
             kind = str(config.get("model_type"))
-        except (AdamergeError, TypeError):  # it is not needed for reading
-            return {}
-        if not kind.startswith("clip"):
-            return {}
+        except (AdamergeError, AttributeError, TypeError):  # it is not needed for reading
+            return found
+        if not kind.startswith("clip") or found:
+            return found
         return {
             "quick_gelu": given["hidden_act"] == "quick_gelu",
             "heads": given["num_attention_heads"],
@@ -144,108 +141,105 @@ def _joined(files: tuple[Path, ...], parts: list[Mapping[str, Tensor]]) -> Compu
     return Computed(makers)
 
 
-def tower_state(checkpoint: Checkpoint, backbone: nn.Module) -> Mapping[str, Tensor]:
+def tower_state(
+    checkpoint: Checkpoint, backbone: nn.Module, fill: bool = False
+) -> Mapping[str, Tensor]:
     """A checkpoint's image tower under the backbone's names, in its order.
 
     Args:
-        backbone: the pretrained tower: its names are looked for behind any prefix (`visual.`,
-            `module.model.visual.` …); a LoRA adapter is added to its weights; a transformers tower
-            without a projection keeps its projection.
-
-    Unknown names stay, at the end, for `TaskVectors` to report.
+        backbone: the pretrained tower. Its names are looked for in either layout, behind any
+            prefix and between the words of wrappers; a LoRA adapter is added to its weights; a
+            transformers tower without a projection keeps its projection.
+        fill: take the pretrained tensors where the checkpoint lacks some.
 
     Raises:
-        AdamergeError: no image tower in there, or several.
+        AdamergeError: no image tower in there, several, or one with missing or unknown tensors.
     """
     own: dict[str, Tensor] = backbone.state_dict()
     if checkpoint.lora is not None:
         found: Mapping[str, Tensor] = lora_expert(checkpoint.tensors, checkpoint.lora, own)
-    elif (prefix := transformers_prefix(checkpoint.tensors)) is not None:
-        found = tower_from_transformers(checkpoint.tensors, prefix)
-        if "proj" in own and "proj" not in found:
-            log.info("%s has no projection: the pretrained one is used", checkpoint.source)
-            makers = {name: functools.partial(found.__getitem__, name) for name in found}
-            found = Computed({**makers, "proj": functools.partial(own.__getitem__, "proj")})
     else:
-        prefix = _prefix(checkpoint, own)
-        names = [name for name in checkpoint.tensors if name.startswith(prefix)]
-        found = renamed(checkpoint.tensors, {name[len(prefix) :]: name for name in names})
-    known = [name for name in own if name in found]
-    rest = [n for n in found if n not in own and n.rpartition(".")[2] not in _LEFT_OVER]
-    return renamed(found, {name: name for name in [*known, *rest]})
+        matched = match(checkpoint.source, checkpoint.tensors, own).without_heads()
+        missing = matched.missing
+        if missing == ["visual_projection.weight"]:
+            log.info("%s has no projection: the pretrained one is used", checkpoint.source)
+        elif missing or matched.extra:
+            check_tower(matched, fill)
+        found = matched.state()
+    return renamed(found, {name: name for name in own})
 
 
-def _prefix(checkpoint: Checkpoint, own: Mapping[str, Tensor]) -> str:
-    """What stands before the tower's names in a checkpoint of open_clip's layout."""
-    anchor = "conv1.weight" if "conv1.weight" in own else next(iter(own))
-    tails = (name for name in checkpoint.tensors if f".{name}".endswith(f".{anchor}"))
-    found = [name.removesuffix(anchor) for name in tails]
-    visual = [prefix for prefix in found if prefix.endswith("visual.")]
-    choices = visual or found
-    if len(choices) == 1:
-        return choices[0]
-    if not choices:
-        example = next(iter(checkpoint.tensors))
-        raise AdamergeError(
-            f"{checkpoint.source} holds no image tower of this architecture: expected a tensor "
-            f"named {anchor!r} behind any prefix, or transformers' names, found names like "
-            f"{example!r}; check the file and suite.architecture"
-        )
-    raise AdamergeError(
-        f"{checkpoint.source} holds {len(choices)} image towers ({', '.join(choices)}): save the "
-        "one that is meant as a state dict of its own"
-    )
-
-
-def load_pretrained(clip: Clip, checkpoint: Checkpoint) -> None:
+def load_pretrained(
+    clip: Clip, checkpoint: Checkpoint, text: bool = True, logit_scale: float | None = None
+) -> None:
     """Fills a CLIP, image and text tower, from a checkpoint.
 
+    A table of positions of another resolution is interpolated as open_clip does.
+
+    Args:
+        text: whether the text tower is needed. If not, and the checkpoint lacks it, it becomes
+            NaN, so that nothing can be made with it by mistake.
+        logit_scale: what similarities are multiplied with, where the checkpoint does not tell.
+
     Raises:
-        AdamergeError: names or shapes that do not fit the architecture; an image tower alone is
-            not enough, because the heads come from the text tower.
+        AdamergeError: names or shapes that do not fit the architecture; an image tower alone,
+            where the heads come from the text tower.
     """
-    where = f"pretrained ({checkpoint.path})"
+    where, own = f"pretrained ({checkpoint.path})", clip.model.state_dict()
     if checkpoint.lora is not None:
         raise AdamergeError(f"{where} is a LoRA adapter: expected the whole CLIP it was trained on")
-    state, own = _whole(checkpoint), clip.model.state_dict()
-    missing = [name for name in own if name not in state]
-    extra = [n for n in state if n not in own and n.rpartition(".")[2] not in _LEFT_OVER]
-    if missing and ("token_embedding.weight" in missing or len(missing) == len(own)):
-        raise AdamergeError(
-            f"{where} lacks tensor {missing[0]!r}: expected a whole CLIP, because the heads are "
-            "made by its text tower; name the CLIP it was fine-tuned from (of `adamerge convert`: "
-            "--pretrained)"
-        )
-    for names, verb in ((missing, "lacks"), (extra, "has the unknown")):
-        if names:
-            raise AdamergeError(
-                f"{where} {verb} tensor {names[0]!r} ({len(names)} such): it is not of this "
-                "architecture; set suite.architecture to the one it was trained with"
-            )
+    matched = with_text_names(match(checkpoint.source, checkpoint.tensors, own)).without_heads()
+    if not text and lacks_text(matched):
+        log.info("%s has no text tower, which the given heads do not need", where)
+        tower = tower_state(checkpoint, clip.backbone)
+        _fill(clip, {f"visual.{name}": tower[name] for name in tower}, where)
+        return
+    missing = [name for name in matched.missing if name != "logit_bias"]
+    extra = [name for name in matched.extra if name != "logit_bias"]  # to softmax a constant
+    if logit_scale is not None and "logit_scale" in missing:
+        missing.remove("logit_scale")
+    check_whole(matched, missing, extra, where)
     with torch.no_grad():
-        for name, tensor in own.items():
+        if "logit_bias" in matched.missing:
+            cast(Tensor, clip.model.logit_bias).zero_()
+        if logit_scale is not None and "logit_scale" in matched.missing:
+            cast(Tensor, clip.model.logit_scale).fill_(math.log(logit_scale))
+    _fill(clip, matched.state(), where)
+
+
+def _fill(clip: Clip, state: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors into a CLIP; those of a text tower that are not there become NaN."""
+    with torch.no_grad():
+        for name, tensor in clip.model.state_dict().items():
+            if name not in state:
+                _ = tensor.fill_(float("nan")) if tensor.is_floating_point() else None
+                continue
             loaded = state[name]
+            if loaded.shape != tensor.shape:
+                loaded = _interpolated(clip.model, name, loaded)
             scalar = loaded.numel() == tensor.numel() == 1  # logit_scale is [] or [1]
             if loaded.shape != tensor.shape and not scalar:
+                mend = "set suite.architecture to the one it was trained with"
                 raise AdamergeError(
                     f"{where} has tensor {name!r} of shape {list(loaded.shape)}, the architecture "
-                    f"has {list(tensor.shape)}: set suite.architecture to the one it was trained "
-                    "with"
+                    f"has {list(tensor.shape)}: "
+                    f"{other_shape(name, loaded.shape, tensor.shape, mend)}"
                 )
             tensor.copy_(loaded.reshape(tensor.shape))
 
 
-def _whole(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
-    """A whole CLIP under open_clip's names, prefixes taken off."""
-    prefix = transformers_prefix(checkpoint.tensors)
-    if prefix is not None:
-        return clip_from_transformers(checkpoint.tensors, prefix)
-    anchors = [n for n in checkpoint.tensors if f".{n}".endswith(".visual.conv1.weight")]
-    before = anchors[0].removesuffix("visual.conv1.weight") if len(anchors) == 1 else ""
-    if not before and all(name.startswith("module.") for name in checkpoint.tensors):
-        before = "module."
-    names = [name for name in checkpoint.tensors if name.startswith(before)]
-    return renamed(checkpoint.tensors, {name[len(before) :]: name for name in names})
+def _interpolated(model: nn.Module, name: str, table: Tensor) -> Tensor:
+    """A table of positions at the model's resolution, or length of text, as open_clip makes it."""
+    state = {name: table}
+    try:
+        open_clip.model.resize_pos_embed(state, model)
+        open_clip.model.resize_text_pos_embed(state, model)
+    except (RuntimeError, AssertionError, IndexError):  # another width, or no grid
+        return table
+    if state[name] is not table:
+        sizes = (len(table), len(state[name]))
+        log.warning("pretrained: %s is interpolated from %d to %d positions", name, *sizes)
+    return state[name]
 
 
 def read_head(source: str | Path) -> Tensor:
@@ -254,9 +248,16 @@ def read_head(source: str | Path) -> Tensor:
     Rows are used as stored, logit scale included, as the papers' scripts save them.
 
     Raises:
-        AdamergeError: no weight matrix in there, several, or one with a bias that is not zero.
+        AdamergeError: no weight matrix in there, several, one with a bias that is not zero, or one
+            that was made for features as they come.
     """
-    tensors = read(source).tensors
+    checkpoint = read(source)
+    tensors = checkpoint.tensors
+    if checkpoint.stated().get("normalize") is False:
+        raise AdamergeError(
+            f"head {source} has normalize=False: it is for features as they come, and heads are "
+            "used with normalised ones; give one made for these, or leave head out to make it anew"
+        )
     matrices = [name for name in tensors if tensors[name].ndim == 2]
     if len(matrices) != 1:
         raise AdamergeError(

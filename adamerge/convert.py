@@ -63,8 +63,7 @@ def _whole(source: str, pretrained: str | None, architecture: str | None) -> Cli
     if pretrained is not None:
         tower = tower_state(read(source), clip.backbone)
         own = clip.backbone.state_dict()
-        wrong = [n for n in {**own, **tower} if n not in own or n not in tower]
-        wrong += [n for n in own if n in tower and tower[n].shape != own[n].shape]
+        wrong = [name for name in own if tower[name].shape != own[name].shape]
         if wrong:
             raise AdamergeError(
                 f"{source} does not fit {pretrained} at tensor {wrong[0]!r} ({len(wrong)} such): "

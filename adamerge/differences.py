@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
+from adamerge.fitting import other_shape
 
+_SAME = "use an expert fine-tuned from this architecture"
 StateDict = Mapping[str, Tensor]
 
 
@@ -73,8 +75,8 @@ class Differences:
         if tensor.shape != base.shape:
             raise AdamergeError(
                 f"{self._where(task)} has tensor {name!r} of shape {list(tensor.shape)}, but the "
-                f"pretrained weights have {list(base.shape)}: use an expert fine-tuned "
-                "from this architecture"
+                f"pretrained weights have {list(base.shape)}: "
+                f"{other_shape(name, tensor.shape, base.shape, _SAME)}"
             )
         if not tensor.is_floating_point():
             raise AdamergeError(

@@ -65,9 +65,15 @@ def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
         return clip, {"pretrained": {"path": source, "sha256": sha256(clip.weights)}}
     checkpoint = read(source)
     clip = build_clip(_architecture(architecture, checkpoint))
-    load_pretrained(clip, checkpoint)
+    load_pretrained(clip, checkpoint, _needs_text(suite), suite.get("logit_scale"))
     _check_stated(clip, checkpoint, str(architecture))
     return clip, {"pretrained": checkpoint.record()}
+
+
+def _needs_text(suite: Config) -> bool:
+    """Whether a head is made by the text tower."""
+    entries = {**suite.get("tasks", {}), **(suite.get("unseen") or {})}
+    return not entries or any(entry.get("head") is None for entry in entries.values())
 
 
 def _check_stated(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None:
@@ -80,13 +86,19 @@ def _check_stated(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None
         "layer_norm_eps": 1e-5,
     }
     for key in ("heads", "layer_norm_eps"):
-        if stated and stated[key] != built[key]:
+        if key in stated and stated[key] != built[key]:
             raise AdamergeError(
                 f"{checkpoint.source} was trained with {key} = {stated[key]} in its image tower, "
                 f"{architecture} has {built[key]}, though all shapes fit: set suite.architecture "
                 "to the model it was trained as"
             )
-    if not stated or stated["quick_gelu"] == built["quick_gelu"]:
+    if "activation" in stated:
+        raise AdamergeError(
+            f"{checkpoint.source} was trained with the activation {stated['activation']}, which "
+            f"{architecture} has not, though all shapes fit: set suite.architecture to the model "
+            "it was trained as"
+        )
+    if stated.get("quick_gelu", built["quick_gelu"]) == built["quick_gelu"]:
         return
     gelu = stated["quick_gelu"]
     name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if gelu else "")
@@ -120,7 +132,8 @@ def load_suite(config: Config) -> Suite:
     for task, entry in suite["tasks"].items():
         expert = read(str(entry["expert"]))
         sources[task], files[task] = expert.source, expert.record()
-        experts[task] = tower_state(expert, clip.backbone)
+        fill = "pretrained" in (entry.get("missing"), suite.get("missing"))
+        experts[task] = tower_state(expert, clip.backbone, fill)
         _check_stated(clip, expert, str(suite.get("architecture")))
         if entry.get("head") is not None:
             files[f"head of {task}"] = read(entry["head"]).record()

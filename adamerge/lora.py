@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adamerge.errors import AdamergeError
 from adamerge.files import read_json
-from adamerge.layouts import Computed, tower_from_transformers, tower_to_transformers
+from adamerge.layouts import Computed, Layout
 
 # Settings that change what the adapter computes in ways that B A alone does not say.
 _UNSUPPORTED = (
@@ -102,10 +102,10 @@ def lora_expert(
     Raises:
         AdamergeError: an adapter tensor that belongs to no tensor of the tower, or does not fit.
     """
-    theirs = tower_to_transformers(pretrained, "")
+    layout = Layout(pretrained)
     changes = _changes(adapter, config)
     in_ours = all(name in pretrained for name in changes)
-    base: Mapping[str, Tensor] = pretrained if in_ours else theirs
+    base: Mapping[str, Tensor] = pretrained if in_ours else layout.names
     if not changes:
         raise AdamergeError(f"{config.path.parent} changes no tensor of an image tower")
     for name in changes:
@@ -123,7 +123,7 @@ def lora_expert(
             else functools.partial(base.__getitem__, name)
         )
     made = Computed(makers)
-    return made if in_ours else tower_from_transformers(made, "")
+    return made if in_ours else layout.to_ours(made)
 
 
 _Change = Callable[[Tensor], Tensor]

@@ -27,14 +27,19 @@ _DANGEROUS = words(
 _BUILTINS = ("builtins", "__builtin__")
 _PLAIN_BUILTINS = words(
     "set frozenset list dict tuple slice complex bytearray bytes object int float str bool range "
-    "long unicode"
+    "long unicode type property iter map filter zip enumerate reversed getattr"
 )
-# Functions that stand for the object they make: kept as stand-ins, like classes.
-_MAKERS = words(
-    "numpy.dtype numpy.ndarray torch.device torch.dtype functools.partial "
-    "numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar "
-    "numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar"
+# Plain data of modules that are dangerous otherwise: type hints, namespaces.
+_PLAIN = words(
+    "operator.getitem _operator.getitem operator.or_ _operator.or_ types.SimpleNamespace "
+    "types.GenericAlias types.NoneType types.MappingProxyType types.UnionType io.BytesIO"
 )
+# What functions that run or read something are called.
+_RUNNING = words(
+    "load loads open run exec execfile eval system call compile popen spawn import_module "
+    "__import__ read_pickle"
+)
+LOAD_STORAGE = "torch.storage._load_from_bytes"  # of raw pickles: see `torch_files`
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,25 @@ class Named:
 
 @dataclass
 class Standin:
-    """An object of a class that is never imported: what it was made from, and its state."""
+    """An object that is never made: the class or function, what it was called with, its state.
+
+    Attributes:
+        called: whether it is what a function would have given, which is unknown.
+    """
 
     path: str
     arguments: tuple[Any, ...] = ()
     state: Any = None
     items: dict[Any, Any] = field(default_factory=dict)
+    called: bool = False
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes that were left in the stream: where they begin, and how many."""
+
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -87,11 +105,12 @@ def named(module: Any, name: Any) -> Named:
     if not isinstance(module, str) or not isinstance(name, str):
         raise Refused("a global whose name is no text")
     path = f"{module}.{name}"
-    risky = module.partition(".")[0] in _DANGEROUS
-    if risky or (module in _BUILTINS and name not in _PLAIN_BUILTINS):
+    risky = module.partition(".")[0] in _DANGEROUS and path not in _PLAIN
+    plain = name in _PLAIN_BUILTINS or name[:1].isupper()  # exceptions are data
+    if risky or (module in _BUILTINS and not plain):
         raise Unsafe(f"{path}, which no weights need")
-    if "." in name:
-        raise Unsafe(f"{path}, a dotted name")
+    if "." in name and not all(part[:1].isupper() for part in name.split(".")):
+        raise Unsafe(f"{path}, a dotted name")  # but for a class within a class
     return Named(path)
 
 
@@ -103,7 +122,10 @@ def object_of(kind: Any, arguments: Any) -> Any:
 
 
 def made(function: Any, arguments: Any) -> Any:
-    """What a call gives, for the few constructors that are known; all else is refused by name."""
+    """What a call gives: that of known constructors, else a stand-in for it, as nothing is called.
+
+    Functions that by their names run or read something are refused.
+    """
     if not isinstance(function, Named) or not isinstance(arguments, tuple):
         raise Refused("a call of something that is no function")
     path = function.path
@@ -113,10 +135,12 @@ def made(function: Any, arguments: Any) -> Any:
 
 
 def _class_like(path: str, arguments: tuple[Any, ...]) -> Standin:
-    name = path.rpartition(".")[2].lstrip("_")
-    if path in _MAKERS or name[:1].isupper():  # a class by the convention of every library
-        return Standin(path, arguments)
-    raise Unsafe(f"a call of {path}")
+    name = path.rpartition(".")[2]
+    of_object = bool(arguments) and isinstance(arguments[0], Named | Standin)
+    if name in _RUNNING or path == LOAD_STORAGE or (name == "getattr" and not of_object):
+        raise Unsafe(f"a call of {path}")
+    # A class by the convention of every library, or a function that gives who knows what.
+    return Standin(path, arguments, called=not name.lstrip("_")[:1].isupper())
 
 
 def _container(path: str, arguments: tuple[Any, ...], otherwise: Callable[[], Any]) -> Any:
@@ -213,4 +237,6 @@ def key_of(key: Any) -> Any:
         isinstance(key, tuple) and len(key) < 16 and all(isinstance(k, flat) for k in key)
     ):
         return key
+    if isinstance(key, Standin):  # a date, a member of an enumeration: told apart, and no more
+        return Named(f"{key.path} {id(key)}")
     raise Refused("a dictionary key that is neither text nor number")

@@ -2,20 +2,27 @@
 
 Python's own unpickler imports and calls what a file names. This one is a small stack machine over
 `pickletools.genops`: nothing is ever imported or called, so a file can at most be refused.
+
+`torch.load(weights_only=True)` is not used in its place: it reads no raw pickles, holds no
+checksums against what it maps, takes memory by what a file claims, and would have to be given a
+class to make for every name that a file mentions.
 """
 
 from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from adamerge.pickled import (
+    LOAD_STORAGE,
+    Blob,
     Named,
     Refused,
     Standin,
     StorageRef,
     TensorRef,
+    Unsafe,
     is_count,
     key_of,
     made,
@@ -31,33 +38,43 @@ _MALFORMED = (
 )
 
 
-def load(stream: BinaryIO | bytes) -> Any:
+def load(stream: BinaryIO | bytes, nested: Callable[[Blob | str], StorageRef] | None = None) -> Any:
     """The object of one pickle; a file is left just behind it.
 
     dicts, lists, tuples, texts and numbers are themselves (sets become lists); tensors become
     `TensorRef`; objects of any class become `Standin`; a class or function that is only mentioned
     becomes `Named`.
 
+    Args:
+        nested: gives the storage that a file of torch within the pickle holds; bytes are then left
+            in the stream, as `Blob`.
+
     Raises:
-        Refused: a call of anything that is not a known tensor or container constructor, a name of
-            a module that runs programs, an unknown opcode, or a malformed stream.
+        Refused: nothing but the outcome of a call, a name of something that runs programs, an
+            unknown opcode, or a malformed stream.
     """
-    machine = _Machine()
+    machine = _Machine(nested)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count > MOST_OPCODES:
                 raise Refused(f"more than {MOST_OPCODES} pickle opcodes")
+            if nested is not None and opcode.name in _BYTES:
+                size = len(cast(bytes, argument))
+                argument = Blob(cast(BinaryIO, stream).tell() - size, size)
             machine.step(opcode.name, argument)
     except Refused:
         raise
     except _MALFORMED as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise Refused(f"not a well-formed pickle ({reason})") from error
+    if isinstance(machine.result, Standin) and machine.result.called:
+        raise Unsafe(f"a call of {machine.result.path}")
     return machine.result
 
 
 class _Machine:
-    def __init__(self) -> None:
+    def __init__(self, nested: Callable[[Blob | str], StorageRef] | None) -> None:
+        self.nested = nested
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -113,6 +130,11 @@ def _stack_global(machine: _Machine, _: Any) -> None:
 
 def _reduce(machine: _Machine, _: Any) -> None:
     arguments, function = machine.pop(), machine.pop()
+    if machine.nested is not None and function == Named(LOAD_STORAGE):
+        if not isinstance(arguments, tuple) or not isinstance(arguments[0], Blob | str):
+            raise Refused(f"{LOAD_STORAGE} of something that is no file")
+        machine.stack.append(machine.nested(arguments[0]))
+        return
     machine.stack.append(made(function, arguments))
 
 
@@ -184,6 +206,7 @@ _PUSHES = words(
     "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
     "BYTEARRAY8"
 )
+_BYTES = frozenset(["BINBYTES", "SHORT_BINBYTES", "BINBYTES8"])
 _GETS = frozenset(["GET", "BINGET", "LONG_BINGET"])
 _PUTS = frozenset(["PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"])
 _CONSTANTS: dict[str, Callable[[], Any]] = {

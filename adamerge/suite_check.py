@@ -8,7 +8,7 @@ from typing import Any
 from adamerge.binding import nearest
 
 _SUITE = ("pretrained", "tasks")
-_OPTIONAL = ("name", "architecture", "root", "vars", "unseen")
+_OPTIONAL = ("name", "architecture", "root", "vars", "unseen", "missing", "logit_scale")
 _UNSEEN = ("data", "classes", "templates")
 _TASK = ("expert", *_UNSEEN)
 
@@ -25,6 +25,10 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
     for key in ("architecture", "pretrained", "root"):
         if suite.get(key) is not None and not isinstance(suite[key], str):
             yield f"suite.{key} is {suite[key]!r}: expected a name or a path"
+    yield from _missing("suite", suite)
+    scale = suite.get("logit_scale")
+    if scale is not None and not (type(scale) in (int, float) and 0 < scale < 1e6):
+        yield f"suite.logit_scale is {scale!r}: expected what similarities are multiplied with"
     yield from _variables(suite.get("vars"))
     tasks = suite.get("tasks")
     if not isinstance(tasks, Mapping) or not tasks:
@@ -33,6 +37,7 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
     for name, task in tasks.items():
         yield from _name_problems("suite.tasks", name)
         yield from _task_problems(f"suite.tasks.{name}", task, _TASK, name in shipped)
+        yield from _missing(f"suite.tasks.{name}", task)
     unseen = suite.get("unseen")
     if unseen is not None and not isinstance(unseen, Mapping):
         yield f"suite.unseen is {unseen!r}: expected tasks by name, without experts"
@@ -59,6 +64,15 @@ def _name_problems(where: str, name: Any) -> Iterable[str]:
         )
 
 
+def _missing(where: str, given: Any) -> Iterable[str]:
+    value = given.get("missing") if isinstance(given, Mapping) else None
+    if value not in (None, "pretrained"):
+        yield (
+            f"{where}.missing is {value!r}: expected pretrained, which takes the pretrained "
+            "tensors for those that an expert's file lacks"
+        )
+
+
 def _variables(given: Any) -> Iterable[str]:
     if given is None:
         return
@@ -75,7 +89,8 @@ def _task_problems(where: str, task: Any, keys: Sequence[str], shipped: bool) ->
         yield f"{where} is {task!r}: expected {', '.join(keys)}"
         return
     name = where.rpartition(".")[2]
-    for problem in _keys(task, (*keys, "head", "task"), keys, where):
+    more = ("head", "task", *(("missing",) if "expert" in keys else ()))
+    for problem in _keys(task, (*keys, *more), keys, where):
         lacks = shipped and problem.endswith(" is missing") and "expert" not in problem
         yield f"{problem} (add task: {name})" if lacks else problem
     if not isinstance(task.get("head"), str | None):

@@ -139,9 +139,8 @@ def _hash_of(folder: Path) -> str:
 
 def _static(clip: Clip, checkpoint: Checkpoint) -> FoldedEncoder:
     state, own = tower_state(checkpoint, clip.backbone), clip.backbone.state_dict()
-    for name in {**own, **state}:
-        found = list(state[name].shape) if name in state else "nothing"
-        wanted = list(own[name].shape) if name in own else "nothing"
+    for name, tensor in own.items():
+        found, wanted = list(state[name].shape), list(tensor.shape)
         if found != wanted:
             raise _misfit(checkpoint.path, f"tensor {name!r} is {found}, expected {wanted}")
     weights = {name: state[name].detach().to(tensor) for name, tensor in own.items()}

@@ -1,9 +1,10 @@
-"""Files of `torch.save`, zip and legacy: read without executing them, numbers memory-mapped."""
+"""Files of `torch.save`, zip and legacy, and raw pickles of modules and tensors: read without
+executing them, numbers memory-mapped."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import io
 import math
 import mmap
 import os
@@ -17,12 +18,11 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
-from adamerge.pickled import Refused, Standin, StorageRef, TensorRef, Unsafe
+from adamerge.pickled import Blob, Refused, Standin, StorageRef, TensorRef, Unsafe
 from adamerge.safe_pickle import load
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a legacy file
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_DEEPEST, _MOST_PARTS = 64, 100_000  # modules and tensors; CLIP has 8 levels, some 500
 
 _KINDS: dict[str, torch.dtype] = {
     "FloatStorage": torch.float32,
@@ -40,7 +40,7 @@ _KINDS: dict[str, torch.dtype] = {
 _DTYPES = {
     str(kind).removeprefix("torch."): kind
     for kind in (*_KINDS.values(), torch.uint16, torch.uint32, torch.uint64)
-}
+} | {name: getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
 
 class TorchFile:
@@ -61,9 +61,19 @@ class TorchFile:
             # A private mapping: nothing is read before it is used, nothing is ever written.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._checked: set[str] = set()
+            # Of files without checksums: what holds a storage's numbers, where, and how many.
+            self._places: dict[str, tuple[mmap.mmap | bytearray, int, int]] = {}
+            self._nested: dict[Blob | int, tuple[Blob | str, StorageRef]] = {}
             with _blaming(path):
                 is_zip = self._map[:4] == b"PK\x03\x04"
-                self.root = self._open_zip(file) if is_zip else self._open_legacy()
+                self._strict = not is_zip  # only what a whole file must look like
+                if is_zip:
+                    self.root = self._open_zip(file)
+                elif self._map[: len(LEGACY_START)] == LEGACY_START:
+                    self.root, places = _open_legacy(cast(BinaryIO, self._map), len(self._map))
+                    self._places = {key: (self._map, *place) for key, place in places.items()}
+                else:
+                    self.root = load(cast(BinaryIO, self._map), self._storage)
 
     def _open_zip(self, file: BinaryIO) -> Any:
         try:
@@ -75,7 +85,6 @@ class TorchFile:
         if len(found) != 1:
             raise Refused("a zip archive, but not one of torch.save: it has no data.pkl")
         self._entries, self._prefix = entries, found[0].removesuffix("data.pkl")
-        self._strict = False
         order = entries.get(f"{self._prefix}byteorder")
         if order is not None and self._content(order) != b"little":
             raise Refused("saved on a big-endian machine, or its byte order is damaged")
@@ -104,32 +113,31 @@ class TorchFile:
             self._checked.add(info.filename)
         return start, size
 
-    def _open_legacy(self) -> Any:
-        # Unlike a file, a mapping makes no room for more bytes than there are.
-        file = cast(BinaryIO, self._map)
-        if load(file) != _MAGIC or load(file) != 1001:
-            raise Refused("not a file of torch.save")
-        system = load(file)
-        if not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise Refused("saved on a big-endian machine")
-        root, keys = load(file), load(file)
-        if not isinstance(keys, list) or len({*map(str, keys)}) != len(keys):
-            raise Refused("its list of tensors is damaged")
-        self._places: dict[str, tuple[int, int]] = {}
-        self._strict = True  # without checksums, only what a whole file must look like
-        sizes = {ref.key: _item_size(ref) for ref in _storages(root)}
-        place = file.tell()
-        for key in map(str, keys):
-            numel = int.from_bytes(self._map[place : place + 8], "little")
-            if key not in sizes:
-                raise Refused("its list of tensors is damaged")
-            self._places[key] = (place + 8, numel)
-            place += 8 + numel * sizes[key]
-            if place > len(self._map):
-                raise Refused("it ends inside its tensors")
-        if place != len(self._map):
-            raise Refused("it goes on behind its last tensor")
-        return root
+    def _storage(self, content: Blob | str) -> StorageRef:
+        """The storage that a raw pickle holds as a legacy file of its own.
+
+        Args:
+            content: where it is, or, before pickle's protocol 3, its bytes as a text.
+        """
+        known = self._nested.get(content if isinstance(content, Blob) else id(content))
+        if known is not None:
+            return known[1]
+        if isinstance(content, Blob):
+            buffer: mmap.mmap | bytearray = self._map
+            back, end = self._map.tell(), content.start + content.size
+            self._map.seek(content.start)
+            root, places = _open_legacy(cast(BinaryIO, self._map), end)
+            self._map.seek(back)
+        else:
+            buffer = bytearray(content, "latin1")
+            root, places = _open_legacy(io.BytesIO(buffer), len(buffer))
+        if not isinstance(root, StorageRef) or root.key not in places:
+            raise Refused("a file within a pickle that holds no tensor")
+        found = StorageRef(str(len(self._places)), root.kind, root.numel)
+        self._places[found.key] = (buffer, *places[root.key])
+        key = content if isinstance(content, Blob) else id(content)
+        self._nested[key] = (content, found)
+        return found
 
     def tensor(self, ref: TensorRef) -> Tensor:
         """The tensor a reference stands for, mapped from the file (never write into it).
@@ -139,30 +147,63 @@ class TorchFile:
         """
         with _blaming(self.path):
             kind = _dtype(ref)
-            start, count = self._block(ref, kind)
+            buffer, start, count = self._block(ref, kind)
             _check_view(ref, count, self._strict)
             if count == 0:
                 return torch.empty(ref.size, dtype=kind)
-            flat = torch.frombuffer(self._map, dtype=kind, count=count, offset=start)
+            flat = torch.frombuffer(buffer, dtype=kind, count=count, offset=start)
             return flat.as_strided(ref.size, ref.stride, ref.offset)
 
-    def _block(self, ref: TensorRef, kind: torch.dtype) -> tuple[int, int]:
-        """Where a storage's numbers begin in the file, and how many of type `kind` there are."""
+    def _block(self, ref: TensorRef, kind: torch.dtype) -> tuple[mmap.mmap | bytearray, int, int]:
+        """What holds a storage's numbers, where they begin, and how many of `kind` there are."""
         storage = ref.storage
         claimed = storage.numel * _item_size(storage)
         if self._strict:
             if storage.key not in self._places:
                 raise Refused("its list of tensors is damaged")
-            start, numel = self._places[storage.key]
+            buffer, start, numel = self._places[storage.key]
             size = numel * _item_size(storage)
         else:
             info = self._entries.get(f"{self._prefix}data/{storage.key}")
             if info is None:
                 raise Refused(f"it lacks the tensor data {storage.key!r}")
-            start, size = self._entry(info)
+            buffer, (start, size) = self._map, self._entry(info)
         if claimed != size or size % kind.itemsize:
             raise Refused(f"a tensor claims {claimed} bytes where the file has {size}")
-        return start, size // kind.itemsize
+        return buffer, start, size // kind.itemsize
+
+
+def _open_legacy(file: BinaryIO, end: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """What a legacy file holds, and where the numbers of each storage begin and how many.
+
+    Args:
+        file: read from where it is. Unlike an open file, a mapping makes no room for more bytes
+            than there are.
+        end: of the file.
+    """
+    if load(file) != _MAGIC or load(file) != 1001:
+        raise Refused("not a file of torch.save")
+    system = load(file)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise Refused("saved on a big-endian machine")
+    root, keys = load(file), load(file)
+    if not isinstance(keys, list) or len({*map(str, keys)}) != len(keys):
+        raise Refused("its list of tensors is damaged")
+    places: dict[str, tuple[int, int]] = {}
+    sizes = {ref.key: _item_size(ref) for ref in _storages(root)}
+    place = file.tell()
+    for key in map(str, keys):
+        file.seek(min(place, end))
+        numel = int.from_bytes(file.read(8), "little")
+        if key not in sizes:
+            raise Refused("its list of tensors is damaged")
+        places[key] = (place + 8, numel)
+        place += 8 + numel * sizes[key]
+        if place > end:
+            raise Refused("it ends inside its tensors")
+    if place != end:
+        raise Refused("it goes on behind its last tensor")
+    return root, places
 
 
 @contextlib.contextmanager
@@ -229,47 +270,3 @@ def _storages(root: Any) -> Iterator[StorageRef]:
                 waiting += [item.arguments, item.state, item.items]
             else:
                 waiting += list(item.values() if isinstance(item, Mapping) else item)
-
-
-def module_tensors(module: Standin) -> dict[str, TensorRef]:
-    """The state dict of a pickled `nn.Module` whose class is not there: dotted name -> tensor.
-
-    Follows `_parameters`, `_buffers` (persistent ones) and `_modules`, and the plain attributes
-    of a TorchScript object.
-
-    Raises:
-        AdamergeError: modules nested deeper than any real one, or within themselves.
-    """
-    found: dict[str, TensorRef] = {}
-    _collect(module, "", found, itertools.count())
-    return found
-
-
-def _collect(
-    module: Standin, prefix: str, found: dict[str, TensorRef], visits: Iterator[int]
-) -> None:
-    for part in _parts(module):
-        for name, value in part.items():
-            if next(visits) > _MOST_PARTS or prefix.count(".") > _DEEPEST:
-                raise AdamergeError(
-                    f"a pickled {module.path} nests modules deeper than any model, or within "
-                    "themselves: it is damaged or made to harm; save a state dict"
-                )
-            if isinstance(value, TensorRef):
-                found[f"{prefix}{name}"] = value
-            elif isinstance(value, Standin):
-                _collect(value, f"{prefix}{name}.", found, visits)
-
-
-def _parts(module: Standin) -> list[Mapping[Any, Any]]:
-    state = _mapping(module.state)
-    if module.path.startswith("__torch__."):
-        return [state]
-    hidden = state.get("_non_persistent_buffers_set")
-    hidden = hidden if isinstance(hidden, list) else []
-    buffers = {k: v for k, v in _mapping(state.get("_buffers")).items() if k not in hidden}
-    return [_mapping(state.get("_parameters")), buffers, _mapping(state.get("_modules"))]
-
-
-def _mapping(value: Any) -> Mapping[Any, Any]:
-    return value if isinstance(value, Mapping) else {}

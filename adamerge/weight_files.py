@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
 from adamerge.layouts import Computed
+from adamerge.matching import several
 from adamerge.pickled import Standin, TensorRef
-from adamerge.torch_files import LEGACY_START, TorchFile, module_tensors
+from adamerge.pickled_modules import is_module, module_settings, module_tensors
+from adamerge.torch_files import TorchFile
 
-# Where training scripts keep the weights among other things, the outermost first.
-_INNER = ("state_dict", "model_state_dict", "model", "module", "net", "image_encoder")
+log = logging.getLogger("adamerge")
+
+# Where training scripts keep the weights among other things, the likeliest first.
+_INNER = (
+    *("state_dict", "model_state_dict", "model", "module", "net", "network", "image_encoder"),
+    *("clip", "visual", "backbone", "encoder", "weights", "student", "params", "ema"),
+)
+_NO_WEIGHTS = ("optim", "sched", "scaler", "callbacks", "loops", "hyper", "rng", "config", "args")
+_LEVELS = 6  # of dictionaries within each other
 _SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull` there"),
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
@@ -46,9 +56,39 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
     if _is_safetensors(path):
         return SafetensorsFile(path)
     file = TorchFile(path)
-    references = _references(path, file.root)
-    found = {name: functools.partial(file.tensor, ref) for name, ref in references.items()}
-    return Computed(found)
+    root = _state_dict(path, file.root)
+    if isinstance(root, Standin):
+        return TorchWeights(path, file, module_tensors(root), module_settings(root))
+    return TorchWeights(path, file, root, {})
+
+
+class TorchWeights(Computed):
+    """The tensors of a file of torch, each mapped when it is asked for.
+
+    Attributes:
+        stated: what a pickled module says it was made with (see `module_settings`).
+    """
+
+    def __init__(
+        self, path: Path, file: TorchFile, root: Mapping[Any, Any], stated: Mapping[str, Any]
+    ) -> None:
+        found = {name: value for name, value in root.items() if isinstance(name, str)}
+        tensors = {name: value for name, value in found.items() if isinstance(value, TensorRef)}
+        for name, value in found.items():
+            if isinstance(value, Standin) and (value.called or "Tensor" in value.path):
+                raise _damaged(
+                    path,
+                    f"not readable safely: {name!r} in its state dict is made by {value.path}, "
+                    "which is not executed (a sharded or quantised tensor?); save plain tensors",
+                )
+        if not tensors:
+            keys = f" (its keys: {several([*map(str, root)], 8)})" if root else ""
+            raise AdamergeError(
+                f"{path} holds no tensors by name{keys}: expected a state dict, itself or under a "
+                f"key such as {', '.join(_INNER[:3])}"
+            )
+        super().__init__({n: functools.partial(file.tensor, ref) for n, ref in tensors.items()})
+        self.stated = dict(stated)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -61,7 +101,8 @@ def _is_safetensors(path: Path) -> bool:
         if 8 + header > size:
             raise _damaged(path, f"truncated: its header says {header} bytes, it has {size} in all")
         return True
-    if head.startswith((b"PK\x03\x04", LEGACY_START)):
+    raw = head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
+    if raw or head.startswith(b"PK\x03\x04"):
         return False
     raise _damaged(path, _what(head, size))
 
@@ -79,7 +120,7 @@ def _what(head: bytes, size: int) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive (also of torch before 0.4): unpack it, or save it again"
     if head[:1] == b"\x80":
-        return "a pickle, but not one of torch.save, and is not executed: save a state dict"
+        return "a pickle of an unknown protocol, and is not executed: save a state dict"
     text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
     if "\ufffd" not in text and text.replace("\n", "").replace("\r", "").isprintable():
         return f"a text that begins {text[:40]!r}, not weights: the download failed?"
@@ -145,26 +186,53 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return len(self._keys)
 
 
-def _references(path: Path, root: Any) -> dict[str, TensorRef]:
-    """The state dict within what a file holds."""
-    for _ in range(len(_INNER)):
-        if isinstance(root, Standin):
-            return _some(path, module_tensors(root))
+def _state_dict(path: Path, root: Any) -> Mapping[Any, Any] | Standin:
+    """The state dict or module within what a file holds."""
+    for _ in range(_LEVELS):
+        if isinstance(root, Standin) and not root.items:
+            return root
+        root = root.items if isinstance(root, Standin) else root
         if not isinstance(root, Mapping):
             kind = "bare tensor" if isinstance(root, TensorRef) else type(root).__name__
             raise AdamergeError(
                 f"{path} holds a {kind}: expected a state dict (names -> tensors) "
                 "or a pickled module; save a state dict"
             )
-        inner = next((k for k in _INNER if isinstance(root.get(k), Mapping | Standin)), None)
-        if inner is None:
-            break
-        root = root[inner]
-    named = {k: v for k, v in root.items() if isinstance(k, str) and isinstance(v, TensorRef)}
-    return _some(path, named)
+        known: dict[int, bool] = {}
+        inside = [key for key in root if _may_hold(key) and _holds(root[key], known)]
+        if not inside or any(isinstance(root[key], TensorRef) for key in root if "." in str(key)):
+            return root
+        root = root[_chosen(path, root, inside)]
+    return cast(Mapping[Any, Any], root)
 
 
-def _some(path: Path, found: dict[str, TensorRef]) -> dict[str, TensorRef]:
-    if not found:
-        raise AdamergeError(f"{path} holds no tensors by name: expected a state dict")
-    return found
+def _may_hold(key: Any) -> bool:
+    return isinstance(key, str) and not any(word in key.lower() for word in _NO_WEIGHTS)
+
+
+def _holds(value: Any, known: dict[int, bool], levels: int = _LEVELS) -> bool:
+    """Whether there is a state dict or a module in a value; `known` tells by id."""
+    value = value.items if isinstance(value, Standin) and value.items else value
+    if not isinstance(value, Mapping) or levels == 0:
+        return is_module(value)
+    if id(value) not in known:
+        known[id(value)] = False  # meanwhile, of one that holds itself
+        names = [key for key in value if isinstance(key, str)]
+        known[id(value)] = any(isinstance(value[n], TensorRef) for n in names) or any(
+            _may_hold(name) and _holds(value[name], known, levels - 1) for name in names
+        )
+    return known[id(value)]
+
+
+def _chosen(path: Path, root: Mapping[Any, Any], inside: Sequence[str]) -> str:
+    """The key of the state dict that is meant, which a log line tells where there are several."""
+    known = [key for key in _INNER if key in inside]
+    if len(inside) > 1 and not known:
+        raise AdamergeError(
+            f"{path} holds several state dicts ({', '.join(inside)}), none under a known key "
+            f"({', '.join(_INNER[:4])} …): save the one that is meant alone"
+        )
+    taken = known[0] if known else inside[0]
+    if len(inside) > 1:
+        log.warning("%s holds %s: %s is taken", path, " and ".join(inside), taken)
+    return taken

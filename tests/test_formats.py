@@ -185,7 +185,8 @@ def test_convert_refuses(clip: Clip, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["convert", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    torch.save({"visual.conv1.weight": torch.ones(2)}, tmp_path / "odd.pt")
+    other = {**clip.backbone.state_dict(), "conv1.weight": torch.ones(2)}
+    torch.save(other, tmp_path / "odd.pt")
     with pytest.raises(AdamergeError, match=r"odd\.pt does not fit .* at tensor"):
         convert(str(tmp_path / "odd.pt"), tmp_path / "out", pretrained=whole)
     config = json.loads((suite / "model" / "open_clip_config.json").read_text())
