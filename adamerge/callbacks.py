@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -121,13 +121,29 @@ class StopOnSignal(Callback):
         self.check_every = check_every
         self._before: dict[int, Any] = {}
 
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes signals within the block; the handlers of before are back after it."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.getsignal(number) for number in numbers}
+        try:
+            self._listen()
+            yield
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        if self.received is None:
+            self._listen()  # in place of Lightning's, which talks to other processes
+
+    def _listen(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self._before.get(number, signal.SIG_DFL))
+        signal.signal(number, self._before[number])
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         stop = self.received is not None
@@ -138,11 +154,6 @@ class StopOnSignal(Callback):
             if stop and self.received is None:
                 self.received = int(signal.SIGTERM)
         trainer.should_stop = trainer.should_stop or stop
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 class Progress(Callback):

@@ -37,7 +37,7 @@ from adamerge.files import replacing
 from adamerge.heads import Heads
 from adamerge.inputs import Suite
 from adamerge.objectives import Taught
-from adamerge.resume import check_fingerprint, read_checkpoint
+from adamerge.resume import CHECKPOINT, check_fingerprint, read_checkpoint
 
 log = logging.getLogger("adamerge")
 
@@ -243,7 +243,7 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     settings = config.load_run(run_dir, words)
     build.check(settings)
     job = load_job(settings)
-    saved = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    saved = read_checkpoint(run_dir / CHECKPOINT)
     check_fingerprint(saved, job.fingerprint(), run_dir)
     job.module.load_state_dict(saved["state_dict"])
     found, which = run_dir / "results.json", _exported(settings)

@@ -10,6 +10,8 @@ import torch
 
 from adamerge.errors import AdamergeError
 
+CHECKPOINT = Path("checkpoints", "last.ckpt")  # in a run's folder
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A run's `last.ckpt`, read without executing anything in it.
@@ -20,7 +22,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdamergeError(
             f"{path} does not exist: the run was stopped before its first checkpoint; start it "
-            "again in another run_dir"
+            "again by the command that started it, with the same run_dir"
         )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -20,6 +20,8 @@ from adamerge.files import replacing
 
 log = logging.getLogger("adamerge")
 
+ID_FILE = "wandb_id.txt"  # in a run's folder
+
 
 def is_main_process() -> bool:
     """Whether this process writes: true but for the further processes of DDP."""
@@ -111,9 +113,10 @@ def wandb_logger(
         )
     if is_main_process():
         log.info("Weights & Biases: %s", mode)
-    id_file = run_dir / "wandb_id.txt"
+    id_file = run_dir / ID_FILE
     if is_main_process() and not id_file.is_file():
-        id_file.write_text(uuid.uuid4().hex[:8])
+        with replacing(id_file) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:8])
     logger = WandbLogger(
         name=run_dir.name,
         project=settings["project"],
