@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,13 +21,12 @@ from tqdm.auto import tqdm
 
 from adamerge.adaptation import Adaptation
 from adamerge.errors import AdamergeError
-from adamerge.files import replacing
 
 Fingerprint = Mapping[str, str]
 
 
 class Checkpoints(Callback):
-    """`last.ckpt` every few steps and at any end, by writing beside it and renaming.
+    """`last.ckpt` every few steps and at any end, written by `resume.CheckpointFiles`.
 
     It holds the learned state, optimizer, scheduler, step, random state and the fingerprint of
     settings and inputs; nothing that can be read from the inputs again.
@@ -74,10 +72,7 @@ class Checkpoints(Callback):
         """Saves now, unless this step is saved already and nothing changed since."""
         if trainer.global_step == self._saved and not again:
             return
-        # Every process takes part in saving, the main one alone writes.
-        here = replacing(self.path) if trainer.is_global_zero else nullcontext(self.path)
-        with here as path:
-            trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(self.path, weights_only=False)  # the main process alone writes
         self._saved = trainer.global_step
 
 

@@ -33,7 +33,7 @@ from adamerge.data import TaskData
 from adamerge.encoders import Experts, Tower
 from adamerge.errors import AdamergeError
 from adamerge.evaluation import Row, Scorer
-from adamerge.files import replacing
+from adamerge.files import read_json, replacing
 from adamerge.heads import Heads
 from adamerge.inputs import Suite
 from adamerge.objectives import Taught
@@ -107,9 +107,8 @@ def look_before(job: Job, run_dir: Path) -> None:
 
 def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
     """Signs before and after, and what they speak for, for the results."""
-    try:
-        before = advice.Signs(**json.loads((run_dir / SIGNS).read_text()))
-    except (OSError, ValueError, TypeError):  # no look was taken
+    before = _signs_before(run_dir / SIGNS)
+    if before is None:
         return {}
     after = look(job, encoder)
     taught = isinstance(job.module.objective, Taught)  # by the experts: nothing to advise
@@ -118,6 +117,19 @@ def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
         log.warning("advice: %s", sentence)
     signs = {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}
     return {"signs": signs, "advice": said}
+
+
+def _signs_before(path: Path) -> advice.Signs | None:
+    """What `look_before` kept; None where no look was taken, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = advice.Signs(**read_json(path))
+        kept = [{task: float(v) for task, v in p.items()} for p in vars(found).values()]
+        return advice.Signs(*kept)
+    except (AdamergeError, AttributeError, TypeError, ValueError) as error:
+        log.warning("%s cannot be read (%s): the results say nothing of before", path, error)
+        return None
 
 
 def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:

@@ -23,7 +23,7 @@ _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 LOCK = "run.lock"  # in a run's folder while a process works there
 _UNIQUE = "?" * 8  # what `_unique` puts into a name, as a pattern
-_JSON_BYTES = 2**27  # the largest JSON file that is read
+_MOST_BYTES, _MOST_LEVELS = 64 * 2**20, 64  # of JSON; files that people have stay far below
 
 
 @contextlib.contextmanager
@@ -40,6 +40,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # an error of writing does not know it
+        raise
     finally:
         temporary.unlink(missing_ok=True)
         file.close()
@@ -207,25 +210,49 @@ def _is_at(path: Path, file: IO[Any]) -> bool:
         return False
 
 
-def read_json(path: Path, mend: str) -> Any:
-    """What a JSON file of ours holds.
+def read_json(
+    path: Path, what: str = "valid JSON", mend: str = "download or save it again"
+) -> dict[str, Any]:
+    """The object that a JSON file holds; every file of ours and of others is read by this.
 
     Args:
-        mend: what to do where it is damaged, for the message.
+        what: the file should be, and `mend` what to do where it is not; for messages.
 
     Raises:
-        AdamergeError: it is damaged or too large.
-        OSError: it cannot be read.
+        AdamergeError: missing, not JSON, no object, or larger or more deeply nested than any file
+            that is meant to be read.
     """
     try:
         with path.open("rb") as file:
-            text = file.read(_JSON_BYTES + 1)
-        if len(text) > _JSON_BYTES:
-            raise ValueError(f"it is larger than {_JSON_BYTES // 2**20} MB")
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise AdamergeError(f"{path} is damaged ({reason}): {mend}") from error
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
+        found = parse_json(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} where an object is expected")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise AdamergeError(f"{path} is not {what} ({reason}): {mend}") from error
+    return found
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: not JSON, or nested so deeply that no program could go through it.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {_MOST_LEVELS} levels deep") from None
+    level: list[Any] = [[found]]
+    for _ in range(_MOST_LEVELS):
+        values = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
+        level = [value for value in values if isinstance(value, dict | list)]
+    if level:
+        raise ValueError(f"nested more than {_MOST_LEVELS} levels deep")
+    return found
 
 
 def sha256(path: Path) -> str:

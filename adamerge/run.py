@@ -25,7 +25,7 @@ from adamerge.errors import AdamergeError
 from adamerge.estimate import memory_available
 from adamerge.files import LOCK, alone_in, clear_left
 from adamerge.recompute import recomputing
-from adamerge.resume import CHECKPOINT, check_fingerprint, read_checkpoint
+from adamerge.resume import CHECKPOINT, CheckpointFiles, check_fingerprint, read_checkpoint
 from adamerge.sharding import Sharding
 from adamerge.tracking import is_main_process
 
@@ -114,7 +114,7 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
     """The configuration, the run folder, and whether it is resumed."""
     resume = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
     if resume and resume[-1] not in ("", "null"):
-        run_dir = _path(resume[-1])
+        run_dir = Path(os.path.expanduser(resume[-1]))
         rest = [word for word in words if not word.startswith("resume=")]
         if any(word.startswith("run_dir=") for word in rest):
             raise AdamergeError("resume= goes on in the run's own folder: leave run_dir= out")
@@ -123,11 +123,7 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = f"{settings['suite']['name']}-{settings['method']['name']}-{stamp}".replace("/", "-")
     given = None if is_main_process() else os.environ.get(_RUN_DIR)
-    return settings, _path(str(given or settings["run_dir"] or Path("runs") / name)), False
-
-
-def _path(given: str) -> Path:
-    return Path(os.path.expanduser(given))  # a user it does not know is no error
+    return settings, Path(str(given or settings["run_dir"] or Path("runs") / name)), False
 
 
 def _clear(run_dir: Path, resumed: bool) -> None:
@@ -219,6 +215,7 @@ def _fit(
             Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint()),
             *([Sharding()] if settings["task_vectors"]["shard"] else []),
         ],
+        plugins=[CheckpointFiles()],
         log_every_n_steps=every,
         default_root_dir=run_dir,
     )

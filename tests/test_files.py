@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from adamerge import AdamergeError, files
-from adamerge.files import alone_in, clear_left, locked, read_json, replacing, replacing_folder
+from adamerge.files import alone_in, clear_left, locked, replacing, replacing_folder
 
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
@@ -156,22 +156,3 @@ def test_a_file_system_without_locks_is_no_obstacle(
     with locked(tmp_path / "lock"):
         pass
     assert names(tmp_path / "run") == ["a"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"{", b"", b"\xff\xfe\xfa", b"[" * 100_000, b'{"a": ' * 100_000, b"9" * 10_000],
-)
-def test_damaged_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(AdamergeError, match=r"a\.json is damaged \(.*\): export it again"):
-        read_json(tmp_path / "a.json", "export it again")
-
-
-def test_json_is_read_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_JSON_BYTES", 10)
-    (tmp_path / "a.json").write_text("[1, 2, 3]")
-    assert read_json(tmp_path / "a.json", "") == [1, 2, 3]
-    (tmp_path / "a.json").write_text("[1, 2, 3, 4]")
-    with pytest.raises(AdamergeError, match="larger than"):
-        read_json(tmp_path / "a.json", "")
