@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from adamerge import AdamergeError, deliver, evaluation, files, resume
+from adamerge import AdamergeError, deliver, evaluation, features, files, heads, resume
 from adamerge.cli import main
+from adamerge.features import stored_features
 from adamerge.resume import CHECKPOINT, CheckpointFiles, read_checkpoint
 from adamerge.tracking import CsvMetrics, _known_id, read_metrics
 from tests.tiny import CLASSES, learned
@@ -237,3 +242,73 @@ def test_signs_of_another_shape_are_left_out(
 def test_a_damaged_id_is_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "id").write_bytes(content)
     assert _known_id(tmp_path / "id") is None
+
+
+def encoded(asked: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        asked.append(len(batch))
+        return batch.flatten(1)[:, :5].float() / 7
+
+    return encode
+
+
+def test_stored_features_that_are_damaged_are_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 3, 4, 4), dtype=np.uint8)
+    order, asked = np.random.default_rng(1).permutation(30)[:20], list[int]()
+    wanted = np.array(stored_features(encoded([]), images, tmp_path, "key", order=order))
+    path, chance = tmp_path / "key.npy", random.Random(0)
+    for _ in range(60):
+        content = bytearray(path.read_bytes())
+        place = chance.randrange(len(content))
+        content[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        found = stored_features(encoded(asked), images, tmp_path, "key", order=order)
+        np.testing.assert_array_equal(found[order], wanted[order])
+    assert set(asked) == {20} and "damaged and computed again" in caplog.text
+
+
+def test_what_is_stored_and_whole_is_read_without_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.zeros((4, 3, 2, 2), np.uint8)
+    stored_features(encoded([]), images, tmp_path, "key")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("locked", "replacing", "_write"):
+        monkeypatch.setattr(features, name, refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert len(stored_features(encoded([]), images, tmp_path, "key")) == 4
+
+
+def test_a_full_disk_while_features_are_stored_is_an_error(tmp_path: Path) -> None:
+    """Not a signal; and what is there afterwards is gone on with."""
+    images = np.ones((9000, 3, 2, 2), np.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*key\.npy"):
+            stored_features(encoded([]), images, tmp_path, "key")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    assert len(stored_features(encoded([]), images, tmp_path, "key")) == 9000
+
+
+def test_a_damaged_head_in_the_cache_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, weight = tmp_path / "head.safetensors", torch.randn(4, 3)
+    save_file({"weight": weight}, path, metadata={"checksum": heads._checksum(weight)})
+    whole, chance, kept = path.read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        content = bytearray(whole)
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        found = heads._cached(path)
+        kept += found is not None
+        assert found is None or torch.equal(found, weight)
+    assert kept < 30 and "is damaged and made again" in caplog.text
