@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from adamerge.device_images import refuse_too_large
 from adamerge.errors import AdamergeError
 from adamerge.estimate import memory_available
 from adamerge.files import LOCK, alone_in, clear_left
+from adamerge.processes import LostProcess, together
 from adamerge.recompute import recomputing
 from adamerge.resume import CHECKPOINT, CheckpointFiles, check_fingerprint, read_checkpoint
 from adamerge.sharding import Sharding
@@ -44,8 +44,16 @@ def train(words: Sequence[str]) -> int:
     build.check(settings)
     check.place(settings)
     seed_everything(settings["seed"], verbose=False)
-    with alone_in(run_dir) if is_main_process() else nullcontext():
+    if is_main_process():
+        with alone_in(run_dir):
+            return _train(settings, run_dir, resumed)
+    parent = os.getppid()
+    try:
         return _train(settings, run_dir, resumed)
+    except LostProcess:
+        if _RUN_DIR in os.environ and os.getppid() == parent:
+            return 2  # the main process, which started this one, says it
+        raise
 
 
 def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
@@ -225,6 +233,7 @@ def _fit(
     resume = checkpoint if step else None
     method = job.module.method
     with (
+        together(trainer, run_dir),
         stop.listening(),
         compiled(method, settings["compile"]),
         recomputing(method, settings["recompute"]),

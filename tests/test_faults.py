@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,22 +100,16 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
 
 
 def test_a_run_folder_in_use_is_refused(words: list[str], tmp_path: Path, capsys: Capture) -> None:
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with files.alone_in(tmp_path / "run"):
-            (tmp_path / "run" / "config.yaml").write_text("seed: 0")
-            os.write(write, b"x")
-            time.sleep(60)
-    os.read(read, 1)
-    try:
+    code = f"""
+import time; from pathlib import Path; from adamerge.files import alone_in
+with alone_in(Path({str(tmp_path / "run")!r})): print("in", flush=True); time.sleep(60)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "in\n"
         assert main([*words, f"run_dir={tmp_path / 'run'}"]) == 2
-        assert f"in use by process {child} on" in capsys.readouterr().err
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(read)
-        os.close(write)
+        assert f"in use by process {other.pid} on" in capsys.readouterr().err
+        other.kill()
 
 
 @pytest.fixture(scope="session")

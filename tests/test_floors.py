@@ -17,7 +17,7 @@ FLOORS = {
     3: "step shared adaptation compiled device_images advice features callbacks checkpoints hub "
     "data demo demo_images estimate evaluation export export_kinds folding model_card "
     "image_cache image_files image_source arrays labels local_files staging pictures "
-    "preflight preflight_report recompute resume sources stores tracking sharding",
+    "preflight preflight_report processes recompute resume sources stores tracking sharding",
     4: "config inputs build supplies inference init_text local_data survey task_names",
     5: "check convert deliver init run cli",
 }
