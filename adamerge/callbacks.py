@@ -8,8 +8,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,13 +21,12 @@ from tqdm.auto import tqdm
 
 from adamerge.adaptation import Adaptation
 from adamerge.errors import AdamergeError
-from adamerge.files import replacing
 
 Fingerprint = Mapping[str, str]
 
 
 class Checkpoints(Callback):
-    """`last.ckpt` every few steps and at any end, by writing beside it and renaming.
+    """`last.ckpt` every few steps and at any end, written by `resume.CheckpointFiles`.
 
     It holds the learned state, optimizer, scheduler, step, random state and the fingerprint of
     settings and inputs; nothing that can be read from the inputs again.
@@ -74,10 +72,7 @@ class Checkpoints(Callback):
         """Saves now, unless this step is saved already and nothing changed since."""
         if trainer.global_step == self._saved and not again:
             return
-        # Every process takes part in saving, the main one alone writes.
-        here = replacing(self.path) if trainer.is_global_zero else nullcontext(self.path)
-        with here as path:
-            trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(self.path, weights_only=False)  # the main process alone writes
         self._saved = trainer.global_step
 
 
@@ -121,13 +116,29 @@ class StopOnSignal(Callback):
         self.check_every = check_every
         self._before: dict[int, Any] = {}
 
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes signals within the block; the handlers of before are back after it."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.getsignal(number) for number in numbers}
+        try:
+            self._listen()
+            yield
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        if self.received is None:
+            self._listen()  # in place of Lightning's, which talks to other processes
+
+    def _listen(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self._before.get(number, signal.SIG_DFL))
+        signal.signal(number, self._before[number])
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         stop = self.received is not None
@@ -138,11 +149,6 @@ class StopOnSignal(Callback):
             if stop and self.received is None:
                 self.received = int(signal.SIGTERM)
         trainer.should_stop = trainer.should_stop or stop
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 class Progress(Callback):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 _SETTINGS = "settings as key=value (see `adamerge show config`), like optim.lr=1e-3"
 
@@ -119,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from adamerge.errors import AdamergeError
 
     try:
-        return _run(options)
+        with _ended_by_sigterm():
+            return _run(options)
     except AdamergeError as error:
         print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output, like `head`, has seen enough
@@ -134,10 +139,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except SafetensorError as error:
         print(f"error: cannot write a weight file ({error}): free space there", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, _Terminated)
+        print("terminated" if terminated else "interrupted", file=sys.stderr)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     return 2
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `_Terminated`, once; a second one has its usual effect."""
+    before, owner = signal.getsignal(signal.SIGTERM), os.getpid()
+    if before != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield  # whoever calls us has a way of its own
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:  # a process that was forked from this one
+            os.kill(os.getpid(), number)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

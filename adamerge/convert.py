@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +12,7 @@ from adamerge.checkpoints import load_pretrained, read, tower_state
 from adamerge.encoders import Clip, build_clip
 from adamerge.errors import AdamergeError
 from adamerge.export_kinds import write_open_clip, write_safetensors
-from adamerge.files import replace_folder
+from adamerge.files import replacing_folder
 from adamerge.layouts import clip_to_transformers
 from adamerge.model_configs import to_transformers
 
@@ -46,15 +44,9 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdamergeError(f"{folder} already holds files: name a new folder")
     clip = _whole(source, pretrained, architecture)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as temporary:
         _write(temporary, clip, layout)
         _check(temporary, clip)
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _whole(source: str, pretrained: str | None, architecture: str | None) -> Clip:

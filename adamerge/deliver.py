@@ -37,7 +37,7 @@ from adamerge.files import read_json, replacing
 from adamerge.heads import Heads
 from adamerge.inputs import Suite
 from adamerge.objectives import Taught
-from adamerge.resume import check_fingerprint, read_checkpoint
+from adamerge.resume import CHECKPOINT, check_fingerprint, read_checkpoint
 
 log = logging.getLogger("adamerge")
 
@@ -107,9 +107,8 @@ def look_before(job: Job, run_dir: Path) -> None:
 
 def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
     """Signs before and after, and what they speak for, for the results."""
-    try:
-        before = advice.Signs(**read_json(run_dir / SIGNS))
-    except (AdamergeError, TypeError):  # no look was taken
+    before = _signs_before(run_dir / SIGNS)
+    if before is None:
         return {}
     after = look(job, encoder)
     taught = isinstance(job.module.objective, Taught)  # by the experts: nothing to advise
@@ -118,6 +117,19 @@ def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
         log.warning("advice: %s", sentence)
     signs = {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}
     return {"signs": signs, "advice": said}
+
+
+def _signs_before(path: Path) -> advice.Signs | None:
+    """What `look_before` kept; None where no look was taken, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = advice.Signs(**read_json(path))
+        kept = [{task: float(v) for task, v in p.items()} for p in vars(found).values()]
+        return advice.Signs(*kept)
+    except (AdamergeError, AttributeError, TypeError, ValueError) as error:
+        log.warning("%s cannot be read (%s): the results say nothing of before", path, error)
+        return None
 
 
 def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
@@ -243,7 +255,7 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     settings = config.load_run(run_dir, words)
     build.check(settings)
     job = load_job(settings)
-    saved = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    saved = read_checkpoint(run_dir / CHECKPOINT)
     check_fingerprint(saved, job.fingerprint(), run_dir)
     job.module.load_state_dict(saved["state_dict"])
     found, which = run_dir / "results.json", _exported(settings)

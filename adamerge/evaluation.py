@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from adamerge.data import TaskData
 from adamerge.encoders import Normalizer, Tower, merged_encoder
+from adamerge.errors import AdamergeError
 from adamerge.files import read_json, replacing
 from adamerge.heads import Heads
 from adamerge.task_vectors import TaskVectors
@@ -261,6 +262,10 @@ def write_results(results: Mapping[str, Any], folder: Path) -> str:
 
 def read_results(path: Path, exported: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     """A written `results.json` and its table, with another `exported` row, or none."""
-    written = read_json(path)
+    mend = "delete it to export without results, or score the run again by resume="
+    written = read_json(path, "results of a run", mend)
     results = {key: value for key, value in written.items() if key != "exported"} | dict(exported)
-    return results, as_markdown(results)
+    try:
+        return results, as_markdown(results)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise AdamergeError(f"{path} is not results of a run ({error!r}): {mend}") from error

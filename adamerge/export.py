@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
 from adamerge.export_files import HEADS, RECORD, Layout
 from adamerge.export_kinds import Encode, verify, write_encoder, write_safetensors
-from adamerge.files import replace_folder, replacing, sha256
+from adamerge.files import replacing, replacing_folder, sha256
 from adamerge.heads import Heads
 from adamerge.methods.base import MergeMethod
 from adamerge.model_card import card
@@ -83,10 +82,7 @@ def export(
             f"{folder} holds files that are no export: name a new or empty folder, or an earlier "
             "export, which is replaced"
         )
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as temporary:
         layout = write_encoder(temporary, encoder, clip, heads.tasks)
         weights = {task: heads.weight(task) for task in heads.tasks}
         write_safetensors(temporary / HEADS, weights, ("classes", json.dumps(heads.classes)))
@@ -96,9 +92,6 @@ def export(
         record = _record(temporary, layout, provenance, difference)
         (temporary / RECORD).write_text(json.dumps(record, indent=2))
         (temporary / "README.md").write_text(card(record, heads, table))
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Exported(folder, difference, layout.kind, sum(record["bytes"].values()))
 
 

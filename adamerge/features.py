@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +20,10 @@ from adamerge.device_images import DeviceImages
 from adamerge.errors import AdamergeError
 from adamerge.files import locked, replacing
 
-_FORMAT = 1  # of a stored file; another number makes new files
+log = logging.getLogger("adamerge")
+
+_FORMAT = 2  # of a stored file; another number makes new files
+_AT_ONCE = 4096  # rows read or made in memory at a time
 Encode = Callable[[Tensor], Tensor]  # uint8 [B, 3, H, W] -> float [B, F]
 
 
@@ -47,7 +53,9 @@ def stored_features(
     """Features of images, memory-mapped float32 `[N, F]`; those that are missing are computed.
 
     What is there stays: an interrupted computation goes on after its last whole batch, and a later
-    call with a longer `order` adds to it. One process computes at a time, others wait for it.
+    call with a longer `order` adds to it. One process computes at a time, others wait for it; where
+    nothing is missing, nothing is written. Every row is kept with its checksum: a damaged file is
+    made again.
 
     Args:
         encode: a frozen encoder of uint8 images on `device`, normalisation included.
@@ -64,38 +72,67 @@ def stored_features(
     if len(images) == 0:
         raise AdamergeError("there are no images to compute features of: give at least one")
     order = np.arange(len(images)) if order is None else order
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}.npy"
-    with locked(folder / f"{key}.lock"):
-        done = _done(path, len(images))
-        if done < len(order):
-            say(len(order) - done)
-        for start in range(done, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            features = _encoded(encode, images, picked, device)
-            if start == 0:
-                path.with_suffix(".rows").unlink(missing_ok=True)  # of a file that is gone
-                shape = (len(images), features.shape[1])
-                empty = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-                empty[:] = (
-                    np.nan
-                )  # what is not stored must not pass for features: a loss of it stops
-                empty.flush()
-            stored = np.lib.format.open_memmap(path, mode="r+")
-            stored[picked] = features
-            stored.flush()  # before the record says so
-            with replacing(path.with_suffix(".rows")) as temporary:
-                temporary.write_text(str(start + len(picked)))
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    if _missing(path, len(images), order) != []:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f"{key}.lock"):
+            missing = _missing(path, len(images), order)  # another process may have added some
+            if missing is None and path.exists():
+                log.warning("stored features %s are damaged and computed again", path)
+                path.unlink()
+            rows = order if missing is None else np.asarray(missing, dtype=np.int64)
+            if len(rows):
+                say(len(rows))
+            for start in range(0, len(rows), batch_size):
+                picked = rows[start : start + batch_size]
+                _write(path, len(images), picked, _encoded(encode, images, picked, device))
+    return np.load(path, mmap_mode="r", allow_pickle=False)[:, :-1]
 
 
-def _done(path: Path, count: int) -> int:
-    """How many rows of the order are there; 0 where the files are damaged or of other images."""
+def _missing(path: Path, count: int, order: np.ndarray) -> list[int] | None:
+    """The rows of the order that are not stored; None without a sound file of `count` rows."""
     try:
-        right = len(np.load(path, mmap_mode="r", allow_pickle=False)) == count
-        return int(path.with_suffix(".rows").read_text()) if right else 0
-    except (OSError, ValueError, EOFError):
-        return 0
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # NumPy raises many types for a damaged header
+        return None
+    if stored.dtype != np.float32 or stored.ndim != 2 or len(stored) != count:
+        return None
+    missing: list[int] = []
+    for start in range(0, len(order), _AT_ONCE):
+        rows = order[start : start + _AT_ONCE]
+        block = np.ascontiguousarray(stored[rows])
+        right = _checksums(block[:, :-1]) == block.view(np.uint32)[:, -1]
+        if not np.isnan(block[~right]).all():
+            return None
+        missing += rows[~right].tolist()
+    return missing
+
+
+def _checksums(features: np.ndarray) -> np.ndarray:
+    return np.array([zlib.crc32(row.tobytes()) for row in features], dtype=np.uint32)
+
+
+def _write(path: Path, count: int, rows: np.ndarray, features: np.ndarray) -> None:
+    """Puts features and their checksums at rows of a file, which is made where there is none.
+
+    By writing, not through a map: a disk without space is an error then, not a signal that kills.
+    """
+    block = np.empty((len(rows), features.shape[1] + 1), np.float32)
+    block[:, :-1] = features
+    block.view(np.uint32)[:, -1] = _checksums(features)
+    width = block.shape[1] * block.itemsize
+    if not path.exists():
+        nothing = np.full((1, block.shape[1]), np.nan, np.float32)  # not to pass for features
+        header = {"descr": nothing.dtype.str, "fortran_order": False}
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            shape = (count, block.shape[1])
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+            for start in range(0, count, _AT_ONCE):
+                file.write(nothing.repeat(min(_AT_ONCE, count - start), 0).data)
+    with path.open("r+b") as file:
+        for row, values in zip(rows.tolist(), block, strict=True):
+            file.seek((row - count) * width, os.SEEK_END)
+            file.write(values.data)
 
 
 def _encoded(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import cast
 
 import open_clip
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
-from adamerge.files import replacing
+from adamerge.files import checksum, replacing
+
+log = logging.getLogger("adamerge")
+
+_FORMAT = 2  # of a stored head; another number makes new files
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,9 @@ def zero_shot_heads(
         if cache_dir is None:
             weights[task] = _encode(clip, prompt)
             continue
-        key = hashlib.sha256(json.dumps([tower, prompt.classes, prompt.templates]).encode())
+        key = hashlib.sha256(
+            json.dumps([_FORMAT, tower, prompt.classes, prompt.templates]).encode()
+        )
         path = cache_dir / "heads" / f"{key.hexdigest()[:32]}.safetensors"
         known = _cached(path)
         if known is not None:
@@ -104,8 +111,9 @@ def zero_shot_heads(
         else:
             weights[task] = _encode(clip, prompt)
             path.parent.mkdir(parents=True, exist_ok=True)
+            notes = {"checksum": _checksum(weights[task])}
             with replacing(path) as temporary:
-                save_file({"weight": weights[task]}, temporary)
+                save_file({"weight": weights[task]}, temporary, metadata=notes)
     for task, weight in weights.items():
         dim = clip.config["model_cfg"]["embed_dim"]
         if weight.shape[1] != dim:
@@ -122,10 +130,23 @@ def zero_shot_heads(
 
 
 def _cached(path: Path) -> Tensor | None:
+    """A head that was made before; None where it is absent or damaged, and made again."""
     try:
-        return load_file(path)["weight"]
-    except (SafetensorError, OSError, KeyError):  # absent or damaged: made again
+        with safe_open(path, framework="pt") as file:
+            weight, notes = file.get_tensor("weight"), file.metadata() or {}
+    except FileNotFoundError:
         return None
+    except (SafetensorError, OSError):
+        weight, notes = torch.empty(0), {}
+    if notes.get("checksum") == _checksum(weight):
+        return weight
+    log.warning("stored head %s is damaged and made again", path)
+    return None
+
+
+def _checksum(weight: Tensor) -> str:
+    shape = f"{weight.dtype} {list(weight.shape)} ".encode()
+    return checksum(shape + weight.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def _encode(clip: Clip, prompt: Prompts) -> Tensor:

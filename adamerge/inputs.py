@@ -173,14 +173,27 @@ def _task_vectors(
     """Computed; or where they are kept on disk, once, by the first process that wants them."""
     if storage.file is None:
         return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
+    known = _known_task_vectors(pretrained, storage)
+    if known is not None:
+        return known
     storage.file.parent.mkdir(parents=True, exist_ok=True)
     with locked(storage.file.with_suffix(".lock")):
-        if storage.file.is_file():
-            return TaskVectors.mapped(pretrained, storage)
-        for left in storage.file.parent.glob(f"{storage.file.name}.*.tmp"):
-            left.unlink()  # of a process that was killed: the lock is ours
+        known = _known_task_vectors(pretrained, storage)  # of a process that has just made them
+        if known is not None:
+            return known
         log.info("task vectors are written to %s", storage.file)
         return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
+
+
+def _known_task_vectors(pretrained: Mapping[str, Tensor], storage: Storage) -> TaskVectors | None:
+    """Those on disk, if they are there and sound."""
+    if storage.file is None or not storage.file.is_file():
+        return None
+    try:
+        return TaskVectors.mapped(pretrained, storage)
+    except AdamergeError as error:
+        log.warning("%s now", error)  # "…, and it is made again"
+        return None
 
 
 def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:

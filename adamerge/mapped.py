@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import AdamergeError
-from adamerge.files import parse_json, replacing
+from adamerge.files import checksum, parse_json, replacing
 from adamerge.storage import Layer, Storage
 
 log = logging.getLogger("adamerge")
@@ -48,10 +48,12 @@ class LayerWriter:
     """
 
     def __init__(self, file: BinaryIO, names: list[str]) -> None:
-        self._room = _up(2**13 + sum(4 * len(name) + 300 for name in names))
+        # With its length, 8 bytes, the header ends at a multiple of `_ALIGNED`.
+        self._room = _up_to(2**13 + sum(6 * len(name) + 400 for name in names)) - 8
         self._file = file
         self._file.write(bytes(8 + self._room))
         self._entries: dict[str, dict[str, object]] = {}
+        self._sums: dict[str, str] = {}
         self._late: list[tuple[str, Tensor]] = []
         self._end = 0
 
@@ -71,7 +73,9 @@ class LayerWriter:
         """
         for key, tensor in self._late:
             self._write(key, tensor)
-        header = json.dumps({"__metadata__": dict(metadata), **self._entries}).encode()
+        sums = {"": _of_header(metadata, self._entries), **self._sums}
+        notes = {**metadata, "checksums": json.dumps(sums)}
+        header = json.dumps({"__metadata__": notes, **self._entries}).encode()
         if len(header) > self._room:
             raise AdamergeError(
                 f"a file of task vectors has no room for the names in it ({len(header)} bytes): "
@@ -84,7 +88,9 @@ class LayerWriter:
 
     def _write(self, key: str, tensor: Tensor) -> None:
         flat = tensor.detach().cpu().contiguous().flatten()
-        self._file.write(flat.view(torch.uint8).numpy().data)
+        data = flat.view(torch.uint8).numpy().data
+        self._file.write(data)
+        self._sums[key] = checksum(data)
         self._entries[key] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -148,6 +154,24 @@ class MappedLayers(Mapping[str, Layer]):
     def __reduce__(self) -> tuple[type[MappedLayers], tuple[Path]]:
         return MappedLayers, (self.path,)  # another process maps the file for itself
 
+    def verified(self) -> MappedLayers:
+        """Itself, after reading all of the file once and holding it against its checksums.
+
+        Raises:
+            AdamergeError: it is damaged.
+        """
+        notes = {key: text for key, text in self.metadata.items() if key != "checksums"}
+        found = {"": _of_header(notes, self._entries)}
+        for key, entry in self._entries.items():
+            begin, end = (self._start + offset for offset in entry["data_offsets"])
+            found[key] = checksum(memoryview(self._map)[begin:end])
+            self._handed += end - begin
+            if self._handed > _AT_HAND:
+                self.release()
+        if json.dumps(found) != self.metadata.get("checksums"):
+            raise _unreadable(self.path, "a checksum of it is wrong")
+        return self
+
     def expect(self, names: list[str]) -> None:
         """Has the system read these layers ahead, while something else is computed."""
         for name in names:
@@ -174,8 +198,12 @@ class MappedLayers(Mapping[str, Layer]):
         return flat.view(entry["shape"])
 
 
+def _of_header(notes: Mapping[str, str], entries: Mapping[str, Any]) -> str:
+    return checksum(json.dumps([notes, entries], sort_keys=True).encode())
+
+
 def _size(entry: dict[str, Any]) -> int:
-    """Bytes of a tensor by its header; ValueError where that contradicts itself."""
+    """Bytes of a tensor by its header."""
     begin, end = entry["data_offsets"]
     if begin < 0 or end - begin != math.prod(entry["shape"]) * _TYPES[entry["dtype"]].itemsize:
         raise ValueError("its header contradicts itself")
@@ -186,11 +214,6 @@ def _tensors(name: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
     yield name, layer.values
     if layer.scales is not None:
         yield name + _SCALES, layer.scales
-
-
-def _up(size: int) -> int:
-    """So that header and its length end at a multiple of `_ALIGNED`."""
-    return _up_to(8 + size) - 8
 
 
 def _unreadable(path: Path, why: str) -> AdamergeError:

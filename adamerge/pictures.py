@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from adamerge.evaluation import TITLES
 from adamerge.files import replacing
+from adamerge.tracking import read_metrics
 
 
 def coefficients_figure(
@@ -58,11 +58,9 @@ def _draw_course(axis: Any, tasks: Sequence[str], course: Mapping[str, np.ndarra
 
 
 def _course(path: Path | None, tasks: Sequence[str]) -> dict[str, np.ndarray]:
-    if path is None or not path.is_file():
-        return {}
     wanted = ["step"] + [f"coefficient_{r}/{t}" for t in tasks for r in ("mean", "min", "max")]
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if all(row.get(key) for key in wanted)]
+    found = [] if path is None else read_metrics(path)
+    rows = [row for row in found if all(key in row for key in wanted)]
     return {key: np.array([float(row[key]) for row in rows]) for key in wanted} if rows else {}
 
 

@@ -22,8 +22,10 @@ from adamerge.deliver import Job
 from adamerge.device_images import refuse_too_large
 from adamerge.errors import AdamergeError
 from adamerge.estimate import memory_available
+from adamerge.files import LOCK, alone_in, clear_left
+from adamerge.processes import LostProcess, together
 from adamerge.recompute import recomputing
-from adamerge.resume import check_fingerprint, read_checkpoint
+from adamerge.resume import CHECKPOINT, CheckpointFiles, check_fingerprint, read_checkpoint
 from adamerge.sharding import Sharding
 from adamerge.tracking import is_main_process
 
@@ -42,10 +44,23 @@ def train(words: Sequence[str]) -> int:
     build.check(settings)
     check.place(settings)
     seed_everything(settings["seed"], verbose=False)
-    if not resumed:
-        _refuse_used_folder(run_dir)
+    if is_main_process():
+        with alone_in(run_dir):
+            return _train(settings, run_dir, resumed)
+    parent = os.getppid()
+    try:
+        return _train(settings, run_dir, resumed)
+    except LostProcess:
+        if _RUN_DIR in os.environ and os.getppid() == parent:
+            return 2  # the main process, which started this one, says it
+        raise
+
+
+def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
+    if is_main_process():
+        _clear(run_dir, resumed)
     job = deliver.load_job(settings)
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    checkpoint = run_dir / CHECKPOINT
     step = 0
     if resumed:
         saved = read_checkpoint(checkpoint)
@@ -64,11 +79,24 @@ def train(words: Sequence[str]) -> int:
     if not is_main_process():
         return 0
     if stopped_by is None:
-        deliver.finish(job, run_dir, wandb)
+        _finish(job, run_dir, wandb)
     else:
         log.info("stopped; go on with: python train.py resume=%s", run_dir)
     tracking.finish(wandb)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
+    """Scores and exports; whatever stops that, what was learned is in the checkpoint."""
+    try:
+        deliver.finish(job, run_dir, wandb)
+    except BaseException:
+        log.warning(
+            "what was learned is kept in %s: score and export it with python train.py resume=%s, "
+            "or only export it with adamerge export %s",
+            *(run_dir / CHECKPOINT, run_dir, run_dir),
+        )
+        raise
 
 
 def _prepare(job: Job) -> None:
@@ -101,26 +129,49 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
         return config.load_run(run_dir, rest), run_dir, True
     settings = config.load(words)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{settings['suite']['name']}-{settings['method']['name']}-{stamp}"
+    name = f"{settings['suite']['name']}-{settings['method']['name']}-{stamp}".replace("/", "-")
     given = None if is_main_process() else os.environ.get(_RUN_DIR)
     return settings, Path(str(given or settings["run_dir"] or Path("runs") / name)), False
 
 
-def _refuse_used_folder(run_dir: Path) -> None:
-    if not is_main_process() or not run_dir.exists():
-        return
-    # A run that failed before its first step leaves its settings and pre-flight: nothing to lose.
-    harmless = ("config.yaml", deliver.SIGNS, *preflight_report.FILES)
-    left = [p for p in run_dir.rglob("*") if p.is_file() and p.name not in harmless]
-    if not run_dir.is_dir() or left:
-        raise AdamergeError(
-            f"run_dir {run_dir} already holds files: choose another, or go on with that run by "
-            f"resume={run_dir}"
-        )
+def _clear(run_dir: Path, resumed: bool) -> None:
+    """Removes what a killed process left in the folder, and before a new run what a run that
+    ended before its first checkpoint did.
+
+    Raises:
+        AdamergeError: a new run, and the folder holds anything else.
+    """
+    if not resumed:
+        files = [path for path in run_dir.rglob("*") if not path.is_dir()]
+        began = (run_dir / "config.yaml").is_file()
+        if not all(_is_worthless(path.relative_to(run_dir), began) for path in files):
+            raise AdamergeError(
+                f"run_dir {run_dir} already holds files: choose another, or go on with that run by "
+                f"resume={run_dir}"
+            )
+        for path in files:
+            if path.name in _BEFORE_LEARNING:
+                path.unlink()
+    for folder in (run_dir, (run_dir / CHECKPOINT).parent):
+        clear_left(folder)
+
+
+# What a run writes before its first checkpoint.
+_BEFORE_LEARNING = (
+    *("config.yaml", "metrics.csv", "coefficients.png", tracking.ID_FILE, deliver.SIGNS),
+    *preflight_report.FILES,
+)
+
+
+def _is_worthless(path: Path, began: bool) -> bool:
+    """Whether a file of a run's folder is lost without a loss; `began`: a run did begin there."""
+    if path.name == LOCK or path.suffix == ".tmp":
+        return True
+    return began and (str(path) in _BEFORE_LEARNING or path.parts[0] == "wandb")
 
 
 def _make_folder(run_dir: Path, settings: Config) -> None:
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run_dir / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
     config.save(settings, run_dir / "config.yaml")
     os.environ[_RUN_DIR] = str(run_dir)
 
@@ -172,6 +223,7 @@ def _fit(
             Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint()),
             *([Sharding()] if settings["task_vectors"]["shard"] else []),
         ],
+        plugins=[CheckpointFiles()],
         log_every_n_steps=every,
         default_root_dir=run_dir,
     )
@@ -180,8 +232,16 @@ def _fit(
         return None
     resume = checkpoint if step else None
     method = job.module.method
-    with compiled(method, settings["compile"]), recomputing(method, settings["recompute"]):
-        trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
+    with (
+        together(trainer, run_dir),
+        stop.listening(),
+        compiled(method, settings["compile"]),
+        recomputing(method, settings["recompute"]),
+    ):
+        try:
+            trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
+        except SystemExit as end:  # what Lightning makes of a Ctrl-C
+            raise end.__context__ or end from None
     return stop.received
 
 

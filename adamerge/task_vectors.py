@@ -24,7 +24,8 @@ log = logging.getLogger("adamerge")
 
 _PIECE = 2**18  # numbers per task vector promoted to float64 at a time
 _TOGETHER = 2**20  # numbers of small layers that are merged together
-_FORMAT = "1"  # of the metadata in a file of task vectors
+_FORMAT = 1  # of the metadata in a file of task vectors
+_NOTES = ("tasks", "names", "promoted", "norms", "format")  # the texts in it
 
 
 class TaskVectors:
@@ -122,8 +123,7 @@ class TaskVectors:
 
     def _metadata(self) -> dict[str, str]:
         known = [self.tasks, self.names, self.promoted, self._norms.tolist()]
-        keys = ("tasks", "names", "promoted", "norms")
-        return {k: json.dumps(v) for k, v in zip(keys, known, strict=True)} | {"format": _FORMAT}
+        return {k: json.dumps(v) for k, v in zip(_NOTES, [*known, _FORMAT], strict=True)}
 
     @classmethod
     def mapped(cls, pretrained: StateDict, storage: Storage) -> TaskVectors:
@@ -133,18 +133,18 @@ class TaskVectors:
             pretrained: shared, not copied, where they are float32 or float64.
 
         Raises:
-            AdamergeError: no such file, or one of another model.
+            AdamergeError: no such file, a damaged one, or one of another model.
         """
         if storage.file is None:
             raise AdamergeError("no file of task vectors is named: give Storage(file=…)")
         other = object.__new__(cls)
-        layers = MappedLayers(storage.file)
+        layers = MappedLayers(storage.file).verified()
         try:
-            read = {key: parse_json(text) for key, text in layers.metadata.items()}
+            read = {key: parse_json(layers.metadata[key]) for key in _NOTES}
             other.tasks, other.names = tuple(read["tasks"]), tuple(read["names"])
             other.promoted = dict(read["promoted"])
             other._norms = torch.tensor(read["norms"], dtype=torch.float64)
-            fits = str(read["format"]) == _FORMAT and all(
+            fits = read["format"] == _FORMAT and all(
                 pretrained[n].shape == layers[n].values.shape[1:] for n in other.names
             )
         except (KeyError, ValueError, TypeError) as error:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 import logging
+import math
 import os
+import re
 import uuid
 from argparse import Namespace
 from collections.abc import Mapping
@@ -22,6 +25,8 @@ from adamerge.files import replacing
 
 log = logging.getLogger("adamerge")
 
+ID_FILE = "wandb_id.txt"  # in a run's folder
+
 
 def is_main_process() -> bool:
     """Whether this process writes: true but for the further processes of DDP."""
@@ -37,7 +42,8 @@ class CsvMetrics(Logger):
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         super().__init__()
-        self.path, self.rows = path, _read_rows(path, first_step)
+        self.path, self.rows = path, read_metrics(path, first_step) if first_step else []
+        self._columns: list[str] = []  # of the file that this object has written
 
     @property
     def name(self) -> str:
@@ -49,20 +55,20 @@ class CsvMetrics(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds the metrics to the step's line and rewrites the file, whole or not at all.
+        """Adds the metrics to the step's line; they may come later than those of a later step.
 
-        They may come later than those of a later step.
+        A new last line is added to the file; whatever else changes, it is written anew.
         """
         line = {k: repr(float(value)) for k, value in metrics.items() if k != "epoch"}
+        number = int(step or 0)
         known = {int(row["step"]): row for row in self.rows}
-        known[int(step or 0)] = known.get(int(step or 0), {"step": str(step or 0)}) | line
+        follows = number > max(known, default=-1)
+        known[number] = known.get(number, {"step": str(number)}) | line
         self.rows = [known[number] for number in sorted(known)]
-        self.save()
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Writes the file; a run logs every few steps, so it stays small."""
-        if self.rows:
+        if follows and self._columns and self.path.is_file() and set(line) <= set(self._columns):
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(known[number])
+        else:
             self._write()
 
     @rank_zero_only
@@ -71,9 +77,9 @@ class CsvMetrics(Logger):
         self._write()
 
     def _write(self) -> None:
-        columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
+        self._columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+            writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self.rows)
 
@@ -81,14 +87,32 @@ class CsvMetrics(Logger):
         """The run folder's `config.yaml` holds them."""
 
 
-def _read_rows(path: Path, first_step: int) -> list[dict[str, str]]:
-    if first_step == 0 or not path.is_file():
+def read_metrics(path: Path, before: float = math.inf) -> list[dict[str, str]]:
+    """The lines of a `metrics.csv` of steps earlier than `before`, without empty entries.
+
+    A last line that was not written whole is left out.
+
+    Raises:
+        AdamergeError: the file is damaged.
+    """
+    if not path.is_file():
         return []
-    with path.open(newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
         rows = [
-            {k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)
+            {k: v for k, v in row.items() if v not in ("", None)}
+            for row in csv.DictReader(io.StringIO(whole, newline=""), strict=True)
         ]
-    return [row for row in rows if int(row["step"]) < first_step]
+        for row in rows:
+            int(row["step"]), [float(value) for value in row.values()]
+        return [row for row in rows if int(row["step"]) < before]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise AdamergeError(
+            f"{path} is damaged ({reason}): mend that line, or move the file away to go on without "
+            "what was logged before"
+        ) from error
 
 
 def wandb_logger(
@@ -113,19 +137,26 @@ def wandb_logger(
         )
     if is_main_process():
         log.info("Weights & Biases: %s", mode)
-    id_file = run_dir / "wandb_id.txt"
-    if is_main_process() and not id_file.is_file():
-        id_file.write_text(uuid.uuid4().hex[:8])
+    id_file = run_dir / ID_FILE
+    if is_main_process() and _known_id(id_file) is None:
+        with replacing(id_file) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:8])
     logger = WandbLogger(
         name=run_dir.name,
         project=settings["project"],
         save_dir=run_dir,
-        id=id_file.read_text().strip() if id_file.is_file() else None,
+        id=_known_id(id_file),
         mode=mode,  # not offline=: that sets a variable which wandb may have read already
         resume="allow",
     )
     logger.log_hyperparams(config)
     return logger
+
+
+def _known_id(path: Path) -> str | None:
+    """The id in a run's folder; None where there is none, or the file is damaged."""
+    found = path.read_text(errors="replace").strip() if path.is_file() else ""
+    return found if re.fullmatch(r"[0-9A-Za-z_-]{1,64}", found, re.ASCII) else None
 
 
 def _logged_in() -> bool:

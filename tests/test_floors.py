@@ -19,7 +19,7 @@ FLOORS = {
     "checkpoints hub data demo demo_images estimate evaluation export export_kinds folding "
     "model_card image_cache image_files image_source arrays labels local_files pictures "
     "preflight preflight_report recompute resume sources stores tracking sharding path_lists "
-    "decoding",
+    "decoding processes",
     4: "config inputs build supplies inference init_text local_data survey task_names",
     5: "check convert deliver init run cli",
 }

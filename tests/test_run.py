@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import resource
@@ -19,7 +20,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -549,15 +549,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(
 def test_a_crash_while_saving_keeps_the_checkpoint_before(
     base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Trainer.save_checkpoint
+    save = torch.save
 
-    def crash_at_four(trainer: Trainer, path: Path, **options: Any) -> None:
-        if trainer.global_step >= 4:
-            Path(path).write_bytes(b"half a file")
-            raise OSError(28, "No space left on device", str(path))
-        save(trainer, path, **options)
+    def crash_at_four(checkpoint: dict[str, Any], file: io.BytesIO) -> None:
+        save(checkpoint, file)
+        if checkpoint["global_step"] >= 4:
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Trainer, "save_checkpoint", crash_at_four)
+    monkeypatch.setattr(torch, "save", crash_at_four)
     run = tmp_path / "run"
     assert train(*base, "checkpoint_every=2", f"run_dir={run}") == 2
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def test_nothing_is_left_of_experts_that_are_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_file_and_one_of_another_model_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tau.safetensors"
-    kept = stored(Storage("int8", "disk", path)).storage
+    made = stored(Storage("int8", "disk", path))
+    kept, wanted = made.storage, {name: made.deltas[name].clone() for name in made.names}
     pretrained = golden.state("pretrained", torch.float32)
     other = {name: tensor[..., None] for name, tensor in pretrained.items()}
     with pytest.raises(AdamergeError, match="holds task vectors of another model"):
@@ -170,6 +172,19 @@ def test_a_damaged_file_and_one_of_another_model_are_refused(tmp_path: Path) -> 
         path.write_bytes(damaged)
         with pytest.raises(AdamergeError, match=r"not a whole file of stored task vectors.*delete"):
             TaskVectors.mapped(pretrained, kept)
+    chance, content, refused = random.Random(0), bytearray(whole), 0
+    for _ in range(60):
+        place, bit = chance.randrange(len(whole)), 1 << chance.randrange(8)
+        content[place] ^= bit
+        path.write_bytes(content)
+        content[place] ^= bit
+        try:
+            found = TaskVectors.mapped(pretrained, kept)
+        except AdamergeError:
+            refused += 1
+        else:  # in the room that is left for the header
+            assert all(torch.equal(found.deltas[name], wanted[name]) for name in found.names)
+    assert refused > 30
 
 
 @pytest.mark.parametrize(("dtype", "place"), [("float32", "disk"), ("int8", "auto")])

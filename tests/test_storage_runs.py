@@ -86,7 +86,7 @@ def test_a_killed_write_leaves_nothing_for_good(base: list[str], tmp_path: Path)
     words += ["evaluate.baselines=false", "trainer.max_steps=1"]
     assert train(*words, f"run_dir={tmp_path / 'a'}") == 0
     (file,) = (tmp_path / "cache" / "task_vectors").iterdir()
-    file.rename(file.with_name(f"{file.name}.12345.tmp"))  # as if killed before the end
+    file.rename(file.with_name(f"{file.name}.12345678.tmp"))  # as if killed before the end
     assert train(*words, f"run_dir={tmp_path / 'b'}") == 0
     assert list(file.parent.iterdir()) == [file]
 

@@ -157,7 +157,7 @@ def test_labels_are_no_part_of_what_is_stored(base: list[str], tmp_path: Path) -
     assert main(["train", *words]) == 0
     for path in (tmp_path / "c" / "features").glob("*.npy"):
         array = np.load(path)
-        assert array.dtype == np.float32 and array.shape == (40, 16)
+        assert array.dtype == np.float32 and array.shape == (40, 16 + 1)  # and a checksum
 
 
 def test_another_activation_is_another_store(
