@@ -114,7 +114,8 @@ def _of_architecture(
     experts: Sequence[Found], architecture: str | None
 ) -> tuple[list[Found], list[Found]]:
     """Experts of the architecture that was named, and the others."""
-    wanted = shape_of(open_clip.get_model_config(architecture) or {}) if architecture else None
+    known = architecture in open_clip.list_models()  # of other names it would ask the hub
+    wanted = shape_of(open_clip.get_model_config(architecture)) if known else None
     fits = [one for one in experts if None in (wanted, one.tower) or one.tower == wanted]
     return fits, [one for one in experts if one not in fits]
 
