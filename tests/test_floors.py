@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "adamerge"
 FLOORS = {
     0: "errors files binding suite_check suite_files task_vectors storage mapped storage_kinds "
-    "merging ahead fused fused_kernels fused_plan differences fast_paths shards gated losses "
+    "kept merging ahead fused fused_kernels fused_plan differences fast_paths shards gated losses "
     "objectives solving verdicts readings safe_pickle pickled torch_files weight_files "
     "layouts model_configs lora",
     1: "towers mixtures adapters experts encoders heads transforms methods.base "

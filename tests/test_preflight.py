@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from adamerge import check, config, deliver, preflight, solving, verdicts
+from adamerge import check, config, deliver, inputs, preflight, solving, verdicts
 from adamerge.cli import main
 from adamerge.encoders import Tower, build_clip
 from adamerge.errors import AdamergeError
@@ -423,4 +423,4 @@ def test_the_device_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"accelerator": "cpu", "devices": 1}, "cpu"),
         ({"accelerator": "gpu", "devices": 2, "strategy": "ddp_fork"}, "cpu"),
     ):
-        assert check.run_device(settings) == torch.device(device)
+        assert inputs.run_device(settings) == torch.device(device)
