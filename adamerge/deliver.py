@@ -37,6 +37,7 @@ from adamerge.files import replacing
 from adamerge.inputs import Inputs
 from adamerge.objectives import Taught
 from adamerge.resume import check_fingerprint, read_checkpoint
+from adamerge.supplies import INIT
 
 log = logging.getLogger("adamerge")
 
@@ -132,7 +133,10 @@ def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
     if table is None:
         return {}
     path = run_dir / "coefficients.png"
-    figure = pictures.coefficients_figure(job.suite.heads.tasks, *table, run_dir / "metrics.csv")
+    init = job.settings["method"].get("init", INIT)
+    start = float(init) if isinstance(init, int | float) else INIT
+    tasks, metrics = job.suite.heads.tasks, run_dir / "metrics.csv"
+    figure = pictures.coefficients_figure(tasks, *table, metrics, start)
     pictures.save(figure, path)
     return {"coefficients": path}
 
