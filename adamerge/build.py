@@ -176,7 +176,7 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     target, arguments = _target("method", config["method"])
     arguments, own = split_base(target, arguments)
     known = (suite.clip, suite.task_vectors, vectors, suite.heads)
-    given = supplies(*known, own, suite.files, config["protocol"])
+    given = supplies(*known, own, suite.files, config["protocol"], suite.digest)
     method: MergeMethod = _construct("method", target, arguments, given)
     return method
 

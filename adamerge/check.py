@@ -19,6 +19,7 @@ from adamerge.deliver import Job
 from adamerge.encoders import Tower
 from adamerge.errors import AdamergeError
 from adamerge.estimate import Estimate, estimate, of_memory
+from adamerge.kept import Kept
 from adamerge.preflight import Images
 from adamerge.preflight_report import Report
 from adamerge.recompute import recomputing
@@ -69,16 +70,25 @@ def before_training(job: Job, run_dir: Path) -> None:
 def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
     """All measurements and verdicts of a job, on a few unlabeled images per task."""
     settings, suite = job.settings, job.suite
-    device = run_device(settings["trainer"])
+    device = inputs.run_device(settings["trainer"])
     images = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
     vectors, files = suite.task_vectors, preflight.sources(suite.files)
-    products = preflight.gram(vectors)
+    products = torch.tensor(
+        job.kept("preflight")("products", lambda: preflight.gram(vectors).tolist()),
+        dtype=torch.float64,
+    )
     cosines, norms = preflight.cosines(products), products.diagonal().sqrt()
     normalizer = inputs.normalizer(suite.clip)
-    with isolate_rng():
+    kept = job.kept("preflight", preflight.key(images, suite.heads, normalizer, device))
+
+    def measure() -> dict[str, Any]:
         tower = Tower(suite.clip.backbone)
-        solved = preflight.measure(tower, vectors, suite.heads, normalizer, images, device, say)
-        doubts = list(_of_activation(job, images, solved, device))
+        given = (suite.heads, normalizer, images, device, say)
+        return preflight.measure(tower, vectors, *given).as_lists()
+
+    with isolate_rng():
+        solved = Solving.from_lists(kept("solving", measure))
+        doubts = list(_of_activation(job, images, solved, device, kept))
         cost = _estimate(job, images, device)
     findings = [
         *verdicts.of_directions(vectors.tasks, cosines),
@@ -111,22 +121,12 @@ def place(settings: Config) -> None:
     """Refuses task vectors on a GPU where a run computes elsewhere."""
     if (
         settings["task_vectors"]["device"] == "cuda"
-        and run_device(settings["trainer"]).type != "cuda"
+        and inputs.run_device(settings["trainer"]).type != "cuda"
     ):
         raise AdamergeError(
             "task_vectors.device is cuda, but this run computes on the CPU: leave it at auto, or "
             "set host or disk; or use a machine with a GPU (trainer.accelerator=gpu)"
         )
-
-
-def run_device(trainer: Config) -> torch.device:
-    """Where the main process of a run computes, by its `trainer` settings."""
-    # A process that has touched a GPU cannot be forked.
-    if not inputs.may_touch_gpu(trainer) or not torch.cuda.is_available():
-        return torch.device("cpu")
-    devices = trainer.get("devices")
-    first = devices[0] if isinstance(devices, list) and devices else 0
-    return torch.device("cuda", first if isinstance(first, int) and first >= 0 else 0)
 
 
 def ranks(trainer: Config) -> int | None:
@@ -138,22 +138,16 @@ def ranks(trainer: Config) -> int | None:
 
 
 def _of_activation(
-    job: Job, images: Images, own: Solving, device: torch.device
+    job: Job, images: Images, own: Solving, device: torch.device, kept: Kept
 ) -> Iterator[Finding]:
     suite = job.suite
     other = preflight.with_other_activation(suite.clip.backbone)
     if other is None:
         return
-    change = preflight.activation_change(
-        other,
-        suite.task_vectors,
-        suite.heads,
-        inputs.normalizer(suite.clip),
-        images.first(_FOR_ACTIVATION),
-        own,
-        device,
-    )
-    yield from verdicts.of_activation(change, _mend(job))
+    few, normalizer = images.first(_FOR_ACTIVATION), inputs.normalizer(suite.clip)
+    given = (other, suite.task_vectors, suite.heads, normalizer, few, own, device)
+    change = kept("activation", lambda: preflight.activation_change(*given).tolist())
+    yield from verdicts.of_activation(torch.tensor(change, dtype=torch.float64), _mend(job))
 
 
 def _mend(job: Job) -> str:

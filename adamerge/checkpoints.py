@@ -19,6 +19,7 @@ from adamerge.encoders import Clip
 from adamerge.errors import AdamergeError
 from adamerge.files import joined, read_json, sha256
 from adamerge.fitting import check_tower, check_whole, lacks_text, other_shape, with_text_names
+from adamerge.kept import Digest
 from adamerge.layouts import Computed, renamed
 from adamerge.lora import LoraConfig, lora_expert
 from adamerge.matching import match
@@ -48,15 +49,18 @@ class Checkpoint:
     lora: LoraConfig | None = None
     revision: str | None = None
 
-    def record(self) -> dict[str, str]:
+    def record(self, digest: Digest = sha256) -> dict[str, str]:
         """Where it came from and what it is: path, sha256 (of all files, a LoRA adapter's settings
         among them), revision on the hub.
+
+        Args:
+            digest: gives the sha256 of a file.
 
         Raises:
             AdamergeError: the content differs from the hash under which the hub's cache keeps it.
         """
         settings = [self.lora.path] if self.lora is not None else []  # they decide the expert too
-        digests = [_checked_sha256(path) for path in (*self.files, *settings)]
+        digests = [_checked_sha256(path, digest) for path in (*self.files, *settings)]
         found = {
             "path": str(self.path),
             "sha256": digests[0] if len(digests) == 1 else joined(digests),
@@ -272,12 +276,12 @@ def read_head(source: str | Path) -> Tensor:
     return tensors[matrices[0]].float()
 
 
-def _checked_sha256(path: Path) -> str:
+def _checked_sha256(path: Path, digest: Digest) -> str:
     """The hub's cache names large files by their SHA-256: a damaged download is found by it."""
-    digest, name = sha256(path), path.resolve().name
-    if path.is_symlink() and len(name) == 64 and name != digest:
+    found, name = digest(path), path.resolve().name
+    if path.is_symlink() and len(name) == 64 and name != found:
         raise AdamergeError(
-            f"{path} differs from what the hub has (sha256 {digest[:12]}…, expected {name[:12]}…): "
+            f"{path} differs from what the hub has (sha256 {found[:12]}…, expected {name[:12]}…): "
             "the download is damaged; delete that file from the cache and run again"
         )
-    return digest
+    return found

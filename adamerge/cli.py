@@ -196,19 +196,20 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker and DDP processes
     warnings.filterwarnings("ignore", module=r"(lightning|torch|open_clip|timm)\b")
-    from adamerge import check, convert, deliver, run
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it sets its own on import
-
-    if options.command == "train":
-        return run.train(options.settings)
-    if options.command == "check":
-        return check.check(options.settings, options.to)
     if options.command == "convert":
+        from adamerge import convert
+
         given = (options.pretrained, options.architecture)
         convert.convert(options.source, options.folder, options.to, *given)
         print(f"converted, and read back with equal weights: {options.folder}")
         return 0
+    from adamerge import check, deliver, run
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it sets its own on import
+    if options.command == "train":
+        return run.train(options.settings)
+    if options.command == "check":
+        return check.check(options.settings, options.to)
     if options.command == "evaluate":
         return deliver.evaluate(options.target, options.settings, options.to)
     return deliver.export_run(options.run, options.to, options.settings)

@@ -32,53 +32,34 @@ from adamerge.config import Config
 from adamerge.data import TaskData
 from adamerge.encoders import Experts, Tower
 from adamerge.errors import AdamergeError
-from adamerge.evaluation import Row, Scorer
+from adamerge.evaluation import Row
 from adamerge.files import read_json, replacing
-from adamerge.heads import Heads
-from adamerge.inputs import Suite
+from adamerge.inputs import Inputs
 from adamerge.objectives import Taught
 from adamerge.resume import CHECKPOINT, check_fingerprint, read_checkpoint
+from adamerge.supplies import INIT
 
 log = logging.getLogger("adamerge")
 
 
 @dataclass
-class Job:
-    """One run's objects: settings, inputs, and the module that learns.
+class Job(Inputs):
+    """One run's objects: settings, inputs, and the module that learns from the merged tasks."""
 
-    Attributes:
-        unseen: heads and images of the tasks that are only scored; the module has no part in them.
-    """
-
-    settings: Config
-    suite: Suite
-    data: TaskData
     module: Adaptation
-    unseen: tuple[Heads, TaskData] | None = None
 
     def fingerprint(self) -> dict[str, str]:
         """What the run's result depends on."""
         return build.fingerprint(self.settings, self.suite, self.data)
 
-    def scorer(self, device: torch.device) -> Scorer:
-        """Measures encoders on the suite's scored images, those of unseen tasks included."""
-        size = self.settings["evaluate"]["batch_size"]
-        normalizer = inputs.normalizer(self.suite.clip)
-        unseen = None
-        if self.unseen is not None:
-            heads, data = self.unseen
-            unseen = Scorer(heads, normalizer, data, device, size, merged=False)
-        return Scorer(self.suite.heads, normalizer, self.data, device, size, unseen=unseen)
-
 
 def load_job(settings: Config) -> Job:
     """Loads everything that a checked configuration names."""
-    suite = inputs.load_suite(settings)
-    data = inputs.load_data(settings, suite.clip)
-    unseen = inputs.load_unseen(settings, suite.clip)
-    method = build.build_method(settings, suite)
+    known = inputs.load(settings)
+    method = build.build_method(settings, known.suite)
     folding.check(settings["fold"], method, settings["method"]["name"])
-    return Job(settings, suite, data, build.build_adaptation(settings, suite, method), unseen)
+    module = build.build_adaptation(settings, known.suite, method)
+    return Job(settings, known.suite, known.data, known.unseen, module)
 
 
 SIGNS = "signs.json"  # in a run's folder
@@ -86,7 +67,7 @@ SIGNS = "signs.json"  # in a run's folder
 
 def look(job: Job, encoder: torch.nn.Module) -> advice.Signs:
     """Label-free signs of an encoder, on the images that the pre-flight looks at."""
-    settings, suite, device = job.settings, job.suite, _device(job)
+    settings, suite, device = job.settings, job.suite, inputs.run_device(job.settings["trainer"])
     chosen = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
     normalizer, heads = inputs.normalizer(suite.clip).to(device), suite.heads.to(device)
     images = {task: normalizer(pixels.to(device)) for task, pixels in chosen.pixels.items()}
@@ -137,7 +118,8 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     method, tasks = job.module.method.eval(), job.suite.heads.tasks
     export.write_coefficients(run_dir / "coefficients.csv", method, tasks)
     name, size = job.settings["method"]["name"], job.settings["evaluate"]["batch_size"]
-    normalizer, device, found = inputs.normalizer(job.suite.clip), _device(job), None
+    normalizer, found = inputs.normalizer(job.suite.clip), None
+    device = inputs.run_device(job.settings["trainer"])
     folded = method.fold()
     rows = score(job, folded, name)
     if job.scorer(device).measures:
@@ -163,35 +145,37 @@ def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
     if table is None:
         return {}
     path = run_dir / "coefficients.png"
-    figure = pictures.coefficients_figure(job.suite.heads.tasks, *table, run_dir / "metrics.csv")
+    init = job.settings["method"].get("init", INIT)
+    start = float(init) if isinstance(init, int | float) else INIT
+    tasks, metrics = job.suite.heads.tasks, run_dir / "metrics.csv"
+    figure = pictures.coefficients_figure(tasks, *table, metrics, start)
     pictures.save(figure, path)
     return {"coefficients": path}
 
 
-def _device(job: Job) -> torch.device:
-    """Where encoders are scored."""
-    accelerator = job.settings["trainer"]["accelerator"]
-    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-    return torch.device("cuda" if on_gpu else "cpu")
+def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
+    """The encoder's row of that name, after the baselines' if they are wanted.
 
-
-def score(job: Job, encoder: torch.nn.Module, name: str) -> list[Row]:
-    """The encoder's row of that name, after the baselines' if they are wanted."""
-    scorer = job.scorer(_device(job))
+    Baselines depend on a run's inputs alone: their scores are kept in `cache_dir`.
+    """
+    scorer = job.scorer(inputs.run_device(job.settings["trainer"]))
     rows = []
     if job.settings["evaluate"]["baselines"] and scorer.measures:
+        kept = job.kept("scores", scorer.key())
         rows = evaluation.baseline_rows(
             scorer,
             Tower(job.suite.clip.backbone),
             job.suite.task_vectors,
             job.settings["evaluate"]["oracle"],
             lambda what: log.info("scoring: %s", what),
+            kept,
         )
+        log.info("baselines are kept in %s", kept.path)
     log.info("scoring: %s", name)
     return [*rows, scorer.row(name, encoder)]
 
 
-def _results(job: Job, rows: Sequence[Row], method: str) -> dict[str, Any]:
+def _results(job: Inputs, rows: Sequence[Row], method: str) -> dict[str, Any]:
     settings = job.settings
     suite, protocol = settings["suite"]["name"], settings["protocol"]
     return evaluation.as_json(rows, suite, method, protocol, settings["seed"])
@@ -215,7 +199,8 @@ def export_merged(
     method, fold = job.module.method.eval().float(), settings["fold"]
     if found is None and fold is not None and not method.folds[fold]:
         size = settings["evaluate"]["batch_size"]
-        found = folding.statistics(method, job.data, normalizer, _device(job), size)
+        device = inputs.run_device(settings["trainer"])
+        found = folding.statistics(method, job.data, normalizer, device, size)
     encoder, exact = folding.encoder(method, fold, found)
     images = [normalizer(job.data.sample(task, 8)) for task in suite.heads.tasks]
     ids = [torch.full((len(part),), index) for index, part in enumerate(images)]
@@ -272,16 +257,16 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
     settings = config.load_run(target, words) if is_run and not own_suite else config.load(words)
     build.check(settings)
     settings["protocol"] = _protocol(folder, settings["protocol"])
-    job = load_job(settings)
+    known = inputs.load(settings)
     encoder, stated = export_files.read_encoder(folder, layout)
-    if stated["model_cfg"] != job.suite.clip.config["model_cfg"]:
+    if stated["model_cfg"] != known.suite.clip.config["model_cfg"]:
         raise AdamergeError(
             f"{folder} is of another architecture than suite {settings['suite']['name']}: evaluate "
             "it on a suite it was merged from, or of the same model"
         )
-    encoder = loading.for_tasks(encoder, layout, job.suite.heads.tasks)
+    encoder = loading.for_tasks(encoder, layout, known.suite.heads.tasks)
     name = target.resolve().name
-    results = _results(job, score(job, encoder, name), name)
+    results = _results(known, score(known, encoder, name), name)
     (to or target / "evaluation").mkdir(parents=True, exist_ok=True)
     print(f"\n{evaluation.write_results(results, to or target / 'evaluation')}")
     return 0

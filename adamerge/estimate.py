@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from adamerge.adaptation import Adaptation, step_loss
 from adamerge.stores import stores_features, stores_targets
+from adamerge.task_vectors import TaskVectors
 from adamerge.verdicts import Finding
 
 _LONGEST = 5.0  # seconds: longer steps are not taken whole but extrapolated
@@ -222,14 +224,40 @@ def _untouched(module: Adaptation) -> Iterator[None]:
 
 
 def _held(module: Adaptation) -> int:
-    """Bytes of everything a module holds: parameters, buffers, and its method's task vectors."""
-    vectors: Any = getattr(module.method, "task_vectors", None)
-    parts: list[Iterable[Tensor]] = [module.parameters(), module.buffers()]
-    if vectors is not None:
-        parts += [vectors.pretrained.values()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for p in parts for t in p}
-    kept = 0 if vectors is None else vectors.nbytes()
-    return kept + sum(storage.nbytes() for storage in storages.values())
+    """Bytes of everything a module holds: parameters, buffers, other tensors, task vectors."""
+    found = list(_inside([vars(part) for part in module.modules()]))
+    vectors = [value for value in found if isinstance(value, TaskVectors)]
+    tensors = [value for value in found if isinstance(value, Tensor) and not value.is_meta]
+    tensors += [base for own in vectors for base in own.pretrained.values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    distinct = {_place(own): own for own in vectors}  # several may share what they hold
+    total = sum(own.nbytes() for own in distinct.values())
+    return total + sum(storage.nbytes() for storage in storages.values())
+
+
+def _place(vectors: TaskVectors) -> object:
+    """Where task vectors are kept: in a file, or in memory from here on."""
+    if vectors.storage.file is not None:
+        return vectors.storage.file
+    return vectors.layers[vectors.names[0]].values.data_ptr()
+
+
+def _inside(values: Iterable[Any]) -> Iterator[Tensor | TaskVectors]:
+    """The tensors and task vectors among values, and in containers and data classes of them."""
+    waiting, seen = list(values), set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor | TaskVectors):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            waiting += [getattr(value, entry.name, None) for entry in dataclasses.fields(value)]
 
 
 def memory_available(device: torch.device) -> int | None:

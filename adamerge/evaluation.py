@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from adamerge.data import TaskData
 from adamerge.encoders import Normalizer, Tower, merged_encoder
 from adamerge.errors import AdamergeError
+from adamerge.features import content_key
 from adamerge.files import read_json, replacing
 from adamerge.heads import Heads
 from adamerge.task_vectors import TaskVectors
 
+_SCORING = 1  # how it is scored; another number forgets what was scored before
 ORACLE_GRID = tuple(round(0.1 * step, 1) for step in range(11))
 TITLES = {
     "pretrained": "pretrained",
@@ -77,6 +80,17 @@ class Scorer:
         """Whether any task, unseen ones included, has labels."""
         return bool(self.tasks) or (self.unseen is not None and self.unseen.measures)
 
+    def key(self) -> str:
+        """Of all that decides an encoder's accuracies beside the encoder itself."""
+        parts: list[object] = [_SCORING, *machine(self.device), self.batch_size]
+        parts += [self.merged, self.data.protocol, *self.heads.tasks]
+        for images in self.data.tasks.values():
+            labels = images.labels
+            parts += [images.key, labels if labels is None else labels.tolist()]
+        parts += [self.unseen.key()] if self.unseen is not None else []
+        tensors = dict(self.heads.named_buffers()) | dict(self.normalizer.named_buffers())
+        return content_key(tensors, *parts)
+
     @torch.no_grad()
     def accuracy(
         self, encoder: nn.Module, tasks: Sequence[str] | None = None, part: str = "score"
@@ -122,6 +136,7 @@ def baseline_rows(
     task_vectors: TaskVectors,
     oracle: bool = True,
     say: Callable[[str], None] = lambda _: None,
+    kept: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make(),
 ) -> list[Row]:
     """Rows for the pretrained model, the experts, weight averaging and task arithmetic.
 
@@ -129,14 +144,20 @@ def baseline_rows(
         task_vectors: untransformed.
         oracle: add task arithmetic at the best of λ = 0, 0.1 … 1, chosen by the labels.
         say: told what is being scored.
+        kept: gives what it keeps under a name, or else makes it; see `kept.Kept`.
     """
     labelled = [task for task in task_vectors.tasks if task in scorer.tasks]
 
     def static(name: str, coefficients: Tensor | float, tasks: Sequence[str] | None = None) -> Row:
-        of = f" ({', '.join(tasks)})" if tasks else ""
-        at = f" ({coefficients})" if name == "task_arithmetic_best" else ""
-        say(f"{name.replace('_', ' ')}{of}{at}")
-        return scorer.row(name, merged_encoder(tower, task_vectors, coefficients), tasks)
+        def scored() -> dict[str, Any]:
+            of = f" ({', '.join(tasks)})" if tasks else ""
+            at = f" ({coefficients})" if name == "task_arithmetic_best" else ""
+            say(f"{name.replace('_', ' ')}{of}{at}")
+            encoder = merged_encoder(tower, task_vectors, coefficients)
+            return dataclasses.asdict(scorer.row(name, encoder, tasks))
+
+        λ = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
+        return Row(**{**kept(json.dumps([λ, tasks]), scored), "name": name})
 
     pretrained = static("pretrained", 0.0)
     experts = Row("expert", {}, {} if pretrained.adapted is not None else None)
@@ -163,6 +184,12 @@ def baseline_rows(
         best_row = Row("task_arithmetic_best", found.accuracy, found.adapted, notes, found.unseen)
         rows.append(best_row)
     return rows
+
+
+def machine(device: torch.device) -> tuple[str, str, str]:
+    """What decides how an encoder's features are rounded, as far as it is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return torch.__version__, name, torch.get_float32_matmul_precision()
 
 
 def average(accuracy: Mapping[str, float]) -> float | None:

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from torch import Tensor
 
-from adamerge import hub
+from adamerge import __version__, hub
 from adamerge.checkpoints import Checkpoint, load_pretrained, read, read_head, tower_state
 from adamerge.config import Config
 from adamerge.data import TaskData
 from adamerge.encoders import Clip, Normalizer, build_clip
 from adamerge.errors import AdamergeError
+from adamerge.evaluation import Scorer
 from adamerge.features import content_key
 from adamerge.files import locked, sha256
 from adamerge.heads import Heads, Prompts, zero_shot_heads
 from adamerge.image_cache import TaskImages, cache_images
+from adamerge.kept import Digest, Kept, remembered
 from adamerge.sources import open_dataset
 from adamerge.storage import Storage
 from adamerge.suite_files import require_root
@@ -38,12 +41,45 @@ class Suite:
     Attributes:
         task_vectors: untransformed.
         files: sha256 of every weight file, by where it is used (`pretrained`, task names).
+        key: of the weights: another one as soon as one of them, or the architecture, is another.
+        digest: gives the sha256 of a file.
     """
 
     clip: Clip
     task_vectors: TaskVectors
     heads: Heads
     files: dict[str, dict[str, str]]
+    key: str
+    digest: Digest
+
+
+@dataclass
+class Inputs:
+    """What settings name, loaded; nothing learns yet.
+
+    Attributes:
+        unseen: heads and images of the tasks that are only scored.
+    """
+
+    settings: Config
+    suite: Suite
+    data: TaskData
+    unseen: tuple[Heads, TaskData] | None
+
+    def kept(self, kind: str, *parts: object) -> Kept:
+        """What is kept, of one kind, of these weights in this version and `parts`."""
+        key = content_key({}, __version__, self.suite.key, *parts)
+        return Kept(cache_root(self.settings) / kind / f"{key}.json")
+
+    def scorer(self, device: torch.device) -> Scorer:
+        """Measures encoders on the suite's scored images, those of unseen tasks included."""
+        size = self.settings["evaluate"]["batch_size"]
+        scale = normalizer(self.suite.clip)
+        unseen = None
+        if self.unseen is not None:
+            heads, data = self.unseen
+            unseen = Scorer(heads, scale, data, device, size, merged=False)
+        return Scorer(self.suite.heads, scale, self.data, device, size, unseen=unseen)
 
 
 def cache_root(config: Config) -> Path:
@@ -54,7 +90,7 @@ def cache_root(config: Config) -> Path:
     return Path(base) / "adamerge"
 
 
-def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
+def load_clip(suite: Config, digest: Digest = sha256) -> tuple[Clip, dict[str, dict[str, str]]]:
     """The pretrained CLIP of a suite and the record of its file."""
     source, architecture = str(suite["pretrained"]), suite.get("architecture")
     if architecture in open_clip.list_models() and not (
@@ -62,12 +98,12 @@ def load_clip(suite: Config) -> tuple[Clip, dict[str, dict[str, str]]]:
     ):
         clip = build_clip(str(architecture), source)
         assert clip.weights is not None  # a tag was given
-        return clip, {"pretrained": {"path": source, "sha256": sha256(clip.weights)}}
+        return clip, {"pretrained": {"path": source, "sha256": digest(clip.weights)}}
     checkpoint = read(source)
     clip = build_clip(_architecture(architecture, checkpoint))
     load_pretrained(clip, checkpoint, _needs_text(suite), suite.get("logit_scale"))
     _check_stated(clip, checkpoint, str(architecture))
-    return clip, {"pretrained": checkpoint.record()}
+    return clip, {"pretrained": checkpoint.record(digest)}
 
 
 def _needs_text(suite: Config) -> bool:
@@ -125,34 +161,34 @@ def _architecture(given: Any, pretrained: Checkpoint) -> str:
 
 def load_suite(config: Config) -> Suite:
     """Pretrained model, task vectors and heads; experts are read tensor by tensor."""
-    suite = config["suite"]
+    suite, digest = config["suite"], remembered(cache_root(config))
     require_root(suite)
-    clip, files = load_clip(suite)
+    clip, files = load_clip(suite, digest)
     experts, sources = {}, {"pretrained": str(suite["pretrained"])}
     for task, entry in suite["tasks"].items():
         expert = read(str(entry["expert"]))
-        sources[task], files[task] = expert.source, expert.record()
+        sources[task], files[task] = expert.source, expert.record(digest)
         fill = "pretrained" in (entry.get("missing"), suite.get("missing"))
         experts[task] = tower_state(expert, clip.backbone, fill)
         _check_stated(clip, expert, str(suite.get("architecture")))
         if entry.get("head") is not None:
-            files[f"head of {task}"] = read(entry["head"]).record()
-    storage = _storage(config, clip, files)
+            files[f"head of {task}"] = read(entry["head"]).record(digest)
+    shape = json.dumps(clip.config["model_cfg"], sort_keys=True)
+    weights = [files[key]["sha256"] for key in ("pretrained", *suite["tasks"])]
+    key = content_key({}, *weights, *suite["tasks"], shape)
+    storage = _storage(config, key)
     state = clip.backbone.state_dict()
     vectors = _task_vectors(state, experts, sources, storage)
-    return Suite(clip, vectors, load_heads(config, clip), files)
+    return Suite(clip, vectors, load_heads(config, clip), files, f"{key}-{storage.dtype}", digest)
 
 
-def _storage(config: Config, clip: Clip, files: Mapping[str, Mapping[str, str]]) -> Storage:
+def _storage(config: Config, key: str) -> Storage:
     """How the experts' own task vectors are kept: those that a transform changes, in float32."""
     asked = config["task_vectors"]
     dtype = "float32" if config["transform"] else asked["dtype"]
     device = "disk" if asked["shard"] else asked["device"]
     if device != "disk":
         return Storage(dtype, device, pinned=may_touch_gpu(config["trainer"]))
-    shape = json.dumps(clip.config["model_cfg"], sort_keys=True)
-    weights = [files[key]["sha256"] for key in ("pretrained", *config["suite"]["tasks"])]
-    key = content_key({}, *weights, *config["suite"]["tasks"], shape)
     return Storage(
         dtype, device, cache_root(config) / "task_vectors" / f"{key}-{dtype}.safetensors"
     )
@@ -162,6 +198,18 @@ def may_touch_gpu(trainer: Config) -> bool:
     """Whether this process may touch a GPU: not where it computes elsewhere, or is forked later."""
     forks = any(word in str(trainer.get("strategy")) for word in ("fork", "notebook"))
     return trainer["accelerator"] in ("auto", "gpu", "cuda") and not forks
+
+
+def run_device(trainer: Config) -> torch.device:
+    """Where the main process of a run computes, by its `trainer` settings."""
+    # A process that has touched a GPU cannot be forked.
+    if not may_touch_gpu(trainer) or not torch.cuda.is_available():
+        return torch.device("cpu")
+    devices = trainer.get("devices")
+    if isinstance(devices, str) and "," in devices:  # as the Trainer reads it: their numbers
+        devices = [int(part) for part in devices.split(",") if part.strip().isdigit()]
+    first = devices[0] if isinstance(devices, list) and devices else 0
+    return torch.device("cuda", first if isinstance(first, int) and first >= 0 else 0)
 
 
 def _task_vectors(
@@ -256,3 +304,10 @@ def _load_images(config: Config, clip: Clip, part: str) -> dict[str, TaskImages]
 def normalizer(clip: Clip) -> Normalizer:
     """The backbone's own normalisation."""
     return Normalizer(clip.preprocess_cfg.mean, clip.preprocess_cfg.std)
+
+
+def load(settings: Config) -> Inputs:
+    """Loads the weights, heads and images that a checked configuration names."""
+    suite = load_suite(settings)
+    data = load_data(settings, suite.clip)
+    return Inputs(settings, suite, data, load_unseen(settings, suite.clip))

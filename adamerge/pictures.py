@@ -16,24 +16,29 @@ from adamerge.tracking import read_metrics
 
 
 def coefficients_figure(
-    tasks: Sequence[str], layers: Sequence[str], values: Tensor, metrics: Path | None = None
+    tasks: Sequence[str],
+    layers: Sequence[str],
+    values: Tensor,
+    metrics: Path | None = None,
+    init: float = 0.3,
 ) -> Figure:
     """A heat map of λ `[tasks, layers]` over the course of its mean per task.
 
     Args:
         metrics: a run's `metrics.csv`, for the course; left out where there is none.
+        init: where λ started, in the middle of the colours.
     """
     course = _course(metrics, tasks)
     figure = Figure(figsize=(11, 6.5 if course else 3.4), layout="constrained")
     axes = figure.subplots(2 if course else 1, 1, squeeze=False)[:, 0]
     table = values.double().numpy()
-    reach = max(0.05, float(np.abs(table - 0.3).max()))
+    reach = max(0.05, float(np.abs(table - init).max()))
     image = axes[0].imshow(
         table,
         aspect="auto",
         cmap="RdBu_r",
-        vmin=0.3 - reach,
-        vmax=0.3 + reach,
+        vmin=init - reach,
+        vmax=init + reach,
         interpolation="none",
     )
     figure.colorbar(image, ax=axes[0], label="merging coefficient λ", pad=0.01)
@@ -41,7 +46,7 @@ def coefficients_figure(
     step = max(1, len(layers) // 40)
     axes[0].set_xticks(range(0, len(layers), step))
     axes[0].set_xticklabels([_short(n) for n in layers[::step]], rotation=90, fontsize=6)
-    axes[0].set_title("learned merging coefficients (white: 0.3)")
+    axes[0].set_title(f"learned merging coefficients (white: {init:g}, where they started)")
     if course:
         _draw_course(axes[1], tasks, course)
     return figure

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from adamerge.data import TaskData, stream_seed
 from adamerge.encoders import FoldedEncoder, Normalizer, Tower, merged_encoder
+from adamerge.evaluation import machine
+from adamerge.features import content_key
 from adamerge.heads import Heads
 from adamerge.objectives import marginal_entropy, sample_entropy
 from adamerge.solving import Solving
 from adamerge.task_vectors import TaskVectors
 
+_MEASURING = 1  # how it is measured; another number forgets what was measured before
 _BATCH = 64  # images encoded at a time
 _CHUNK = 2**18  # numbers per task vector promoted to float64 at a time
 _QUIET = 5.0  # seconds without a line of progress
@@ -54,6 +57,14 @@ def choose(data: TaskData, count: int, seed: int) -> Images:
         pixels[task] = torch.from_numpy(found.images[picked])
         labels[task] = None if found.labels is None else torch.from_numpy(found.labels[picked])
     return Images(pixels, labels)
+
+
+def key(images: Images, heads: Heads, normalizer: Normalizer, device: torch.device) -> str:
+    """Of all that decides `measure` and `activation_change` beside the models."""
+    tensors = dict(heads.named_buffers()) | dict(normalizer.named_buffers())
+    tensors |= {f"pixels/{task}": pixels for task, pixels in images.pixels.items()}
+    tensors |= {f"labels/{task}": v for task, v in images.labels.items() if v is not None}
+    return content_key(tensors, _MEASURING, *machine(device), *heads.tasks)
 
 
 def gram(task_vectors: TaskVectors) -> Tensor:

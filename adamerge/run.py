@@ -103,7 +103,7 @@ def _prepare(job: Job) -> None:
     """Stores what frozen encoders say of the images, says where these are kept, and counts the
     steps of an online run."""
     settings, trainer = job.settings, job.settings["trainer"]
-    device = check.run_device(trainer)
+    device = inputs.run_device(trainer)
     if settings["online"]:
         trainer["max_steps"] = stores.steps_online(job.data)
     ranks = check.ranks(trainer)

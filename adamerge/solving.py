@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,27 @@ class Solving:
     entropies: tuple[Tensor, ...]
     marginal: Tensor
     right: tuple[Tensor | None, ...]
+
+    def as_lists(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return {
+            "tasks": self.tasks,
+            "classes": self.classes,
+            "entropies": [values.tolist() for values in self.entropies],
+            "marginal": self.marginal.tolist(),
+            "right": [None if values is None else values.tolist() for values in self.right],
+        }
+
+    @classmethod
+    def from_lists(cls, kept: Mapping[str, Any]) -> Solving:
+        """What `as_lists` gave."""
+        return cls(
+            tuple(kept["tasks"]),
+            tuple(kept["classes"]),
+            tuple(torch.tensor(values, dtype=torch.float64) for values in kept["entropies"]),
+            torch.tensor(kept["marginal"], dtype=torch.float64),
+            tuple(None if values is None else torch.tensor(values) for values in kept["right"]),
+        )
 
     def entropy(self) -> Tensor:
         """Mean entropy over each task's images, `[1 + T, T]`, from 0 (certain) to 1 (log C)."""

@@ -16,6 +16,7 @@ from adamerge.errors import AdamergeError
 from adamerge.export_files import read_encoder, read_layout
 from adamerge.files import joined, sha256
 from adamerge.heads import Heads
+from adamerge.kept import Digest
 from adamerge.loading import for_tasks
 from adamerge.task_vectors import TaskVectors
 
@@ -58,6 +59,7 @@ def supplies(
     own: Mapping[str, Any],
     files: dict[str, dict[str, str]],
     protocol: str,
+    digest: Digest = sha256,
 ) -> Supplies:
     """The values of `SUPPLIED`.
 
@@ -67,13 +69,16 @@ def supplies(
         own: from `split_base`.
         files: gets the record of the base's file.
         protocol: of the run.
+        digest: gives the sha256 of a file.
     """
     backbone = clip.backbone
 
     def base(static: bool = True) -> nn.Module | None:
         if own.get("base") is None:
             return None
-        encoder, files["base"] = _base_encoder(clip, own["base"], heads.tasks, protocol, static)
+        encoder, files["base"] = _base_encoder(
+            clip, own["base"], heads.tasks, protocol, static, digest
+        )
         return encoder
 
     def encoder() -> nn.Module:
@@ -95,7 +100,12 @@ def supplies(
 
 
 def _base_encoder(
-    clip: Clip, source: str, tasks: tuple[str, ...], protocol: str, static: bool
+    clip: Clip,
+    source: str,
+    tasks: tuple[str, ...],
+    protocol: str,
+    static: bool,
+    digest: Digest,
 ) -> tuple[nn.Module, dict[str, str]]:
     """The encoder of a checkpoint, an exported folder, or the one in a run's folder; its record."""
     folder = Path(source)
@@ -117,11 +127,11 @@ def _base_encoder(
             encoder, stated = read_encoder(folder, layout)
             if stated["model_cfg"] != clip.config["model_cfg"]:
                 raise _misfit(folder, "its model config is another")
-            record = {"path": str(folder), "sha256": _hash_of(folder)}
+            record = {"path": str(folder), "sha256": _hash_of(folder, digest)}
             return for_tasks(encoder, layout, tasks), record | _known(before)
         checkpoint = read(folder if folder.is_dir() else source)
         found = _static(clip, checkpoint)
-        return found, checkpoint.record() | _known(before)
+        return found, checkpoint.record(digest) | _known(before)
     raise AdamergeError(
         f"method.base ({source}) is an export of kind {layout.kind}: expected "
         f"{'static' if static else 'static, per_task or dynamic'}; name the merge below it"
@@ -132,9 +142,9 @@ def _known(protocol: Any) -> dict[str, str]:
     return {} if protocol is None else {"protocol": str(protocol)}
 
 
-def _hash_of(folder: Path) -> str:
+def _hash_of(folder: Path, digest: Digest) -> str:
     files = sorted(folder.rglob("*.safetensors"))
-    return joined(sha256(file) for file in files)
+    return joined(digest(file) for file in files)
 
 
 def _static(clip: Clip, checkpoint: Checkpoint) -> FoldedEncoder:

@@ -11,7 +11,7 @@ FLOORS = {
     "merging ahead fused fused_kernels fused_plan differences fast_paths shards gated losses "
     "objectives solving verdicts readings safe_pickle pickled torch_files weight_files "
     "layouts model_configs lora compat model_check config_check fitting pickled_modules "
-    "matching",
+    "matching kept",
     1: "towers mixtures adapters experts encoders heads transforms methods.base export_files "
     "loading",
     2: "methods.adamerging methods.surgery methods.wemoe",

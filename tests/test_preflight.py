@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -17,11 +18,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from adamerge import check, config, deliver, preflight, solving, verdicts
+from adamerge import check, config, deliver, inputs, preflight, solving, verdicts
 from adamerge.cli import main
 from adamerge.encoders import Tower, build_clip
 from adamerge.errors import AdamergeError
-from adamerge.estimate import Estimate, _seconds, of_memory
+from adamerge.estimate import Estimate, _held, _seconds, of_memory
 from adamerge.inputs import normalizer
 from adamerge.preflight_report import as_markdown
 from adamerge.solving import Solving
@@ -224,6 +225,37 @@ def test_look_changes_nothing_in_a_job(base: list[str]) -> None:
     assert report.estimate.seconds > 0
 
 
+@dataclasses.dataclass
+class Holder:
+    anything: Any
+
+
+@pytest.mark.parametrize(
+    ("keep", "whole"),
+    [
+        (lambda vectors: {"other_name": vectors}, True),
+        (lambda vectors: {"holder": Holder((vectors,))}, True),
+        (lambda vectors: {"one": vectors, "task_vectors": vectors, "all": [vectors]}, True),
+        (lambda vectors: {"stack": list(vectors.deltas.values())}, False),
+        (lambda vectors: {"by_name": {"deltas": dict(vectors.deltas)}}, False),
+    ],
+)
+def test_memory_counts_task_vectors_wherever_a_method_keeps_them(
+    base: list[str], keep: Callable[[Any], dict[str, Any]], whole: bool
+) -> None:
+    vectors = inputs.load_suite(config.load(base)).task_vectors
+    bases = vectors.pretrained.values() if whole else ()
+
+    def held(attributes: dict[str, Any]) -> int:
+        module: Any = torch.nn.ModuleDict({"method": torch.nn.Linear(2, 2)})
+        for name, value in attributes.items():
+            setattr(module["method"], name, value)
+        return _held(module)
+
+    wanted = vectors.nbytes() + sum(tensor.nbytes for tensor in bases)
+    assert held(keep(vectors)) - held({}) == wanted
+
+
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_activations_are_counted_for_the_images_encoded_together(
     base: list[str], micro_batch: int | None
@@ -420,7 +452,11 @@ def test_the_device_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for settings, device in (
         ({"accelerator": "auto", "devices": 1}, "cuda:0"),
         ({"accelerator": "gpu", "devices": [2]}, "cuda:2"),
+        ({"accelerator": "gpu", "devices": "1,"}, "cuda:1"),
+        ({"accelerator": "gpu", "devices": "3, 1"}, "cuda:3"),
+        ({"accelerator": "gpu", "devices": "2"}, "cuda:0"),
+        ({"accelerator": "gpu", "devices": -1}, "cuda:0"),
         ({"accelerator": "cpu", "devices": 1}, "cpu"),
         ({"accelerator": "gpu", "devices": 2, "strategy": "ddp_fork"}, "cpu"),
     ):
-        assert check.run_device(settings) == torch.device(device)
+        assert inputs.run_device(settings) == torch.device(device)
