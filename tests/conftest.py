@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see adamerge.cli
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -23,6 +25,19 @@ def _no_leftovers() -> Iterator[None]:
     """The cache of `datasets` lives as long as the tests."""
     yield
     shutil.rmtree(_DATASETS_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_pictures() -> Iterator[Callable[..., None]]:
+    """Figures are saved blank: drawing them takes half of a tiny run. Gives what draws them."""
+    draw = Figure.savefig
+
+    def blank(figure: Figure, path: Path, **_: object) -> None:
+        Image.new("RGB", (2, 2)).save(path, "PNG")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", blank)
+        yield draw
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -44,8 +48,17 @@ def images(task: str, count: int = 40) -> datasets.Dataset:
 
 def make_suite(folder: Path) -> Path:
     """Writes everything and returns the path of the suite's YAML file."""
+    shutil.copytree(_suite(), folder, dirs_exist_ok=True)
+    return folder / "tiny.yaml"
+
+
+@functools.cache
+def _suite() -> Path:
+    """The folder of one that is only copied."""
+    folder = Path(tempfile.mkdtemp(prefix="adamerge-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model = folder / "model"
-    model.mkdir(parents=True)
+    model.mkdir()
     config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
     (model / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
@@ -63,9 +76,8 @@ def make_suite(folder: Path) -> Path:
             "templates": ["a photo of {}.", "{}"],
         }
     suite = {"architecture": "model", "pretrained": "model", "tasks": tasks}
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(suite, sort_keys=False))
-    return path
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
+    return folder
 
 
 class Recording(AdaMerging):
