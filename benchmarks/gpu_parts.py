@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -181,6 +182,9 @@ def merging(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 
 def peers(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     """The step of the package fusion-bench on the same weights, images and heads, in turns."""
+    if importlib.util.find_spec("fusion_bench") is None:
+        yield {"note": "the package fusion-bench is not installed"}
+        return
     import peers_compare as compare
     from peers_world import SHAPES
     from peers_world import World as Shared
