@@ -237,9 +237,7 @@ def _held(module: Adaptation) -> int:
 
 def _place(vectors: TaskVectors) -> object:
     """Where task vectors are kept: in a file, or in memory from here on."""
-    if vectors.storage.file is not None:
-        return vectors.storage.file
-    return vectors.layers[vectors.names[0]].values.data_ptr()
+    return vectors.storage.file or vectors.layers[vectors.names[0]].values.data_ptr()
 
 
 def _inside(values: Iterable[Any]) -> Iterator[Tensor | TaskVectors]:
