@@ -197,7 +197,13 @@ class Progress(Callback):
         self._since, self._images = now, 0
         return {"images_per_second": rate, "peak_memory_mib": peak}
 
+    def on_exception(self, *_: Any) -> None:
+        self._close()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

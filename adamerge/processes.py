@@ -33,17 +33,20 @@ def together(trainer: pl.Trainer, run_dir: Path) -> Iterator[None]:
     """Trains within the block: what another process's end makes of it becomes one sentence.
 
     A collective may wait for a lost process for half an hour, or for ever: then this process ends
-    too, with status 2.
+    too, with status 2. Afterwards the group of processes is no more: what comes after training is
+    the main process's alone.
 
     Raises:
         LostProcess: another process was lost.
         AdamergeError: the port where processes meet is taken.
     """
-    over, started = threading.Event(), Started(trainer)
+    over, started, alone = threading.Event(), Started(trainer), not dist.is_initialized()
     watch = threading.Thread(target=_watch, args=(started, run_dir, over), daemon=True)
     watch.start()
     try:
         yield
+        if alone and dist.is_initialized():
+            dist.destroy_process_group()
     except RuntimeError as error:
         started.kill()
         if trainer.world_size > 1 and (
@@ -96,7 +99,7 @@ def _watch(started: Started, run_dir: Path, over: threading.Event) -> None:
             started.kill()
             rank, status = lost
             reason = f"rank {rank} ended with status {status}"
-            print(f"error: {_sentence(reason, run_dir)}", file=sys.stderr, flush=True)
+            print(f"\nerror: {_sentence(reason, run_dir)}", file=sys.stderr, flush=True)
             os._exit(2)
 
 

@@ -26,6 +26,7 @@ from adamerge.resume import CHECKPOINT, CheckpointFiles, read_checkpoint
 from adamerge.tracking import CsvMetrics, _known_id, read_metrics
 from tests.tiny import CLASSES, learned
 
+ROOT = Path(__file__).parent.parent
 Capture = pytest.CaptureFixture[str]
 
 
@@ -308,3 +309,11 @@ def test_a_damaged_head_in_the_cache_is_made_again(
         kept += found is not None
         assert found is None or torch.equal(found, weight)
     assert kept < 30 and "is damaged and made again" in caplog.text
+
+
+def test_a_few_faults_of_the_campaign_are_held() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--short"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=230)
+    assert answer.returncode == 0, answer.stdout + answer.stderr[-2000:]
+    _, tried, held, lost = answer.stdout.splitlines()[-1].split()
+    assert int(tried) == int(held) >= 10 and lost == "0"

@@ -74,4 +74,4 @@ def test_a_process_that_waits_for_a_lost_one_ends(
         while not ended and time.monotonic() < deadline:
             time.sleep(0.01)
     assert ended and set(ended) == {2} and not seen
-    assert "lost (rank 1 ended with status -9)" in capfd.readouterr().err.splitlines()[0]
+    assert "lost (rank 1 ended with status -9)" in capfd.readouterr().err.splitlines()[1]
