@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adamerge import model_configs
 from adamerge.errors import AdamergeError
 from adamerge.experts import Experts, PerTaskEncoder
-from adamerge.towers import FoldedEncoder, Tower, merged_encoder
+from adamerge.towers import FoldedEncoder, Tower, merged_encoder, static_encoder
 
 __all__ = [
     "Clip",
@@ -31,6 +31,7 @@ __all__ = [
     "build_backbone",
     "build_clip",
     "merged_encoder",
+    "static_encoder",
 ]
 
 _TOKENIZER_FILES = (

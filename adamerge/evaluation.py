@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from adamerge.data import TaskData
-from adamerge.encoders import Normalizer, Tower, merged_encoder
+from adamerge.encoders import Normalizer, Tower, merged_encoder, static_encoder
 from adamerge.files import replacing
 from adamerge.heads import Heads
 from adamerge.task_vectors import TaskVectors
@@ -131,19 +131,18 @@ def baseline_rows(
     """
     labelled = [task for task in task_vectors.tasks if task in scorer.tasks]
 
-    def static(name: str, coefficients: Tensor | float, tasks: Sequence[str] | None = None) -> Row:
-        of = f" ({', '.join(tasks)})" if tasks else ""
+    def static(name: str, coefficients: Tensor | float) -> Row:
         at = f" ({coefficients})" if name == "task_arithmetic_best" else ""
-        say(f"{name.replace('_', ' ')}{of}{at}")
-        return scorer.row(name, merged_encoder(tower, task_vectors, coefficients), tasks)
+        say(f"{name.replace('_', ' ')}{at}")
+        return scorer.row(name, merged_encoder(tower, task_vectors, coefficients))
 
-    pretrained = static("pretrained", 0.0)
+    say("pretrained")
+    pretrained = scorer.row("pretrained", static_encoder(tower, task_vectors, None))
     experts = Row("expert", {}, {} if pretrained.adapted is not None else None)
     experts.unseen = {} if scorer.unseen is not None else None
     for task in labelled:
-        one_hot = torch.zeros(len(task_vectors.tasks))
-        one_hot[task_vectors.index(task)] = 1
-        own = static("expert", one_hot, [task])
+        say(f"expert ({task})")
+        own = scorer.row("expert", static_encoder(tower, task_vectors, task), [task])
         experts.accuracy |= own.accuracy
         if experts.adapted is not None:
             experts.adapted |= own.adapted or {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ def load_suite(config: Config) -> Suite:
             files[f"head of {task}"] = read(entry["head"]).record()
     storage = _storage(config, clip, files)
     state = clip.backbone.state_dict()
-    vectors = _task_vectors(state, experts, sources, storage)
+    buffers = [name for name, _ in clip.backbone.named_buffers()]
+    vectors = _task_vectors(state, experts, sources, storage, buffers)
     return Suite(clip, vectors, load_heads(config, clip), files)
 
 
@@ -169,18 +170,25 @@ def _task_vectors(
     experts: Mapping[str, Mapping[str, Tensor]],
     sources: Mapping[str, str],
     storage: Storage,
+    buffers: Sequence[str],
 ) -> TaskVectors:
     """Computed; or where they are kept on disk, once, by the first process that wants them."""
+
+    def made() -> TaskVectors:
+        return TaskVectors(
+            pretrained, experts, sources=sources, share=True, storage=storage, buffers=buffers
+        )
+
     if storage.file is None:
-        return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
+        return made()
     storage.file.parent.mkdir(parents=True, exist_ok=True)
     with locked(storage.file.with_suffix(".lock")):
         if storage.file.is_file():
-            return TaskVectors.mapped(pretrained, storage)
+            return TaskVectors.mapped(pretrained, storage, experts, buffers)
         for left in storage.file.parent.glob(f"{storage.file.name}.*.tmp"):
             left.unlink()  # of a process that was killed: the lock is ours
         log.info("task vectors are written to %s", storage.file)
-        return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
+        return made()
 
 
 def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:

@@ -63,7 +63,7 @@ class Match:
 
     def without_heads(self) -> Match:
         """This without classifiers that are attached to the model, of which a log line tells."""
-        left = _heads(self.extra, self.wanted, renamed(self.tensors, self.names))
+        left = heads_in(self.extra, self.wanted, renamed(self.tensors, self.names))
         if not left:
             return self
         log.info("%s: %s left out: a head attached to the model", self.source, several(left))
@@ -167,7 +167,9 @@ def _before(name: str, own: Collection[str]) -> Iterable[str]:
         place = dot + 1
 
 
-def _heads(extra: Sequence[str], own: Collection[str], tensors: Mapping[str, Tensor]) -> list[str]:
+def heads_in(
+    extra: Sequence[str], own: Collection[str], tensors: Mapping[str, Tensor]
+) -> list[str]:
     """Those of a model's unknown tensors that are a classifier attached to it.
 
     That is a module of its own beside the model's, of matrices and vectors alone.

@@ -27,7 +27,7 @@ _DANGEROUS = words(
 _BUILTINS = ("builtins", "__builtin__")
 _PLAIN_BUILTINS = words(
     "set frozenset list dict tuple slice complex bytearray bytes object int float str bool range "
-    "long unicode type property iter map filter zip enumerate reversed getattr"
+    "long unicode type property xrange iter map filter zip enumerate reversed getattr"
 )
 # Plain data of modules that are dangerous otherwise: type hints, namespaces.
 _PLAIN = words(
