@@ -90,14 +90,16 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         solved = Solving.from_lists(kept("solving", measure))
         doubts = list(_of_activation(job, images, solved, device, kept))
         cost = _estimate(job, images, device)
+    squares = [float(tensor.double().square().sum()) for tensor in vectors.pretrained.values()]
+    length = sum(squares) ** 0.5
     findings = [
+        *verdicts.of_bases(vectors.tasks, norms / length, preflight.likeness(vectors)),
         *verdicts.of_directions(vectors.tasks, cosines),
         *solving.findings(solved, files),
         *doubts,
         *verdicts.of_lengths(vectors.tasks, norms),
         *of_memory(cost),
     ]
-    squares = [float(tensor.double().square().sum()) for tensor in vectors.pretrained.values()]
     return Report(
         suite=settings["suite"]["name"],
         images={task: len(pixels) for task, pixels in images.pixels.items()},
@@ -109,7 +111,7 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         },
         files=suite.files,
         norms=norms,
-        pretrained_norm=sum(squares) ** 0.5,
+        pretrained_norm=length,
         cosines=cosines,
         solving=solved,
         findings=sorted(findings, key=lambda finding: finding.severity != "problem"),

@@ -116,12 +116,15 @@ def read(source: str | Path) -> Checkpoint:
 def _weight_files(path: Path) -> tuple[Path, ...]:
     if path.is_dir():
         path = _in_folder(path)
+    elif path.suffix == ".distcp" or path.name.endswith("_optim_states.pt"):
+        hub.refuse_sharded(path.parent)
     if path.name.endswith(".index.json"):
         return tuple(path.parent / name for name in hub.shards(path))
     return (path,)
 
 
 def _in_folder(folder: Path) -> Path:
+    hub.refuse_sharded(folder)
     for name in hub.WEIGHTS:
         if (folder / name).is_file():
             return folder / name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from adamerge.errors import AdamergeError
 from adamerge.fitting import other_shape
 
+_STATISTICS = ("running_mean", "running_var")
 _SAME = "use an expert fine-tuned from this architecture"
 StateDict = Mapping[str, Tensor]
 
@@ -65,11 +66,21 @@ class Differences:
         for row, (task, expert) in zip(deltas, self._experts, strict=True):
             tensor = expert[name].detach()
             self._check(tensor, base, task, name)
-            if tensor.dtype in (torch.float16, torch.bfloat16):
+            if tensor.dtype.itemsize < base.dtype.itemsize:
                 self._note(tensor, task)
             torch.sub(tensor.to(deltas), pretrained, out=row)
             _check_finite(row, task, name, self._where)
         return pretrained, deltas
+
+    def values(self, name: str, base: Tensor) -> Tensor:
+        """The pretrained model's and each expert's value of a buffer, `[1 + T, *shape]`."""
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        found = [base.to(dtype)]
+        for task, expert in self._experts:
+            self._check(expert[name], base, task, name)
+            found.append(expert[name].detach().to(found[0]))
+            _check_finite(found[-1], task, name, self._where)
+        return torch.stack(found)
 
     def _check(self, tensor: Tensor, base: Tensor, task: str, name: str) -> None:
         if tensor.shape != base.shape:
@@ -88,6 +99,11 @@ class Differences:
         keys = self.promoted.setdefault(str(tensor.dtype).removeprefix("torch."), [])
         if key not in keys:
             keys.append(key)
+
+
+def is_buffer(name: str, tensor: Tensor, known: Collection[str] = ()) -> bool:
+    """Whether a floating-point tensor is no parameter: a batch norm's statistics, or as known."""
+    return tensor.is_floating_point() and (name.endswith(_STATISTICS) or name in known)
 
 
 def identical(where: Where, task: str) -> AdamergeError:

@@ -21,7 +21,7 @@ from adamerge.errors import AdamergeError
 from adamerge.experts import Experts, PerTaskEncoder
 from adamerge.files import read_json
 from adamerge.model_check import check_model_config, check_preprocess_config, refuse_code
-from adamerge.towers import FoldedEncoder, Tower, merged_encoder
+from adamerge.towers import FoldedEncoder, Tower, merged_encoder, static_encoder
 
 __all__ = [
     "Clip",
@@ -33,6 +33,7 @@ __all__ = [
     "build_backbone",
     "build_clip",
     "merged_encoder",
+    "static_encoder",
 ]
 
 _TOKENIZER_FILES = (

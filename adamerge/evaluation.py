@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from adamerge.data import TaskData
-from adamerge.encoders import Normalizer, Tower, merged_encoder
+from adamerge.encoders import Normalizer, Tower, merged_encoder, static_encoder
 from adamerge.errors import AdamergeError
 from adamerge.features import content_key
 from adamerge.files import read_json, replacing
@@ -148,24 +149,34 @@ def baseline_rows(
     """
     labelled = [task for task in task_vectors.tasks if task in scorer.tasks]
 
-    def static(name: str, coefficients: Tensor | float, tasks: Sequence[str] | None = None) -> Row:
+    def kept_row(
+        name: str,
+        key: Any,
+        encoder: Callable[[], nn.Module],
+        said: str,
+        tasks: Sequence[str] | None = None,
+    ) -> Row:
         def scored() -> dict[str, Any]:
-            of = f" ({', '.join(tasks)})" if tasks else ""
-            at = f" ({coefficients})" if name == "task_arithmetic_best" else ""
-            say(f"{name.replace('_', ' ')}{of}{at}")
-            encoder = merged_encoder(tower, task_vectors, coefficients)
-            return dataclasses.asdict(scorer.row(name, encoder, tasks))
+            say(said)
+            return dataclasses.asdict(scorer.row(name, encoder(), tasks))
 
-        λ = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
-        return Row(**{**kept(json.dumps([λ, tasks]), scored), "name": name})
+        return Row(**{**kept(json.dumps(key), scored), "name": name})
 
-    pretrained = static("pretrained", 0.0)
+    def static(name: str, λ: float) -> Row:
+        at = f" ({λ})" if name == "task_arithmetic_best" else ""
+        made = functools.partial(merged_encoder, tower, task_vectors, λ)
+        return kept_row(name, λ, made, f"{name.replace('_', ' ')}{at}")
+
+    def given(name: str, task: str | None) -> Row:
+        made = functools.partial(static_encoder, tower, task_vectors, task)
+        said = f"{name} ({task})" if task else name
+        return kept_row(name, [name, task], made, said, [task] if task else None)
+
+    pretrained = given("pretrained", None)
     experts = Row("expert", {}, {} if pretrained.adapted is not None else None)
     experts.unseen = {} if scorer.unseen is not None else None
     for task in labelled:
-        one_hot = torch.zeros(len(task_vectors.tasks))
-        one_hot[task_vectors.index(task)] = 1
-        own = static("expert", one_hot, [task])
+        own = given("expert", task)
         experts.accuracy |= own.accuracy
         if experts.adapted is not None:
             experts.adapted |= own.adapted or {}

@@ -61,7 +61,7 @@ class Experts(nn.Module):
         vectors = self.task_vectors
         return {
             name: tensor.to(device)
-            for name, tensor in {**vectors.expert(task), **vectors.constants}.items()
+            for name, tensor in {**vectors.constants, **vectors.expert(task)}.items()
         }
 
     @torch.no_grad()

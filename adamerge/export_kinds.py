@@ -145,7 +145,7 @@ def verify(
             model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{place}")
             bare = encoder.encoder if isinstance(encoder, AdaptedEncoder) else None
             target = target if bare is None else bare(part, ids)
-            features = cast(Any, model.eval()).encode_image(part)
+            features = cast(Any, model.eval()).encode_image(part, normalize=False)
             difference = max(difference, _relative(features, target))
             _check_preprocessing(cast(Any, model.visual).preprocess_cfg, clip)
     if not difference <= TOLERANCE:

@@ -120,7 +120,7 @@ def check_whole(found: Match, missing: list[str], extra: list[str], where: str) 
 
 def _kind(found: Match) -> str | None:
     """What kind of model the names are of, if it is known and another than the wanted one."""
-    kind = family(found.names)
+    kind = family(found.names or found.tensors)
     ours = found.wanted if found.layout is None else found.layout.to_ours(found.wanted)
     return None if kind in (family(found.wanted), family(ours)) else kind
 

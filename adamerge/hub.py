@@ -133,3 +133,27 @@ def shards(index: Path) -> list[str]:
     if not names or not plain:
         raise AdamergeError(f"{index} names files outside its own folder: download it again")
     return list(names)
+
+
+def refuse_sharded(folder: Path) -> None:
+    """Names a folder of a sharded training for what it is, and the command that joins it.
+
+    Raises:
+        AdamergeError: it is one.
+    """
+    inside = [*folder.glob("*"), *folder.glob("*/*")]
+    parts = [path.parent for path in inside if path.suffix == ".distcp"]
+    if parts:
+        call = f"dcp_to_torch_save({str(parts[0])!r}, 'joined.pt')"
+        raise AdamergeError(
+            f"{folder} is a sharded checkpoint of torch (FSDP, .distcp files): join it with "
+            f'`python -c "from torch.distributed.checkpoint.format_utils import *; {call}"`, and '
+            "give joined.pt"
+        )
+    whole = any((folder / name).is_file() for name in WEIGHTS)
+    if not whole and any(path.name.endswith("_optim_states.pt") for path in inside):
+        raise AdamergeError(
+            f"{folder} is a checkpoint folder of DeepSpeed: join it with `python zero_to_fp32.py "
+            f"{folder} joined` (DeepSpeed writes that script into the folder), and give what is "
+            "then in joined"
+        )

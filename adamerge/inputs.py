@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,8 @@ def load_suite(config: Config) -> Suite:
     key = content_key({}, *weights, *suite["tasks"], shape)
     storage = _storage(config, key)
     state = clip.backbone.state_dict()
-    vectors = _task_vectors(state, experts, sources, storage)
+    buffers = [name for name, _ in clip.backbone.named_buffers()]
+    vectors = _task_vectors(state, experts, sources, storage, buffers)
     return Suite(clip, vectors, load_heads(config, clip), files, f"{key}-{storage.dtype}", digest)
 
 
@@ -217,31 +218,38 @@ def _task_vectors(
     experts: Mapping[str, Mapping[str, Tensor]],
     sources: Mapping[str, str],
     storage: Storage,
+    buffers: Sequence[str],
 ) -> TaskVectors:
     """Computed; or where they are kept on disk, once, by the first process that wants them."""
+
+    def made() -> TaskVectors:
+        return TaskVectors(
+            pretrained, experts, sources=sources, share=True, storage=storage, buffers=buffers
+        )
+
     if storage.file is None:
-        return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
-    known = _known_task_vectors(pretrained, storage)
-    if known is not None:
-        return known
+        return made()
+
+    def known() -> TaskVectors | None:
+        """Those on disk, if they are there and sound."""
+        if storage.file is None or not storage.file.is_file():
+            return None
+        try:
+            return TaskVectors.mapped(pretrained, storage, experts, buffers)
+        except AdamergeError as error:
+            log.warning("%s now", error)  # "…, and it is made again"
+            return None
+
+    found = known()
+    if found is not None:
+        return found
     storage.file.parent.mkdir(parents=True, exist_ok=True)
     with locked(storage.file.with_suffix(".lock")):
-        known = _known_task_vectors(pretrained, storage)  # of a process that has just made them
-        if known is not None:
-            return known
+        found = known()  # of a process that has just made them
+        if found is not None:
+            return found
         log.info("task vectors are written to %s", storage.file)
-        return TaskVectors(pretrained, experts, sources=sources, share=True, storage=storage)
-
-
-def _known_task_vectors(pretrained: Mapping[str, Tensor], storage: Storage) -> TaskVectors | None:
-    """Those on disk, if they are there and sound."""
-    if storage.file is None or not storage.file.is_file():
-        return None
-    try:
-        return TaskVectors.mapped(pretrained, storage)
-    except AdamergeError as error:
-        log.warning("%s now", error)  # "…, and it is made again"
-        return None
+        return made()
 
 
 def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:

@@ -7,6 +7,7 @@ s = alpha / r, or alpha / √r (rsLoRA, arXiv 2312.03732).
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import Tensor
 from adamerge.errors import AdamergeError
 from adamerge.files import read_json
 from adamerge.layouts import Computed, Layout
+from adamerge.matching import heads_in, several
+
+log = logging.getLogger("adamerge")
 
 # Settings that change what the adapter computes in ways that B A alone does not say.
 _UNSUPPORTED = (
@@ -104,6 +108,12 @@ def lora_expert(
     """
     layout = Layout(pretrained)
     changes = _changes(adapter, config)
+    saved = {str(_tower_name(key)): adapter[key] for key in adapter if "lora_" not in key}
+    own = [*pretrained, *layout.names]
+    heads = heads_in([name for name in saved if name in changes], own, saved)
+    if heads:
+        log.info("%s: %s left out: a head of its task", config.path.parent, several(heads))
+    changes = {name: change for name, change in changes.items() if name not in heads}
     in_ours = all(name in pretrained for name in changes)
     base: Mapping[str, Tensor] = pretrained if in_ours else layout.names
     if not changes:

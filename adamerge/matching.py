@@ -22,6 +22,7 @@ _WRAPPERS = (
 )
 _TEXT = ("token_embedding.weight", "ln_final.weight", "final_layer_norm.weight")
 _VISUAL = ("visual.", "vision_model.", "image_encoder.")
+_FEW = 3
 _NEAR = 0.9  # of the most names: then it is a second model of the same kind
 # Constants that OpenAI's own files and old versions of transformers carry beside the weights.
 _CONSTANTS = (
@@ -63,7 +64,7 @@ class Match:
 
     def without_heads(self) -> Match:
         """This without classifiers that are attached to the model, of which a log line tells."""
-        left = _heads(self.extra, self.wanted, renamed(self.tensors, self.names))
+        left = heads_in(self.extra, self.wanted, renamed(self.tensors, self.names))
         if not left:
             return self
         log.info("%s: %s left out: a head attached to the model", self.source, several(left))
@@ -152,6 +153,8 @@ def prefixes(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, int]:
     most = max(counts.values(), default=0)
     near = {prefix: count for prefix, count in counts.items() if count >= _NEAR * most}
     stems = [name for name in own if own[name].ndim == 4]  # only images are convolved
+    if most < _FEW and len(near) > 1:  # a name or two that other models have as well
+        return {}
     whole = {p: c for p, c in near.items() if any(f"{p}{stem}" in names for stem in stems)}
     return whole or {prefix: count for prefix, count in near.items() if count == most}
 
@@ -167,7 +170,9 @@ def _before(name: str, own: Collection[str]) -> Iterable[str]:
         place = dot + 1
 
 
-def _heads(extra: Sequence[str], own: Collection[str], tensors: Mapping[str, Tensor]) -> list[str]:
+def heads_in(
+    extra: Sequence[str], own: Collection[str], tensors: Mapping[str, Tensor]
+) -> list[str]:
     """Those of a model's unknown tensors that are a classifier attached to it.
 
     That is a module of its own beside the model's, of matrices and vectors alone.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adamerge.errors import AdamergeError
 from adamerge.gated import Deltas, DenseDeltas, SparseDeltas, gated_linear, largest
 from adamerge.task_vectors import TaskVectors
-from adamerge.towers import Tower, resblocks
+from adamerge.towers import Tower, pooled, resblocks
 
 
 class GatedLinear(nn.Module):
@@ -130,7 +130,7 @@ class DynamicEncoder(nn.Module):
 
     def forward(self, images: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """`[B, 3, H, W] -> [B, D]`; `task_ids` is accepted and ignored."""
-        return cast(Tensor, self.backbone(images))
+        return pooled(self.backbone(images))
 
     def state(self) -> dict[str, Tensor]:
         """What makes this encoder again; a router shared by all blocks is there once."""

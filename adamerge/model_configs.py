@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import open_clip
+
 from adamerge.errors import AdamergeError
 
 # Defaults of transformers' CLIPVisionConfig and CLIPTextConfig, which its files may leave out.
@@ -28,6 +30,16 @@ _TEXT = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+# The same of SigLIP's, and what timm calls its image towers by their widths.
+_SIGLIP_VISION = {"hidden_size": 768, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16}
+_SIGLIP_TEXT = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 32000,
+    "max_position_embeddings": 64,
+}
+_SIGLIP_SIZES = {768: "base", 1024: "large", 1152: "so400m", 1536: "giantopt"}
 _EPS = 1e-5  # of open_clip's layer norms
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 _MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # OpenAI's
@@ -40,7 +52,7 @@ def from_transformers(
     """An `open_clip_config.json` of the CLIP that a `config.json` describes.
 
     Args:
-        config: of a whole CLIP (`model_type: clip`).
+        config: of a whole CLIP (`model_type: clip`), or SigLIP (`siglip`).
         processor: its `preprocessor_config.json`, or empty: then as OpenAI's.
         where: the file, for messages.
 
@@ -48,6 +60,8 @@ def from_transformers(
         AdamergeError: an image tower alone, another model, or one open_clip cannot express.
     """
     kind = config.get("model_type")
+    if kind == "siglip":
+        return _siglip(config, processor, where)
     if kind != "clip":
         alone = kind == "clip_vision_model"
         raise AdamergeError(
@@ -119,6 +133,39 @@ def _part(
                 "download or save it again"
             )
     return whole
+
+
+def _siglip(config: Mapping[str, Any], processor: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The published architecture of open_clip's with the sizes of a SigLIP's `config.json`."""
+    vision = {**_SIGLIP_VISION, **(config.get("vision_config") or {})}
+    text = {**_SIGLIP_TEXT, **(config.get("text_config") or {})}
+    size = _SIGLIP_SIZES.get(vision["hidden_size"], "?")
+    tower = f"vit_{size}_patch{vision['patch_size']}_siglip_{vision['image_size']}"
+    wanted = {
+        "context_length": text["max_position_embeddings"],
+        "vocab_size": text["vocab_size"],
+        "width": text["hidden_size"],
+        "heads": text["num_attention_heads"],
+        "layers": text["num_hidden_layers"],
+    }
+    for name in open_clip.list_models():
+        model = open_clip.get_model_config(name) or {}
+        parts = (model.get("vision_cfg", {}), model.get("text_cfg", {}))
+        if parts[0].get("timm_model_name") == tower and wanted.items() <= parts[1].items():
+            break
+    else:
+        raise AdamergeError(
+            f"{where} describes a model of type 'siglip' with an image tower of width "
+            f"{vision['hidden_size']}, {vision['image_size']} pixels and {wanted['vocab_size']} "
+            "tokens, which none of open_clip's SigLIPs has: name one as suite.architecture"
+        )
+    preprocess = {
+        "mean": processor.get("image_mean", [0.5] * 3),
+        "std": processor.get("image_std", [0.5] * 3),
+        "interpolation": _RESAMPLING.get(processor.get("resample", 3), "bicubic"),
+        "resize_mode": "squash",
+    }
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
 def _ratio(part: Mapping[str, Any]) -> float:

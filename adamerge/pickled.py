@@ -27,7 +27,7 @@ _DANGEROUS = words(
 _BUILTINS = ("builtins", "__builtin__")
 _PLAIN_BUILTINS = words(
     "set frozenset list dict tuple slice complex bytearray bytes object int float str bool range "
-    "long unicode type property iter map filter zip enumerate reversed getattr"
+    "long unicode type property xrange reduce intern iter map filter zip enumerate reversed getattr"
 )
 # Plain data of modules that are dangerous otherwise: type hints, namespaces.
 _PLAIN = words(
@@ -116,6 +116,7 @@ def named(module: Any, name: Any) -> Named:
 
 def object_of(kind: Any, arguments: Any) -> Any:
     """An instance of a class: always inert, whatever the class is."""
+    kind = _attribute(kind)
     if not isinstance(kind, Named) or not isinstance(arguments, tuple):
         raise Refused("an object of something that is no class")
     return _container(kind.path, arguments, otherwise=lambda: Standin(kind.path, arguments))
@@ -126,12 +127,21 @@ def made(function: Any, arguments: Any) -> Any:
 
     Functions that by their names run or read something are refused.
     """
+    function = _attribute(function)
     if not isinstance(function, Named) or not isinstance(arguments, tuple):
         raise Refused("a call of something that is no function")
     path = function.path
     if path in _REBUILDS:
         return _REBUILDS[path](*arguments)
     return _container(path, arguments, otherwise=lambda: _class_like(path, arguments))
+
+
+def _attribute(found: Any) -> Any:
+    """The name of what `getattr` was asked for, as old protocols write a class within a class."""
+    if isinstance(found, Standin) and found.path.endswith(".getattr") and len(found.arguments) == 2:
+        owner, name = found.arguments
+        return Named(f"{owner.path}.{name}")
+    return found
 
 
 def _class_like(path: str, arguments: tuple[Any, ...]) -> Standin:

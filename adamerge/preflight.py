@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import open_clip
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.data import TaskData, stream_seed
-from adamerge.encoders import FoldedEncoder, Normalizer, Tower, merged_encoder
+from adamerge.encoders import Normalizer, Tower, static_encoder
 from adamerge.evaluation import machine
 from adamerge.features import content_key
 from adamerge.heads import Heads
@@ -80,6 +79,26 @@ def gram(task_vectors: TaskVectors) -> Tensor:
     return total
 
 
+def likeness(task_vectors: TaskVectors) -> Tensor:
+    """Cosine of each expert's matrices with the pretrained ones, `[T]`, float64 on the CPU.
+
+    Of matrices alone: normalisations are near one in any model.
+    """
+    parts = torch.zeros(3, len(task_vectors.tasks), dtype=torch.float64)  # θ0·θ0, θ0·θ, θ·θ
+    for name, base in task_vectors.pretrained.items():
+        if base.ndim < 2:
+            continue
+        deltas = task_vectors.deltas[name].flatten(1)
+        for piece, delta in zip(
+            base.flatten().split(_CHUNK), deltas.split(_CHUNK, dim=1), strict=True
+        ):
+            wide = piece.double()
+            expert = wide + delta.double()
+            rows = (wide.square().sum().expand(len(delta)), expert @ wide, expert.square().sum(1))
+            parts += torch.stack(rows).cpu()
+    return parts[1] / (parts[0] * parts[2]).sqrt()
+
+
 def cosines(products: Tensor) -> Tensor:
     """`[T, T]` cosines of the inner products that `gram` gives."""
     norms = products.diagonal().sqrt()
@@ -110,7 +129,7 @@ def measure(
     right: dict[str, list[Tensor]] = {task: [] for task in tasks}
     marginal: list[list[Tensor]] = []
     spoken = time.perf_counter()
-    models = chain([merged_encoder(tower, task_vectors, 0.0)], _experts(tower, task_vectors))
+    models = (static_encoder(tower, task_vectors, task) for task in (None, *tasks))
     for row, encoder in enumerate(models):
         if time.perf_counter() - spoken > _QUIET:
             spoken = time.perf_counter()
@@ -130,11 +149,6 @@ def measure(
         torch.stack([torch.stack(values) for values in marginal]),
         tuple(torch.stack(right[task]) if right[task] else None for task in tasks),
     )
-
-
-def _experts(tower: Tower, task_vectors: TaskVectors) -> Iterator[FoldedEncoder]:
-    for one_hot in torch.eye(len(task_vectors.tasks)):
-        yield merged_encoder(tower, task_vectors, one_hot)
 
 
 @torch.no_grad()
@@ -190,8 +204,8 @@ def activation_change(
         own: measured under the configured activation, on these images and maybe more after them.
     """
     change = []
-    models = zip(task_vectors.tasks, _experts(other, task_vectors), strict=True)
-    for row, (task, encoder) in enumerate(models):
+    for row, task in enumerate(task_vectors.tasks):
+        encoder = static_encoder(other, task_vectors, task)
         ((_, logits),) = predictions(encoder, heads, normalizer, images, device, [task])
         there = sample_entropy(logits).double() / math.log(max(logits.shape[1], 2))
         here = own.entropies[row][1 + row, : len(there)]

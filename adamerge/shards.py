@@ -100,6 +100,7 @@ class ShardedTaskVectors(TaskVectors):
         other = copy.copy(self)
         other.pretrained = {name: fn(tensor) for name, tensor in self.pretrained.items()}
         other.constants = {name: fn(tensor) for name, tensor in self.constants.items()}
+        other.buffers = {name: fn(tensor) for name, tensor in self.buffers.items()}
         other._own = {name: layer.to(other.device) for name, layer in self._own.items()}
         return other
 

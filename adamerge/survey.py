@@ -15,6 +15,7 @@ from adamerge.checkpoints import Checkpoint, read
 from adamerge.errors import AdamergeError
 from adamerge.files import read_json
 from adamerge.layouts import renamed, tower_from_transformers, transformers_prefix
+from adamerge.matching import unwrapped
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)")
 _TOKENS = ("token_embedding.weight", "word_embeddings.weight")
@@ -170,6 +171,7 @@ def _tower(checkpoint: Checkpoint) -> tuple[Tower | None, int | None]:
 
 
 def _under_our_names(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    tensors = unwrapped(tensors)
     prefix = transformers_prefix(tensors)
     if prefix is not None:
         return tower_from_transformers(tensors, prefix)

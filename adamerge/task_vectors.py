@@ -6,14 +6,14 @@ import copy
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adamerge.ahead import Ahead
-from adamerge.differences import Differences, StateDict, Where, identical
+from adamerge.differences import Differences, StateDict, Where, identical, is_buffer
 from adamerge.errors import AdamergeError
 from adamerge.files import parse_json
 from adamerge.mapped import MappedLayers, Shelf, storing
@@ -36,7 +36,8 @@ class TaskVectors:
     float64), and stored so unless `storage` says otherwise; half-precision inputs are promoted, and
     a log line says so. Integer entries (batch-norm counters) and tensors that no expert changed (a
     projection the experts do not have, what LoRA leaves alone) are constants, taken from the
-    pretrained weights, and are not layers.
+    pretrained weights, and are not layers. Nor are floating-point buffers (batch-norm statistics):
+    whatever the coefficients, a merge has the mean of the experts'.
 
     Experts are never instantiated: one layer of all of them is in memory at a time, beside what is
     stored.
@@ -50,12 +51,15 @@ class TaskVectors:
         share: keep the pretrained tensors themselves, not copies, where their type is the right
             one: one model less in memory, if nothing changes them afterwards.
         storage: in which type and place τ is kept.
+        buffers: names that are no parameters, beside those of batch norm, which are known.
 
     Attributes:
         tasks: the T task names, in order.
         names: the L layer names, in order.
         pretrained: layer name -> tensor.
         layers: layer name -> τ as it is kept.
+        constants: name -> tensor of what is no layer, as every merge has it.
+        buffers: name -> the pretrained model's and each expert's, `[1 + T, *shape]`.
         promoted: half-precision type -> the inputs (`pretrained`, task names) stored in it.
 
     Raises:
@@ -68,6 +72,7 @@ class TaskVectors:
     pretrained: dict[str, Tensor]
     layers: Mapping[str, Layer]
     constants: dict[str, Tensor]
+    buffers: dict[str, Tensor]
     promoted: dict[str, list[str]]
     storage: Storage
     _norms: Tensor
@@ -83,18 +88,21 @@ class TaskVectors:
         sources: Mapping[str, str] | None = None,
         share: bool = False,
         storage: Storage | None = None,
+        buffers: Collection[str] = (),
     ) -> None:
         pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
         where = Where(sources or {})
         differences = Differences(pretrained, pairs, where)
         self.tasks, self.promoted = differences.tasks, differences.promoted
         self.storage = storage or Storage()
-        self.pretrained, self.constants = {}, {}
+        self.pretrained, self.constants, self.buffers = {}, {}, {}
         self._norms = torch.zeros(len(pairs), dtype=torch.float64)
         with storing(self.storage, list(pretrained)) as shelf:
             for name in pretrained:
                 base = pretrained[name].detach()
-                if base.is_floating_point():
+                if is_buffer(name, base, buffers):
+                    self._keep_buffer(name, differences.values(name, base))
+                elif base.is_floating_point():
                     self._read(name, base if share else base.clone(), differences, shelf)
                 else:
                     self.constants[name] = base.clone()
@@ -111,6 +119,11 @@ class TaskVectors:
         self._norms += _squares(deltas)
         shelf.add(name, keep(deltas, self.storage.dtype))
 
+    def _keep_buffer(self, name: str, values: Tensor) -> None:
+        self.buffers[name] = values
+        mean = values[1:].mean(0)
+        self.constants[name] = mean.clamp_min(0) if name.endswith("running_var") else mean
+
     def _finish(self, shelf: Shelf, where: Where) -> None:
         self.names = tuple(self.pretrained)
         if not self.names and any(tensor.is_floating_point() for tensor in self.constants.values()):
@@ -126,11 +139,19 @@ class TaskVectors:
         return {k: json.dumps(v) for k, v in zip(_NOTES, [*known, _FORMAT], strict=True)}
 
     @classmethod
-    def mapped(cls, pretrained: StateDict, storage: Storage) -> TaskVectors:
+    def mapped(
+        cls,
+        pretrained: StateDict,
+        storage: Storage,
+        experts: Mapping[str, StateDict] | None = None,
+        buffers: Collection[str] = (),
+    ) -> TaskVectors:
         """Those that another object left in `storage.file`, with the same pretrained weights.
 
         Args:
             pretrained: shared, not copied, where they are float32 or float64.
+            experts: of a model with buffers, which are not in the file.
+            buffers: as of the constructor.
 
         Raises:
             AdamergeError: no such file, a damaged one, or one of another model.
@@ -155,7 +176,12 @@ class TaskVectors:
         base = {n: t.detach().to(promote.get(t.dtype, t.dtype)) for n, t in pretrained.items()}
         other.pretrained = {name: base[name] for name in other.names}
         other.constants = {name: base[name] for name in base if name not in other.pretrained}
-        other.layers, other.storage = layers, storage
+        other.layers, other.storage, other.buffers = layers, storage, {}
+        known = [name for name in base if is_buffer(name, base[name], buffers)]
+        if known:
+            differences = Differences(pretrained, list((experts or {}).items()), Where({}))
+            for name in known:
+                other._keep_buffer(name, differences.values(name, pretrained[name].detach()))
         return other
 
     @property
@@ -243,11 +269,13 @@ class TaskVectors:
         return self
 
     def expert(self, task: str) -> dict[str, Tensor]:
-        """The weights θ0 + τ_t of one expert (equal to its file's up to one rounding)."""
+        """The weights θ0 + τ_t of one expert (equal to its file's up to one rounding), and its
+        buffers."""
         row = self.index(task)
-        return {
+        layers = {
             name: base + self.layers[name].row(row, base) for name, base in self.pretrained.items()
         }
+        return layers | {name: values[1 + row] for name, values in self.buffers.items()}
 
     def index(self, task: str) -> int:
         """The row of `task`. Raises AdamergeError for a task that is not here."""
@@ -305,6 +333,7 @@ class TaskVectors:
         other._ahead = other._groups = None
         other.pretrained = {name: fn(tensor) for name, tensor in self.pretrained.items()}
         other.constants = {name: fn(tensor) for name, tensor in self.constants.items()}
+        other.buffers = {name: fn(tensor) for name, tensor in self.buffers.items()}
         if not self.storage.stays:
             other.layers = {
                 name: _mapped(layer, fn, self.pretrained[name], moved.device)

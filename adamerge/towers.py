@@ -38,7 +38,7 @@ class Tower:
     ) -> Tensor:
         inputs = (images,) if task_ids is None else (images, task_ids)
         with attention_for(self.skeleton, images.device), self.around():
-            features = functional_call(self.skeleton, dict(weights), inputs, strict=False)
+            features = pooled(functional_call(self.skeleton, dict(weights), inputs, strict=False))
         if not isinstance(features, Tensor) or features.ndim != 2:
             raise AdamergeError(
                 "the backbone does not return features [B, D] for images [B, 3, H, W]: use an "
@@ -82,6 +82,11 @@ def _skeleton(backbone: nn.Module) -> nn.Module:
     skeleton = copy.deepcopy(backbone, empty).eval().requires_grad_(False)
     use_patch_products(skeleton)
     return skeleton
+
+
+def pooled(output: Any) -> Tensor:
+    """The features of a tower that may give its tokens beside them (`output_tokens` of a CoCa)."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def towers_of(module: nn.Module) -> list[Tower]:
@@ -167,7 +172,7 @@ class FoldedEncoder(nn.Module):
 
     def forward(self, images: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """`[B, 3, H, W] -> [B, D]`; `task_ids` is accepted and ignored."""
-        return cast(Tensor, self.backbone(images))
+        return pooled(self.backbone(images))
 
 
 def merged_encoder(
@@ -175,8 +180,8 @@ def merged_encoder(
 ) -> FoldedEncoder:
     """The static encoder of fixed coefficients: `[T]`, `[T, L]`, or one number for all.
 
-    0 is the pretrained model, 1/T weight averaging, a one-hot vector one expert, and any other
-    number task arithmetic (arXiv 2212.04089).
+    1/T is weight averaging, any other number task arithmetic (arXiv 2212.04089). Buffers are the
+    mean of the experts', whatever the coefficients: see `static_encoder` for the models themselves.
     """
     whole = task_vectors.whole
     first = whole.pretrained[whole.names[0]]
@@ -185,6 +190,15 @@ def merged_encoder(
     with torch.no_grad():
         weights = whole.combine(coefficients.detach().to(first))
     return FoldedEncoder(tower, {**weights, **whole.constants})
+
+
+def static_encoder(tower: Tower, task_vectors: TaskVectors, task: str | None) -> FoldedEncoder:
+    """The expert of a task, or the pretrained model (None), as it was given."""
+    whole = task_vectors.whole
+    if task is None:
+        buffers = {name: values[0] for name, values in whole.buffers.items()}
+        return FoldedEncoder(tower, {**whole.constants, **whole.pretrained, **buffers})
+    return FoldedEncoder(tower, {**whole.constants, **whole.expert(task)})
 
 
 def block_widths(blocks: Sequence[nn.Module]) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 NEAR_DUPLICATE = 0.95  # cosine of two task vectors; experts of different tasks stay far below
 ODD_LENGTH = 10.0  # times the median length
+OTHER_BASE = 0.3  # cosine of an expert's matrices with the pretrained ones
 ACTIVATION = 0.02  # of log C
 
 
@@ -40,6 +41,29 @@ def of_lengths(tasks: Sequence[str], norms: Tensor) -> Iterator[Finding]:
                 (task,),
                 f"the task vector of {task!r} is {ratio:.2g} times as long as the median one: an "
                 "expert of another pretrained model, or hardly trained, looks like this",
+            )
+
+
+def of_bases(tasks: Sequence[str], lengths: Tensor, cosines: Tensor) -> Iterator[Finding]:
+    """Experts that share nothing with the pretrained model.
+
+    Fine-tuning moves weights by a small part of their length, so an expert points where its
+    pretrained model does; one of another training points anywhere.
+
+    Args:
+        lengths: of the task vectors relative to the pretrained weights, `[T]`.
+        cosines: between each expert's matrices and the pretrained model's, `[T]`.
+    """
+    for task, length, cosine in zip(tasks, lengths.tolist(), cosines.tolist(), strict=True):
+        if cosine < OTHER_BASE:
+            yield Finding(
+                "problem",
+                "another-base",
+                (task,),
+                f"the expert of task {task!r} does not come from this pretrained model: its "
+                f"weights have cosine {cosine:.2f} with the pretrained ones, and its task vector "
+                f"is {length:.2g} times as long as they are; name the model it was fine-tuned from "
+                "as suite.pretrained, or leave it out",
             )
 
 

@@ -332,6 +332,24 @@ def test_lora_on_open_clip_names(clip: Clip, tmp_path: Path) -> None:
     torch.testing.assert_close(features(clip, state), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_head_of_an_adapter_is_left_out(
+    clip: Clip, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "adamerge")
+    convert(str(tmp_path / "suite" / "model"), tmp_path / "hf", "transformers")
+    kind = transformers.CLIPForImageClassification
+    model = kind.from_pretrained(tmp_path / "hf", num_labels=3)
+    settings = {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["classifier"]}
+    adapted = trained(model, tmp_path / "lora", **settings)
+    state = tower_state(read(tmp_path / "lora"), clip.backbone)
+    assert "classifier.weight" in caplog.text and "left out: a head of its task" in caplog.text
+    with torch.no_grad():
+        tower = adapted.base_model.model.vision_model(pixel_values=IMAGES)
+        wanted = tower.pooler_output @ clip.backbone.proj
+    assert (wanted - features(clip)).abs().max() > 0.05
+    torch.testing.assert_close(features(clip, state), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_lora_patterns_on_open_clip_names(clip: Clip, tmp_path: Path) -> None:
     """The output projection has the settings of its attention."""
     tower = build_clip(str(tmp_path / "suite" / "model"))
