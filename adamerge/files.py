@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
 import uuid
 import zlib
@@ -224,8 +225,11 @@ def read_json(
             that is meant to be read.
     """
     try:
+        told = path.stat()
+        if not stat.S_ISREG(told.st_mode):
+            raise ValueError("no regular file")
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
+            text = file.read(min(told.st_size, _MOST_BYTES) + 1)
         if len(text) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
         found = parse_json(text)

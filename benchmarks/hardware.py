@@ -52,14 +52,14 @@ def _seconds(device: torch.device, work: Callable[[], object], repeats: int) -> 
 
 
 def matrix_rate(
-    device: torch.device, dtype: torch.dtype, repeats: int = 3, sizes: Sequence[int] = SIZES
+    device: torch.device, dtype: torch.dtype, repeats: int = 3, sizes: Sequence[int] = ()
 ) -> float:
     """FLOP/s of square matrix products of `dtype`: the best size, and its best repeat.
 
     The best, not the median: it stands for what the machine can do, in a floor.
     """
     rates = []
-    for size in sizes:
+    for size in sizes or SIZES:
         left = torch.randn(size, size, device=device).to(dtype)
         right = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty(size, size, device=device, dtype=dtype)
@@ -85,7 +85,7 @@ class Rates:
 
     @classmethod
     def measured(
-        cls, device: torch.device, sizes: Sequence[int] = SIZES, copied: int = COPY
+        cls, device: torch.device, sizes: Sequence[int] = (), copied: int = COPY
     ) -> Rates:
         """Of this device, now; some seconds on a CPU."""
         flops = {dtype: matrix_rate(device, dtype, sizes=sizes) for dtype in DTYPES}

@@ -145,7 +145,7 @@ def test_a_damaged_folder_is_made_again(
     assert after.key == before.key and "is damaged and made again" in caplog.text
     np.testing.assert_array_equal(after.images, expected)
     caplog.clear()
-    assert cached(tmp_path).key == before.key and "damaged" not in caplog.text
+    assert cached(tmp_path).key == before.key and "is damaged" not in caplog.text
 
 
 def test_a_changed_row_of_a_broken_image_is_seen(tmp_path: Path) -> None:

@@ -248,7 +248,8 @@ def test_stored_targets_with_images_serve_any_method(
         if stored:
             batches = StoredBatches(batches, store(pictures, tmp_path, teacher))
         results.append(run(adapt, iter(batches), 3))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    # Three steps of Adam are up to 3e-3 long; where a gradient is nearly 0 rounding decides a little.
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_store_goes_on_where_it_was_stopped(
