@@ -208,9 +208,9 @@ def recovered(world: World, place: Path) -> str | None:
         return f"status {ended.status}: {ended.said[-300:]}"
     if results(place) != world.wanted:
         return "other results"
+    left = [path.name for path in place.rglob("*") if path.suffix in (".tmp", ".old", ".part")]
     # An empty lock file in a cache is taken up by whoever locks it next, and stays until then.
-    files = [*(place / "run").rglob("*"), *(place / "cache").rglob("*[!k]")]
-    left = [p.name for p in files if p.suffix in (".tmp", ".old", ".lock", ".part")]
+    left += [path.name for path in (place / "run").rglob("*.lock")]
     return f"left {left[0]}" if left else None
 
 
