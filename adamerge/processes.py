@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ def together(trainer: pl.Trainer, run_dir: Path) -> Iterator[None]:
     finally:
         over.set()
         watch.join()
+
+
+def outlived(parent: int) -> bool:
+    """Whether the process that started this one is gone; one that was killed is so in a moment."""
+    deadline = time.monotonic() + 2
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return os.getppid() != parent
 
 
 class Started:

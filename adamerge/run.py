@@ -23,7 +23,7 @@ from adamerge.device_images import refuse_too_large
 from adamerge.errors import AdamergeError
 from adamerge.estimate import memory_available
 from adamerge.files import LOCK, alone_in, clear_left
-from adamerge.processes import LostProcess, together
+from adamerge.processes import LostProcess, outlived, together
 from adamerge.recompute import recomputing
 from adamerge.resume import CHECKPOINT, CheckpointFiles, check_fingerprint, read_checkpoint
 from adamerge.sharding import Sharding
@@ -51,7 +51,7 @@ def train(words: Sequence[str]) -> int:
     try:
         return _train(settings, run_dir, resumed)
     except LostProcess:
-        if _RUN_DIR in os.environ and os.getppid() == parent:
+        if _RUN_DIR in os.environ and not outlived(parent):
             return 2  # the main process, which started this one, says it
         raise
 

@@ -87,7 +87,8 @@ class Ended:
 
 def one_sentence(said: str) -> bool:
     """Whether there is one message of an error, and no trace of calls."""
-    return len(re.findall("^error: ", said, re.MULTILINE)) == 1 and "Traceback" not in said
+    found = re.findall(r"(?:^|\])error: ", said, re.MULTILINE)  # also behind a bar of progress
+    return len(found) == 1 and "Traceback" not in said
 
 
 def start(words: Sequence[str], fault: Fault = lambda: None) -> tuple[int, Path]:
@@ -207,7 +208,9 @@ def recovered(world: World, place: Path) -> str | None:
         return f"status {ended.status}: {ended.said[-300:]}"
     if results(place) != world.wanted:
         return "other results"
-    left = [p.name for p in place.rglob("*") if p.suffix in (".tmp", ".old", ".lock", ".part")]
+    left = [path.name for path in place.rglob("*") if path.suffix in (".tmp", ".old", ".part")]
+    # An empty lock file in a cache is taken up by whoever locks it next, and stays until then.
+    left += [path.name for path in (place / "run").rglob("*.lock")]
     return f"left {left[0]}" if left else None
 
 

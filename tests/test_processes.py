@@ -75,3 +75,15 @@ def test_a_process_that_waits_for_a_lost_one_ends(
             time.sleep(0.01)
     assert ended and set(ended) == {2} and not seen
     assert "lost (rank 1 ended with status -9)" in capfd.readouterr().err.splitlines()[1]
+
+
+def test_a_parent_that_was_killed_is_outlived() -> None:
+    code = "import os, time; from adamerge.processes import outlived; parent = os.getppid()\n"
+    code += "print('ready', flush=True); time.sleep(0.5); print(outlived(parent), flush=True)"
+    shell = ["sh", "-c", f'{sys.executable} -c "$CODE"; true']
+    environment = {**os.environ, "CODE": code}
+    with subprocess.Popen(shell, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout and parent.stdout.readline() == "ready\n"
+        parent.kill()
+        assert parent.stdout.readline() == "True\n"
+    assert not processes.outlived(os.getppid())
