@@ -27,14 +27,22 @@ def entries(suite: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
 
 
 def name_by_text(suite: Entry) -> None:
-    """Makes texts of the task names that YAML reads as numbers (`101:`), in place."""
+    """Makes texts of the task names that YAML reads as numbers (`101:`), in place.
+
+    Raises:
+        AdamergeError: a name is there as a number and as text.
+    """
     for part in ("tasks", "unseen"):
         tasks = suite.get(part)
         if isinstance(tasks, dict):
-            suite[part] = {
-                str(name) if type(name) in (int, float) else name: entry
-                for name, entry in tasks.items()
-            }
+            named = [str(name) if type(name) in (int, float) else name for name in tasks]
+            twice = {name for name in named if named.count(name) > 1}
+            if twice:
+                raise AdamergeError(
+                    f"suite.{part} has {min(twice)!r} twice, as a number and as text: rename "
+                    "one of the two"
+                )
+            suite[part] = dict(zip(named, tasks.values(), strict=True))
 
 
 def take_task_files(suite: Mapping[str, Any], read: Callable[[str, str], Entry]) -> None:

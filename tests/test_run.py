@@ -483,7 +483,7 @@ for mode in ("auto", "offline"):
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=200,
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
     for mode in ("auto", "offline"):

@@ -171,7 +171,7 @@ MISTAKES = [
     ("a: {task: svhn, expert: a.pt, templates: ['']}", "", r"templates: '' has no single \{\} for"),
     ("no: {task: svhn, expert: a.pt}", "", r"suite\.tasks: the task name False is no text .*: q"),
     ("101: {task: svhn, expert: a.pt}\n  '101': {task: svhn, expert: a.pt}", "",
-     r"is not valid YAML \(Conflicting integer and string keys: 101 and '101'"),
+     r"Conflicting integer and string keys: 101 and '101'|suite\.tasks has '101' twice, as a nu"),
     *((f"{name}: {{task: svhn, expert: a.pt}}", "", r"suite\.tasks: .* cannot name a task, as")
       for name in ("a/b", "'a\\b'", "v1.5", "1.5", "'..'", "' a'", '"a\\n"', '"a\\tb"', "''")),
     ("a: {task: svhn, expert: a.pt}", "unseen: {a/b: {task: svhn}}\n",
