@@ -84,9 +84,7 @@ class Rates:
     bandwidth: float
 
     @classmethod
-    def measured(
-        cls, device: torch.device, sizes: Sequence[int] = (), copied: int = COPY
-    ) -> Rates:
+    def measured(cls, device: torch.device, sizes: Sequence[int] = (), copied: int = COPY) -> Rates:
         """Of this device, now; some seconds on a CPU."""
         flops = {dtype: matrix_rate(device, dtype, sizes=sizes) for dtype in DTYPES}
         return cls(flops, copy_bandwidth(device, copied))
