@@ -33,11 +33,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adamerge.data import Stream
-from adamerge.encoders import Normalizer
-from adamerge.image_cache import TaskImages, cache_images
-from adamerge.image_files import _cores
-from adamerge.sources import open_dataset
+from adamerge.encoders.clip import Normalizer
+from adamerge.images.batches import Stream
+from adamerge.images.cache import TaskImages, cache_images
+from adamerge.images.cache_files import _cores
+from adamerge.images.sources import open_dataset
 
 
 def write_pictures(folder: Path, count: int) -> int:

@@ -92,8 +92,9 @@ class Clocks:
 
 def measure(words: list[str], started: float) -> dict[str, Any]:
     """One run within this process; seconds per phase, and per step after the first."""
-    from adamerge import build, check, deliver, inputs, run
-    from adamerge.adaptation import Adaptation
+    from adamerge.cli import check, results, train
+    from adamerge.config import build, inputs
+    from adamerge.learn.adaptation import Adaptation
 
     clocks = Clocks()
     wall, cpu = clocks.now()
@@ -104,23 +105,23 @@ def measure(words: list[str], started: float) -> dict[str, Any]:
         (build, "build_method", "build"),
         (build, "build_adaptation", "build"),
         (check, "before_training", "before"),
-        (deliver, "look_before", "before"),
-        (deliver, "look", "signs"),
-        (run, "_fit", "train"),
-        (deliver, "score", "evaluate"),
-        (deliver, "export_merged", "export"),
+        (results, "look_before", "before"),
+        (results, "look", "signs"),
+        (train, "_fit", "train"),
+        (results, "score", "evaluate"),
+        (results, "export_merged", "export"),
     ):
         clocks.around(owner, name, phase)
-    load_job = deliver.load_job
+    load_job = train.load_job
 
     def load_and_clock(settings: Any) -> Any:
         job = load_job(settings)
         clocks.around(type(job.module.method), "fold", "fold")
         return job
 
-    deliver.load_job = load_and_clock
+    train.load_job = load_and_clock
     clocks.note_steps(Adaptation)
-    status = run.train(words)
+    status = train.train(words)
     clocks.turn()
     assert status == 0
     first, last, count = clocks.steps[0], clocks.steps[-1], max(len(clocks.steps) - 1, 1)

@@ -1,4 +1,4 @@
-"""Attention and patches of a ViT on a CPU: torch's choice against what `adamerge.fast_paths` takes.
+"""Attention and patches of a ViT on a CPU: torch's choice against `encoders.fast_paths`.
 
     OMP_NUM_THREADS=1 python benchmarks/fast_paths.py --out benchmarks/results/fast_paths_cpu.md
 
@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from adamerge.fast_paths import PatchProduct
+from adamerge.encoders.fast_paths import PatchProduct
 
 ROUNDS = 7
 DTYPES = (torch.float32, torch.bfloat16)

@@ -34,8 +34,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from adamerge import cli, deliver, run  # noqa: E402, F401 - once, before every fork
-from adamerge.resume import CHECKPOINT  # noqa: E402
+from adamerge import cli  # noqa: E402 - once, before every fork
+from adamerge.cli import train  # noqa: E402, F401 - once, before every fork
+from adamerge.learn.resume import CHECKPOINT  # noqa: E402
 from tests import tiny  # noqa: E402
 
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym")

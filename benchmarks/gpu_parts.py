@@ -24,10 +24,9 @@ import hardware
 import torch
 from gpu_world import Learner, World, by_kernel, measured, stored_in
 
-from adamerge import fused
-from adamerge.compiled import compiled
+from adamerge.learn.blocks import compiled, recomputing
 from adamerge.methods import WEMoE
-from adamerge.recompute import recomputing
+from adamerge.weights import fused
 
 Row = dict[str, Any]
 Way = Callable[[], contextlib.AbstractContextManager[object]]
@@ -292,7 +291,7 @@ def methods(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 def _surgery(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     import surgery as bench
 
-    from adamerge.features import StoredBatches
+    from adamerge.learn.features import StoredBatches
 
     tasks = sizes.tasks[0]
     setting = bench.Setting(sizes.towers[0], tasks, 2 * sizes.batch, sizes.batch, device.type)

@@ -21,14 +21,14 @@ from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
 from adamerge import TaskVectors
-from adamerge.encoders import build_backbone
-from adamerge.graphs import Compute, ReplayedSteps
-from adamerge.heads import Heads
+from adamerge.encoders.clip import build_backbone
+from adamerge.encoders.heads import Heads
+from adamerge.learn.graphs import Compute, ReplayedSteps
+from adamerge.learn.objectives import Entropy
+from adamerge.learn.step import step_loss
 from adamerge.methods import AdaMerging
 from adamerge.methods.base import MergeMethod
-from adamerge.objectives import Entropy
-from adamerge.step import step_loss
-from adamerge.storage import Storage
+from adamerge.weights.storage import Storage
 
 CLASSES = 100
 TINY = {  # for a trial

@@ -10,11 +10,11 @@ from peers_world import INIT, RATE, Shape, World, open_clip_tower, transformers_
 from torch import Tensor, nn
 
 from adamerge import TaskVectors
+from adamerge.learn.blocks import recomputing
+from adamerge.learn.step import step_loss
 from adamerge.methods.adamerging import AdaMerging
 from adamerge.methods.base import MergeMethod
 from adamerge.methods.wemoe import WEMoE
-from adamerge.recompute import recomputing
-from adamerge.step import step_loss
 
 
 class Pooled(nn.Module):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from adamerge.heads import Heads
-from adamerge.layouts import tower_to_transformers
-from adamerge.objectives import Entropy
+from adamerge.encoders.heads import Heads
+from adamerge.learn.objectives import Entropy
+from adamerge.weights.formats.layouts import tower_to_transformers
 
 State = dict[str, Tensor]
 INIT, RATE, SCALE, CLASSES = 0.3, 1e-3, 100.0, 100  # λ, learning rate, logit scale, classes

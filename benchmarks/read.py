@@ -3,7 +3,7 @@
     python benchmarks/read.py --out benchmarks/results/read_cpu.md
 
 T experts of a ViT-B/32 (random weights) are written in each format, then read in a process of its
-own: `checkpoints.read`, `tower_state`, `TaskVectors`. Peak memory is of anonymous pages (`RssAnon`,
+own: `read.read`, `tower_state`, `TaskVectors`. Peak memory is of anonymous pages (`RssAnon`,
 sampled every millisecond), beyond what the process held with the pretrained CLIP's text tower but
 without its image tower; pages mapped from the files are the page cache's. P is the size of one
 image tower as it is stored in the task vectors (float32). Seconds are wall time, files in the page
@@ -28,10 +28,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adamerge.checkpoints import read, tower_state
-from adamerge.encoders import build_clip
-from adamerge.layouts import tower_to_transformers
-from adamerge.task_vectors import TaskVectors
+from adamerge.encoders.clip import build_clip
+from adamerge.weights.formats.layouts import tower_to_transformers
+from adamerge.weights.formats.read import read, tower_state
+from adamerge.weights.task_vectors import TaskVectors
 
 ARCHITECTURE = "ViT-B-32-quickgelu"
 State = dict[str, Tensor]

@@ -43,13 +43,13 @@ from step import RandomExpert
 from torch import Tensor
 
 from adamerge import TaskVectors
-from adamerge.encoders import build_backbone
-from adamerge.heads import Heads
+from adamerge.encoders.clip import build_backbone
+from adamerge.encoders.heads import Heads
+from adamerge.learn.objectives import Entropy
+from adamerge.learn.step import step_loss
 from adamerge.methods import AdaMerging
-from adamerge.objectives import Entropy
-from adamerge.step import step_loss
-from adamerge.storage import Storage
-from adamerge.weight_files import open_weights
+from adamerge.weights.formats.files import open_weights
+from adamerge.weights.storage import Storage
 
 TOWERS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14")
 TASKS = (2, 4, 8, 16, 32)

@@ -28,8 +28,8 @@ from scale import Bench, tower
 from step import RandomExpert
 
 from adamerge import TaskVectors
-from adamerge.shards import ShardedTaskVectors
-from adamerge.storage import Storage
+from adamerge.weights.shards import ShardedTaskVectors
+from adamerge.weights.storage import Storage
 
 
 def work(rank: int, ranks: int, file: Path, out: Path) -> None:

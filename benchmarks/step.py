@@ -38,8 +38,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adamerge import TaskVectors
-from adamerge.encoders import Tower
-from adamerge.objectives import entropy
+from adamerge.encoders.tower import Tower
+from adamerge.learn.losses import entropy
 
 SCHEMES = ("ours", "per_task", "re_merge")
 State = dict[str, Tensor]

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 \
         python benchmarks/surgery.py
 
-- stored: merged and expert features are read from memory-mapped files, `adamerge.features`;
+- stored: merged and expert features are read from memory-mapped files, `adamerge.learn.features`;
 - computed: the merged tower and the experts encode the images of every step.
 
 Both are optimizer steps of the same method, objective, heads and images, with random weights; the
@@ -31,13 +31,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adamerge import TaskVectors
-from adamerge.adaptation import Adaptation
-from adamerge.data import Stream, UnlabeledBatches
-from adamerge.encoders import Experts, Normalizer, Tower, merged_encoder
-from adamerge.features import StoredBatches, stored_features
-from adamerge.heads import Heads
+from adamerge.encoders.clip import Normalizer
+from adamerge.encoders.experts import Experts
+from adamerge.encoders.heads import Heads
+from adamerge.encoders.tower import Tower, merged_encoder
+from adamerge.images.batches import Stream, UnlabeledBatches
+from adamerge.learn.adaptation import Adaptation
+from adamerge.learn.features import StoredBatches, stored_features
+from adamerge.learn.objectives import ExpertL1
 from adamerge.methods import Surgery
-from adamerge.objectives import ExpertL1
 
 NORMALIZER = Normalizer([0.48, 0.46, 0.41], [0.27, 0.26, 0.28])
 

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 \
         python benchmarks/wemoe.py
 
-- ours: `adamerge.gated.gated_linear`, dense or with sparse task vectors (density 0.1);
+- ours: `adamerge.methods.gated.gated_linear`, dense or with sparse task vectors (density 0.1);
 - loop: per image `θ0 + Σ_t g_t τ_t`, a product and a sum per task, then the MLP, by autograd;
 - loop, matrix-vector: the same with the sum as one product of the gates and the task vectors;
 - identity: `h θ0ᵀ + Σ_t g_t (h τ_tᵀ)`, T + 1 products without merging, by autograd.
@@ -36,7 +36,7 @@ from meters import LIVE
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from adamerge.gated import Deltas, DenseDeltas, SparseDeltas, gated_linear, largest
+from adamerge.methods.gated import Deltas, DenseDeltas, SparseDeltas, gated_linear, largest
 
 SHAPES = {"ViT-B/32": (768, 50), "ViT-L/14": (1024, 257)}
 AT_ONCE = 16  # images of a loop before its backward: 64 of one MLP would keep 18 GB

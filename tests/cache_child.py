@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from adamerge import image_files
-from adamerge.arrays import ArraySource
+from adamerge.images import cache_files
+from adamerge.images.arrays import ArraySource
 
 
 def channels_first(image: Image.Image) -> np.ndarray:
@@ -27,13 +27,13 @@ def build(folder: Path) -> dict[str, Any]:
     """Writes a cache folder from `x.npy`."""
     source = ArraySource("data", folder / "x.npy", "test")
     target = folder / "cache" / "k"
-    return image_files.write_folder(target, "t", source, "image", channels_first)
+    return cache_files.write_folder(target, "t", source, "image", channels_first)
 
 
 def count_decodes(kill_at: int = 0) -> list[Any]:
     """What is decoded from now on, as it goes."""
     decoded: list[Any] = []
-    decode = image_files.decode
+    decode = cache_files.decode
 
     def counting(value: Any, *then: Any) -> Any:
         decoded.append(value)
@@ -41,12 +41,12 @@ def count_decodes(kill_at: int = 0) -> list[Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(value, *then)
 
-    image_files.decode = counting
+    cache_files.decode = counting
     return decoded
 
 
 if __name__ == "__main__":
-    image_files._CHUNK = 16
+    cache_files._CHUNK = 16
     count = count_decodes(int(sys.argv[2]))
     print("ready", flush=True)
     sys.stdin.readline()

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamerge import fused, merging
-from adamerge.merging import Merge
-from adamerge.shared import Shared
-from adamerge.storage import DTYPES, Layer, Storage, keep
-from adamerge.task_vectors import TaskVectors
+from adamerge.learn.step import Shared
+from adamerge.weights import fused, merging
+from adamerge.weights.merging import Merge
+from adamerge.weights.storage import Layer, Storage, keep
+from adamerge.weights.storage_kinds import DTYPES
+from adamerge.weights.task_vectors import TaskVectors
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 

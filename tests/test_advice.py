@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adamerge import config, deliver
-from adamerge.advice import Signs, advice, signs
 from adamerge.cli import main
-from adamerge.heads import Heads
+from adamerge.cli.job import load_job
+from adamerge.cli.results import look
+from adamerge.config import settings as config
+from adamerge.encoders.heads import Heads
+from adamerge.report.advice import Signs, advice, signs
 from tests.tiny import make_suite
 
 HEADS = Heads({"a": torch.eye(4) * 9, "b": torch.eye(4)[:2] * 9}, {"a": "wxyz", "b": "yn"})
@@ -93,8 +95,8 @@ def test_a_run_reports_its_signs(tmp_path: Path) -> None:
     text = (run / "results.md").read_text()
     assert all(f"Advice: {sentence}." in text for sentence in results["advice"])
     settings = config.load_run(run)
-    job = deliver.load_job(settings)
-    again = deliver.look(job, job.module.method.fold())
+    job = load_job(settings)
+    again = look(job, job.module.method.fold())
     assert dataclasses.asdict(again) == results["signs"]["before"]
     assert main(["train", *words, "preflight=off", f"run_dir={tmp_path / 'off'}"]) == 0
     assert "signs" not in json.loads((tmp_path / "off" / "results.json").read_text())

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from adamerge import AdamergeError, TaskVectors
-from adamerge.encoders import Experts, Tower, merged_encoder, static_encoder
+from adamerge.encoders.experts import Experts
+from adamerge.encoders.tower import Tower, merged_encoder, static_encoder
 from adamerge.methods import AdaMerging
-from adamerge.storage import Storage
-from adamerge.transforms import ties
+from adamerge.transforms.sparse import ties
+from adamerge.weights.storage import Storage
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([0, 1, 0, 1])

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adamerge import build, config, inputs
+from adamerge.config import build, inputs
+from adamerge.config import settings as config
+from adamerge.learn.objectives import ExpertKL, ExpertL1
 from adamerge.methods import Surgery, WEMoE
-from adamerge.objectives import ExpertKL, ExpertL1
 
 
 @pytest.fixture(scope="module")

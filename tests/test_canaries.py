@@ -32,15 +32,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import adamerge
-from adamerge import AdamergeError, build, config
-from adamerge.checkpoints import read
+from adamerge import AdamergeError
+from adamerge._base.files import parse_json, read_json
 from adamerge.cli import main
-from adamerge.encoders import build_clip
-from adamerge.files import parse_json, read_json
-from adamerge.image_cache import cache_images
-from adamerge.model_check import check_model_config
-from adamerge.resume import read_checkpoint
-from adamerge.sources import open_dataset
+from adamerge.config import build
+from adamerge.config import settings as config
+from adamerge.encoders.clip import build_clip
+from adamerge.encoders.model_check import check_model_config
+from adamerge.images.cache import cache_images
+from adamerge.images.sources import open_dataset
+from adamerge.learn.resume import read_checkpoint
+from adamerge.weights.formats.read import read
 from tests.tiny import MODEL, PREPROCESS
 
 pytestmark = pytest.mark.filterwarnings("default")  # of libraries, on what is broken by intent

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from adamerge import AdamergeError
-from adamerge.checkpoints import Checkpoint, load_pretrained, read, tower_state
-from adamerge.encoders import build_clip
+from adamerge.encoders.clip import build_clip
+from adamerge.encoders.pretrained import load_pretrained
+from adamerge.weights.formats.read import Checkpoint, read, tower_state
 from tests import golden_data as golden
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 605157884\n"

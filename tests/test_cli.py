@@ -14,7 +14,7 @@ from adamerge.cli import main
 @pytest.mark.parametrize("command", ["", "train", "check", "evaluate", "export", "show"])
 def test_help_does_not_import_torch(command: str) -> None:
     code = (
-        "import sys; from adamerge.cli import parser\n"
+        "import sys; from adamerge.cli.command import parser\n"
         f"try: parser().parse_args([*{command.split()!r}, '--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert 'torch' not in sys.modules and 'omegaconf' not in sys.modules"

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from adamerge import compiled
+from adamerge._base.errors import AdamergeError
 from adamerge.cli import main
-from adamerge.errors import AdamergeError
-from adamerge.objectives import Entropy
+from adamerge.learn import blocks
+from adamerge.learn.objectives import Entropy
 from tests import golden_data as golden
 from tests.test_contract import make
 from tests.tiny import learned, make_suite
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile warns of torc
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(blocks, "BACKEND", "aot_eager")
 
 
 def adapted(name: str, compile: bool) -> Tensor:
@@ -31,7 +31,7 @@ def adapted(name: str, compile: bool) -> Tensor:
     method = make(name, torch.float32)
     objective = Entropy(golden.heads(torch.float32))
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-3)
-    with compiled.compiled(method, compile):
+    with blocks.compiled(method, compile):
         for step in range(3):
             images, ids = golden.batch(step, torch.float32)
             optimizer.zero_grad()
@@ -102,6 +102,6 @@ def test_a_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: object) -> None:
         raise RuntimeError("no working C++ compiler")
 
-    monkeypatch.setattr(compiled, "BACKEND", broken)
+    monkeypatch.setattr(blocks, "BACKEND", broken)
     with pytest.raises(AdamergeError, match=r"could not be compiled .*no working.*compile=false"):
         adapted("layer_wise", True)

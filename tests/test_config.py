@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from adamerge import AdamergeError, build, config
-from adamerge.cli import _parsed
+from adamerge import AdamergeError
+from adamerge.cli.command import _parsed
+from adamerge.config import build
+from adamerge.config import settings as config
 
 
 @pytest.mark.parametrize("group", config.GROUPS)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import adamerge
-from adamerge.adaptation import step_loss
-from adamerge.encoders import Tower, merged_encoder
-from adamerge.merging import Merge
+from adamerge.encoders.tower import Tower, merged_encoder
+from adamerge.learn.step import step_loss
 from adamerge.methods import AdaMerging, MergeMethod, Surgery, WEMoE
-from adamerge.transforms import ties
+from adamerge.transforms.sparse import ties
+from adamerge.weights.merging import Merge
 from tests import golden_data as golden
 
 Make = Callable[[nn.Module, adamerge.TaskVectors], MergeMethod]

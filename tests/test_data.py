@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from adamerge import AdamergeError
-from adamerge.data import Stream, TaskData
-from adamerge.device_images import refuse_too_large
-from adamerge.encoders import Normalizer
-from adamerge.image_cache import TaskImages, cache_images
-from adamerge.sources import open_dataset
+from adamerge.encoders.clip import Normalizer
+from adamerge.images.batches import Stream, refuse_too_large
+from adamerge.images.cache import TaskImages, cache_images
+from adamerge.images.sources import open_dataset
+from adamerge.learn.data import TaskData
 from tests import tiny
 
 CFG = open_clip.transform.PreprocessCfg(

@@ -15,9 +15,10 @@ import open_clip
 import pytest
 from PIL import Image
 
-from adamerge import AdamergeError, decoding
-from adamerge.decoding import decode, is_image
-from adamerge.image_cache import TaskImages, cache_images
+from adamerge import AdamergeError
+from adamerge.images import decoding
+from adamerge.images.cache import TaskImages, cache_images
+from adamerge.images.decoding import decode, is_image
 
 CFG = open_clip.transform.PreprocessCfg(size=16)
 DEEP = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
@@ -205,7 +206,7 @@ def test_every_ending_of_a_format_that_is_read_is_an_image() -> None:
 
 
 def test_there_is_one_list_of_endings() -> None:
-    folder = Path(decoding.__file__).parent
+    folder = Path(decoding.__file__).parents[1]
     assert [path.name for path in folder.rglob("*.py") if '".webp"' in path.read_text()] == [
         "decoding.py"
     ]

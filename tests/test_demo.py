@@ -7,37 +7,37 @@ import json
 import numpy as np
 import pytest
 
-from adamerge import demo_images
 from adamerge.cli import main
-from adamerge.config import load
+from adamerge.config.settings import load
+from adamerge.images import demo
 
 
 def test_images_are_a_function_of_task_split_and_index() -> None:
-    for task in demo_images.TASKS:
-        short, _ = demo_images.arrays(task, "test", 8)
-        longer, labels = demo_images.arrays(task, "test", 12)
+    for task in demo.TASKS:
+        short, _ = demo.arrays(task, "test", 8)
+        longer, labels = demo.arrays(task, "test", 12)
         np.testing.assert_array_equal(short, longer[:8])
         assert longer.shape == (12, 32, 32, 3) and longer.dtype == np.uint8
-        assert labels.max() < len(demo_images.CLASSES[task])
+        assert labels.max() < len(demo.CLASSES[task])
 
 
 def test_no_test_image_is_a_training_image() -> None:
-    for task in demo_images.TASKS:
-        test = {image.tobytes() for image in demo_images.arrays(task, "test", 400)[0]}
-        train = {image.tobytes() for image in demo_images.arrays(task, "train", 1500)[0]}
+    for task in demo.TASKS:
+        test = {image.tobytes() for image in demo.arrays(task, "test", 400)[0]}
+        train = {image.tobytes() for image in demo.arrays(task, "train", 1500)[0]}
         assert not test & train
 
 
 def test_the_suite_repeats_the_classes_of_the_training() -> None:
     suite = load(["suite=demo"])["suite"]
-    assert tuple(suite["tasks"]) == tuple(demo_images.TASKS)
+    assert tuple(suite["tasks"]) == tuple(demo.TASKS)
     for task, entry in suite["tasks"].items():
-        assert tuple(entry["classes"]) == tuple(demo_images.CLASSES[task])
-        assert tuple(entry["templates"]) == tuple(demo_images.TEMPLATES[task])
+        assert tuple(entry["classes"]) == tuple(demo.CLASSES[task])
+        assert tuple(entry["templates"]) == tuple(demo.TEMPLATES[task])
     with pytest.raises(ValueError, match="digits"):
-        demo_images.dataset("digit")
+        demo.dataset("digit")
     with pytest.raises(ValueError, match="test"):
-        demo_images.dataset("digits", "tset")
+        demo.dataset("digits", "tset")
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from adamerge import fast_paths
-from adamerge.fast_paths import PatchProduct, attention_for, use_patch_products
-from adamerge.towers import Tower
+from adamerge.encoders import fast_paths
+from adamerge.encoders.fast_paths import PatchProduct, attention_for, use_patch_products
+from adamerge.encoders.tower import Tower
 from tests import golden_data as golden
 
 

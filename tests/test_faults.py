@@ -19,11 +19,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adamerge import AdamergeError, deliver, evaluation, features, files, heads, resume
-from adamerge.cli import main
-from adamerge.features import stored_features
-from adamerge.resume import CHECKPOINT, CheckpointFiles, read_checkpoint
-from adamerge.tracking import CsvMetrics, _known_id, read_metrics
+from adamerge import AdamergeError
+from adamerge._base import files
+from adamerge.cli import main, results, train
+from adamerge.encoders import heads
+from adamerge.learn import features, resume
+from adamerge.learn.features import stored_features
+from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, read_checkpoint
+from adamerge.report.result_files import read_results
+from adamerge.report.tracking import CsvMetrics, _known_id, read_metrics
 from tests.tiny import CLASSES, learned
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +51,7 @@ def terminate(*_: Any, **__: Any) -> None:
 
 
 def test_sigterm_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(deliver, "export_run", terminate)
+    monkeypatch.setattr(results, "export_run", terminate)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["export", "run"]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "terminated\n"
@@ -66,7 +70,7 @@ def test_sigterm_before_and_after_training(
     """Lightning has a handler of its own while it trains, which must not stay."""
     run = tmp_path / "a::b" / "run"  # no URL
     with monkeypatch.context() as patch:
-        patch.setattr(deliver, at, terminate)
+        patch.setattr(train if at == "load_job" else results, at, terminate)
         assert main([*words, f"run_dir={run}"]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.endswith("terminated\n")
     assert run.exists() == (at == "finish")
@@ -102,7 +106,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
 
 def test_a_run_folder_in_use_is_refused(words: list[str], tmp_path: Path, capsys: Capture) -> None:
     code = f"""
-import time; from pathlib import Path; from adamerge.files import alone_in
+import time; from pathlib import Path; from adamerge._base.files import alone_in
 with alone_in(Path({str(tmp_path / "run")!r})): print("in", flush=True); time.sleep(60)
 """
     command = [sys.executable, "-c", code]
@@ -218,7 +222,7 @@ RESULTS = [
 def test_results_of_another_shape_are_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(AdamergeError, match=r"results\.json is not results of a run \(.*delete it"):
-        evaluation.read_results(tmp_path / "results.json", {})
+        read_results(tmp_path / "results.json", {})
 
 
 @pytest.mark.parametrize(
@@ -228,11 +232,11 @@ def test_signs_of_another_shape_are_left_out(
     tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "signs.json").write_text(content)
-    assert deliver._signs_before(tmp_path / "signs.json") is None
+    assert results._signs_before(tmp_path / "signs.json") is None
     assert "signs.json cannot be read" in caplog.text
     parts = ("agreement", "spread", "expert_spread")
     (tmp_path / "signs.json").write_text(json.dumps({p: dict.fromkeys(CLASSES, 1) for p in parts}))
-    assert deliver._signs_before(tmp_path / "signs.json") is not None
+    assert results._signs_before(tmp_path / "signs.json") is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a b", b"x" * 100])

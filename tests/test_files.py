@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from adamerge import AdamergeError, files
-from adamerge.files import alone_in, clear_left, locked, replacing, replacing_folder
+from adamerge import AdamergeError
+from adamerge._base import files
+from adamerge._base.files import alone_in, clear_left, locked, replacing, replacing_folder
 
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def child(code: str, folder: Path) -> subprocess.Popen[str]:
     """A process with the functions of `files`, and `folder`."""
-    start = "import os, signal, sys, time; from pathlib import Path; from adamerge.files import *\n"
+    start = "import os, signal, sys, time; from pathlib import Path\n"
+    start += "from adamerge._base.files import *\n"
     start += f"folder = Path({str(folder)!r})\n"
     return subprocess.Popen(
         [sys.executable, "-c", start + code],
@@ -84,7 +86,7 @@ def test_a_kill_at_any_change_of_names_leaves_one_of_the_two_folders(
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "file").write_text("old")
     code = f"""
-import adamerge.files as files, shutil
+import adamerge._base.files as files, shutil
 count = 0
 def counted(function):
     def call(*arguments, **options):

@@ -1,82 +1,136 @@
-"""A module imports only from lower floors (CONTRIBUTING.md, "The house")."""
+"""Rooms import one way (CONTRIBUTING.md, "The house"); a new file never changes this test."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
+import pytest
+
+import adamerge
+
 PACKAGE = Path(__file__).parent.parent / "adamerge"
-FLOORS = {
-    0: "errors files binding suite_check suite_files task_vectors storage mapped storage_kinds "
-    "merging ahead fused fused_kernels fused_plan differences fast_paths shards gated losses "
-    "objectives solving verdicts readings safe_pickle pickled torch_files weight_files "
-    "layouts model_configs lora compat model_check config_check fitting pickled_modules "
-    "matching kept",
-    1: "towers mixtures adapters experts encoders heads transforms methods.base export_files "
-    "loading",
-    2: "methods.adamerging methods.surgery methods.wemoe",
-    3: "step graphs shared adaptation compiled device_images advice features callbacks "
-    "checkpoints hub data demo demo_images estimate evaluation export export_kinds folding "
-    "model_card image_cache image_files image_source arrays labels local_files pictures "
-    "preflight preflight_report recompute resume sources stores tracking sharding path_lists "
-    "decoding processes",
-    4: "config inputs build supplies inference init_text local_data survey task_names",
-    5: "check convert deliver init run cli",
+BELOW = {  # room -> the rooms that it may import from, beside itself
+    "_base": "",
+    "weights": "_base",
+    "encoders": "_base weights",
+    "transforms": "_base weights encoders",
+    "methods": "_base weights encoders transforms",
+    "images": "_base",
+    "learn": "_base weights encoders transforms methods images",
+    "export": "_base weights encoders transforms methods",
+    "report": "_base weights encoders transforms methods images learn export",
+    "config": "_base weights encoders transforms methods images learn export report",
+    "cli": "_base weights encoders transforms methods images learn export report config",
 }
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
-HEAVY = {"lightning", "omegaconf", "wandb", "datasets"}
+USERS = {  # library -> the rooms, or the one module, that know it
+    "lightning": "learn report cli",
+    "omegaconf": "config.settings",
+    "wandb": "report.tracking",
+    "datasets": "images",
+    "open_clip": "encoders images export",
+}
+MODULES, NAMES, LINES = 14, 12, 300  # at most: modules of a package, names at the top, lines
+Import = tuple[str, str]  # a module's name within the package, and that of what it imports
+
+
+def name_of(path: Path) -> str:
+    """`learn.step` of `adamerge/learn/step.py`, and `learn` of a package's `__init__.py`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def imports(path: Path) -> set[str]:
+    """What a file imports, anywhere in it; `from a import b` may be of a module, so it is both."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are written in full"
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-def modules() -> dict[str, Path]:
-    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
-    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in paths}
+FILES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+IMPORTS = {name: imports(path) for name, path in FILES.items()}
 
 
-def own_imports(path: Path) -> set[str]:
-    names = {name.removeprefix("adamerge.") for name in imports(path)}
-    return names & set(FLOOR)
+def own(name: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    found = {other.removeprefix("adamerge.") for other in IMPORTS[name]}
+    return (found & set(FILES)) - {name}
 
 
-def test_every_module_has_a_floor() -> None:
-    assert set(modules()) == set(FLOOR)
+def arrows() -> set[Import]:
+    return {(name, other) for name in FILES for other in own(name) if name and other}
 
 
-def test_imports_run_one_way() -> None:
+def wrong_ways(found: set[Import]) -> list[str]:
+    """Imports that do not run from a room to one below it."""
     wrong = []
-    for name, path in modules().items():
-        for other in own_imports(path):
-            up = FLOOR[other] > FLOOR[name]
-            between_methods = FLOOR[name] == FLOOR[other] == 2
-            if up or between_methods:
-                wrong.append(f"{name} (floor {FLOOR[name]}) imports {other} ({FLOOR[other]})")
-    assert not wrong
+    for name, other in sorted(found):
+        room, there = name.partition(".")[0], other.partition(".")[0]
+        if room != there and there not in BELOW[room].split():
+            wrong.append(f"{name} imports {other}")
+    return wrong
 
 
-def test_no_cycles() -> None:
-    graph = {name: own_imports(path) - {name} for name, path in modules().items()}
+def strangers(name: str, libraries: set[str]) -> list[str]:
+    """Libraries that a module imports and should not know."""
+    room = name.partition(".")[0]
+    known = {top for top, users in USERS.items() if not {name, room} & set(users.split())}
+    return sorted(known & {library.partition(".")[0] for library in libraries})
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {name.partition(".")[0] for name in FILES} - {""} == set(BELOW)
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+
+
+def test_rooms_import_one_way() -> None:
+    assert not wrong_ways(arrows())
+
+
+@pytest.mark.parametrize(
+    "arrow",
+    [("weights.storage", "encoders.tower"), ("export.write", "learn.step"), ("learn", "report")],
+)
+def test_an_import_upwards_is_found(arrow: Import) -> None:
+    assert wrong_ways({arrow})
+
+
+def test_no_method_imports_another() -> None:
+    family = ("base", "mixtures", "adapters", "gated")
+    methods = {name for name in FILES if name.startswith("methods.")}
+    papers = methods - {f"methods.{name}" for name in family}
+    assert not [(name, other) for name in papers for other in own(name) & papers]
+
+
+def test_no_circles() -> None:
+    """Among modules; a package's `__init__` only hands names on."""
+    inits = {name for name, path in FILES.items() if path.name == "__init__.py"}
+    graph = {name: own(name) - inits for name in set(FILES) - inits}
     while graph:
         free = [name for name, needs in graph.items() if not needs & set(graph)]
-        assert free, f"cycle among {sorted(graph)}"
+        assert free, f"circle among {sorted(graph)}"
         for name in free:
             del graph[name]
 
 
-def test_lower_floors_know_nothing_of_the_machinery() -> None:
-    for name, path in modules().items():
-        if FLOOR[name] <= 2:
-            assert not {found.partition(".")[0] for found in imports(path)} & HEAVY, name
+def test_every_library_is_known_where_it_belongs() -> None:
+    assert not {name: s for name, found in IMPORTS.items() if (s := strangers(name, found))}
+    assert strangers("weights.shards", {"lightning.pytorch"}) == ["lightning"]
 
 
-def test_only_config_knows_omegaconf() -> None:
-    users = {n for n, p in modules().items() if any("omegaconf" in i for i in imports(p))}
-    assert users == {"config"}
+def test_packages_and_files_are_small() -> None:
+    for package in {path.parent for path in FILES.values()}:
+        modules = [path for path in package.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MODULES, package
+    assert len([*PACKAGE.glob("*.py"), *BELOW]) <= NAMES and len(adamerge.__all__) <= NAMES
+    too_long = {name: n for name, path in FILES.items() if (n := lines(path)) > LINES}
+    assert set(too_long) <= {"weights.task_vectors"}
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from adamerge import AdamergeError
-from adamerge.checkpoints import load_pretrained, read, read_head, tower_state
 from adamerge.cli import main
-from adamerge.convert import convert
-from adamerge.encoders import Clip, build_clip
-from adamerge.layouts import clip_to_transformers
-from adamerge.lora import LoraConfig, lora_expert
+from adamerge.cli.convert import convert
+from adamerge.encoders.clip import Clip, build_clip
+from adamerge.encoders.pretrained import load_pretrained
+from adamerge.weights.formats.layouts import clip_to_transformers
+from adamerge.weights.formats.lora import LoraConfig, lora_expert
+from adamerge.weights.formats.read import read, read_head, tower_state
 from tests.tiny import make_suite
 
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamerge import fused, merging
-from adamerge.storage import DTYPES, Layer, keep
+from adamerge.weights import fused, merging
+from adamerge.weights.storage import Layer, keep
+from adamerge.weights.storage_kinds import DTYPES
 
 ROOT = Path(__file__).parent.parent
 USUAL = [(768,), (16,), (64, 768), (16, 3, 8, 8), (50, 768)]
@@ -60,7 +61,7 @@ def test_the_compiler_takes_the_kernels(
 ) -> None:
     """For a GPU that need not be there; numbers in groups are read 16 bytes at a time."""
     triton = pytest.importorskip("triton", minversion="3.3")
-    from adamerge import fused_kernels as kernels
+    from adamerge.weights import fused_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     language = triton.language

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adamerge
-from adamerge.adaptation import step_loss
+from adamerge.learn.step import step_loss
 from tests import golden_data as golden
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import adamerge
-from adamerge.adaptation import step_loss
-from adamerge.encoders import Experts, FoldedEncoder, Tower
+from adamerge.encoders.experts import Experts
+from adamerge.encoders.tower import FoldedEncoder, Tower
+from adamerge.learn.objectives import Entropy, ExpertL1
+from adamerge.learn.step import step_loss
 from adamerge.methods import Surgery, WEMoE
-from adamerge.objectives import Entropy, ExpertL1
 from tests import golden_data as golden
 
 DTYPES = [torch.float64, torch.float32]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamerge import graphs
-from adamerge.graphs import ReplayedSteps
-from adamerge.objectives import Entropy, InfoMax, Objective
-from adamerge.step import deliver, step_loss
+from adamerge.learn import graphs
+from adamerge.learn.graphs import ReplayedSteps
+from adamerge.learn.objectives import Entropy, InfoMax, Objective
+from adamerge.learn.step import deliver, step_loss
 from tests import golden_data as golden
 from tests.test_contract import every_method, make
 

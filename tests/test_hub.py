@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 from adamerge import AdamergeError
-from adamerge.hub import fetch, wanted
+from adamerge.weights.formats.hub import fetch, wanted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = """
 import json, sys
-from adamerge.errors import AdamergeError
-from adamerge.hub import fetch
+from adamerge._base.errors import AdamergeError
+from adamerge.weights.formats.hub import fetch
 try:
     found = fetch(sys.argv[1])
     print(json.dumps([found.revision, sorted(p.name for p in found.path.glob("*"))]))
@@ -34,8 +34,8 @@ except AdamergeError as error:
 """
 READ = """
 import json, sys
-from adamerge.errors import AdamergeError
-from adamerge.checkpoints import read
+from adamerge._base.errors import AdamergeError
+from adamerge.weights.formats.read import read
 try:
     found = read(sys.argv[1])
     print(json.dumps([sorted(found.tensors), found.record(), sorted(p.name for p in found.files)]))

@@ -17,15 +17,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adamerge import AdamergeError, build, config, inputs
-from adamerge.checkpoints import load_pretrained, read, tower_state
+from adamerge import AdamergeError
 from adamerge.cli import main
-from adamerge.convert import convert
-from adamerge.encoders import Clip, build_clip
-from adamerge.init import init
-from adamerge.local_data import agree, local_data
-from adamerge.sources import open_dataset
-from adamerge.task_names import shipped_task, task_name, without_common_start
+from adamerge.cli.convert import convert
+from adamerge.cli.init import init
+from adamerge.cli.local_data import agree, local_data
+from adamerge.cli.task_names import shipped_task, task_name, without_common_start
+from adamerge.config import build, inputs
+from adamerge.config import settings as config
+from adamerge.encoders.clip import Clip, build_clip
+from adamerge.encoders.pretrained import load_pretrained
+from adamerge.images.sources import open_dataset
+from adamerge.weights.formats.read import read, tower_state
 from tests import tiny
 from tests.test_formats import as_tower, theirs, trained, vanishing
 

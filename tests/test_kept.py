@@ -1,4 +1,4 @@
-"""What depends on inputs alone is made once and kept by content; see `adamerge.kept`."""
+"""What depends on inputs alone is made once and kept by content; see `adamerge._base.kept`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from adamerge import check, config, deliver, evaluation, inputs, kept, pictures, preflight
-from adamerge.cli import main
-from adamerge.encoders import Tower
-from adamerge.evaluation import Row, Scorer, baseline_rows
-from adamerge.kept import Kept, remembered
+from adamerge._base import kept
+from adamerge._base.kept import Kept, remembered
+from adamerge.cli import check, main
+from adamerge.cli.job import load_job
+from adamerge.config import inputs
+from adamerge.config import settings as config
+from adamerge.encoders.tower import Tower
+from adamerge.report import evaluation, pictures, preflight
+from adamerge.report.evaluation import Row, Scorer, baseline_rows
 
 CPU = torch.device("cpu")
 VALUES = {"a": [1, 0.1, None, "é"], "b": {"c": float("inf")}}
@@ -191,16 +195,16 @@ def test_labels_and_device_are_part_of_the_key(
 
 def test_a_second_look_measures_nothing(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*base, "preflight.images=4"]
-    first = check.look(deliver.load_job(config.load(words)))
+    first = check.look(load_job(config.load(words)))
     for name in ("measure", "gram"):
         monkeypatch.setattr(preflight, name, lambda *_: refuse())
-    second = check.look(deliver.load_job(config.load(words)))
+    second = check.look(load_job(config.load(words)))
     assert second.findings == first.findings
     for name in ("norms", "cosines"):
         assert torch.equal(getattr(first, name), getattr(second, name))
     assert str(first.solving) == str(second.solving)
     with pytest.raises(AssertionError, match="must not be made again"):
-        check.look(deliver.load_job(config.load([*words, "seed=7"])))
+        check.look(load_job(config.load([*words, "seed=7"])))
 
 
 def test_a_second_run_scores_only_itself(

@@ -27,11 +27,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from adamerge import AdamergeError, TaskVectors, preflight
-from adamerge.checkpoints import read, read_head, tower_state
-from adamerge.encoders import build_clip
-from adamerge.inputs import load_clip
-from adamerge.verdicts import of_bases
+from adamerge import AdamergeError, TaskVectors
+from adamerge.config.inputs import load_clip
+from adamerge.encoders.clip import build_clip
+from adamerge.report import preflight
+from adamerge.report.findings import of_bases
+from adamerge.weights.formats.read import read, read_head, tower_state
 from tests import golden_data as golden
 
 State = dict[str, Tensor]

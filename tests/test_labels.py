@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adamerge import AdamergeError
-from adamerge.labels import class_numbers
+from adamerge.images.labels import class_numbers
 
 CLASSES = ("annual crop", "forest", "sea or lake")
 

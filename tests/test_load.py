@@ -21,22 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adamerge
-from adamerge import (
-    build,
-    config,
-    deliver,
-    export,
-    export_files,
-    export_kinds,
-    folding,
-    inputs,
-    loading,
-    methods,
-)
+from adamerge import methods
 from adamerge.cli import main
-from adamerge.deliver import Job
-from adamerge.mixtures import DynamicEncoder
-from adamerge.resume import read_checkpoint
+from adamerge.cli.job import Job, load_job
+from adamerge.config import build, inputs
+from adamerge.config import settings as config
+from adamerge.export import kinds, load, read, write
+from adamerge.learn.resume import read_checkpoint
+from adamerge.methods.mixtures import DynamicEncoder
+from adamerge.report import folds
 from tests import tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -87,7 +80,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def job_of(run: Path) -> Job:
-    job = deliver.load_job(config.load_run(run))
+    job = load_job(config.load_run(run))
     job.module.load_state_dict(read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"])
     job.module.method.eval()
     return job
@@ -134,10 +127,10 @@ def test_features_come_back(name: str, trained: Run) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert model.record["largest_relative_difference"] <= 1e-5
     fold = job.settings["fold"]
-    statistics = folding.statistics(
+    statistics = folds.statistics(
         method, job.data, inputs.normalizer(job.suite.clip), torch.device("cpu"), 256
     )
-    encoder, exact = folding.encoder(method, fold, statistics)
+    encoder, exact = folds.encoder(method, fold, statistics)
     assert torch.equal(found, encoder(images, ids)) and exact == (
         name not in ("single", "per_task")
     )
@@ -273,11 +266,11 @@ def test_folds_look_at_a_bounded_number_of_the_images_adapted_on(
     trained: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     settings = config.load([*words, "protocol=heldout", "seed=3"])
-    job = deliver.load_job(settings)
-    monkeypatch.setattr(folding, "IMAGES", 7)
+    job = load_job(settings)
+    monkeypatch.setattr(folds, "IMAGES", 7)
     normalizer, seen = inputs.normalizer(job.suite.clip), []
     for _ in range(2):
-        batches = list(folding._batches(job.data, normalizer, torch.device("cpu"), 5))
+        batches = list(folds._batches(job.data, normalizer, torch.device("cpu"), 5))
         seen.append(torch.cat([images for images, _ in batches]))
         assert torch.cat([ids for _, ids in batches]).tolist() == [0] * 7 + [1] * 7
     assert torch.equal(seen[0], seen[1])
@@ -333,7 +326,7 @@ def test_classify(name: str, trained: Run) -> None:
     model = adamerge.load(str(trained(name)))
     pictures = list(tiny.images("dots")["image"])[:9]
     floats = torch.stack([model.preprocess(picture) for picture in pictures])
-    cfg = export_files._config(
+    cfg = read._config(
         next((trained(name) / "merged").rglob("*config.json"))
     )["preprocess_cfg"]  # fmt: skip
     mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -519,7 +512,7 @@ def test_verification_finds_what_was_written_wrong(
         )
 
     run = trained(name)
-    monkeypatch.setattr(export_kinds, "save_file", spoilt)
+    monkeypatch.setattr(kinds, "save_file", spoilt)
     assert main(["export", str(run), "--to", str(tmp_path / "new")]) == 2
     assert "differ from the trained one by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -549,7 +542,7 @@ def test_adapters_on_a_dynamic_encoder(trained: Run, tmp_path: Path) -> None:
     for parameter in method.parameters():
         nn.init.normal_(parameter, std=0.3)
     images, ids = samples(job)
-    done = export.export(
+    done = write.export(
         tmp_path / "x", method.fold(), method, job.suite.clip, job.suite.heads, (images, ids), {}
     )
     model = adamerge.load(tmp_path / "x")
@@ -557,7 +550,7 @@ def test_adapters_on_a_dynamic_encoder(trained: Run, tmp_path: Path) -> None:
     torch.testing.assert_close(model.encoder(images, ids), method(images, ids).detach())
     with pytest.raises(adamerge.AdamergeError, match=r"a AdaMerging cannot be exported: expected"):
         wrong: Any = methods.AdaMerging(job.suite.clip.backbone, job.suite.task_vectors)
-        export.export(
+        write.export(
             tmp_path / "y", wrong, wrong, job.suite.clip, job.suite.heads, (images, ids), {}
         )
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -565,17 +558,17 @@ def test_adapters_on_a_dynamic_encoder(trained: Run, tmp_path: Path) -> None:
 
 def test_tasks_that_an_encoder_lacks(trained: Run) -> None:
     folder = trained("surgery") / "merged"
-    layout = export_files.read_layout(folder)
-    encoder, _ = export_files.read_encoder(folder, layout)
+    layout = read.read_layout(folder)
+    encoder, _ = read.read_encoder(folder, layout)
     with pytest.raises(adamerge.AdamergeError, match=r"of stripes, dots alone: leave out task 'x'"):
-        loading.for_tasks(encoder, layout, ["x", "dots"])
+        load.for_tasks(encoder, layout, ["x", "dots"])
 
 
 def test_names_of_task_folders_stay_inside() -> None:
     for task in ("..", ".", "a/b", "../x", "stanford cars", "a\\b", "%2E"):
-        name = export_files.task_folder(task)
+        name = read.task_folder(task)
         assert name not in (".", "..") and "/" not in name and "\\" not in name
-    assert export_files.task_folder("..") != export_files.task_folder("%2E%2E")
+    assert read.task_folder("..") != read.task_folder("%2E%2E")
 
 
 def test_files_that_are_not_those_of_the_export(

@@ -17,11 +17,12 @@ import transformers
 from torch import Tensor, nn
 
 from adamerge import AdamergeError, TaskVectors
-from adamerge.checkpoints import Checkpoint, load_pretrained, tower_state
-from adamerge.encoders import Clip, build_clip
-from adamerge.layouts import Layout, clip_to_transformers, tower_to_transformers
-from adamerge.model_configs import from_transformers
-from adamerge.suite_check import suite_problems
+from adamerge.config.suite_check import suite_problems
+from adamerge.encoders.clip import Clip, build_clip
+from adamerge.encoders.model_configs import from_transformers
+from adamerge.encoders.pretrained import load_pretrained
+from adamerge.weights.formats.layouts import Layout, clip_to_transformers, tower_to_transformers
+from adamerge.weights.formats.read import Checkpoint, tower_state
 from tests import golden_data as golden
 
 State = dict[str, Tensor]

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge import AdamergeError
-from adamerge.checkpoints import read, tower_state
-from adamerge.layouts import tower_to_transformers
+from adamerge.weights.formats.layouts import tower_to_transformers
+from adamerge.weights.formats.read import read, tower_state
 from tests import golden_data as golden
 
 COUNT = 200

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from adamerge import AdamergeError, objectives
+from adamerge import AdamergeError
+from adamerge.learn import objectives
 from tests import golden_data as golden
 from tests import reference
 from tests.processes import METHOD

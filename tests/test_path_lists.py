@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from adamerge import AdamergeError, path_lists
-from adamerge.image_cache import TaskImages, cache_images
-from adamerge.sources import open_dataset
+from adamerge import AdamergeError
+from adamerge.images import path_lists
+from adamerge.images.cache import TaskImages, cache_images
+from adamerge.images.sources import open_dataset
 
 CFG = open_clip.transform.PreprocessCfg(size=16)
 CLASSES = ("red", "green", "blue")

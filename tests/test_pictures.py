@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from adamerge import pictures
+from adamerge.report import pictures
 
 TASKS = ["stripes", "dots"]
 

@@ -18,15 +18,20 @@ import torch
 import yaml
 from torch import Tensor
 
-from adamerge import check, config, deliver, inputs, preflight, solving, verdicts
-from adamerge.cli import main
-from adamerge.encoders import Tower, build_clip
-from adamerge.errors import AdamergeError
-from adamerge.estimate import Estimate, _held, _seconds, of_memory
-from adamerge.inputs import normalizer
-from adamerge.preflight_report import as_markdown
-from adamerge.solving import Solving
-from adamerge.verdicts import Finding
+from adamerge._base.errors import AdamergeError
+from adamerge.cli import check, main
+from adamerge.cli.job import load_job
+from adamerge.config import inputs
+from adamerge.config import settings as config
+from adamerge.config.device import run_device
+from adamerge.config.inputs import normalizer
+from adamerge.encoders.clip import build_clip, with_other_activation
+from adamerge.encoders.tower import Tower
+from adamerge.report import accuracy_matrix, findings, preflight
+from adamerge.report.accuracy_matrix import Solving
+from adamerge.report.estimate import Estimate, _held, _seconds, of_memory
+from adamerge.report.findings import Finding
+from adamerge.report.tables import as_markdown
 from tests import tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -43,7 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def demo(cache: str) -> Solving:
     """The demo's five experts on 160 images per task."""
-    job = deliver.load_job(config.load(["suite=demo", cache, "preflight.images=160"]))
+    job = load_job(config.load(["suite=demo", cache, "preflight.images=160"]))
     suite, images = job.suite, preflight.choose(job.data, 160, 0)
     tower, scale = Tower(suite.clip.backbone), normalizer(suite.clip)
     return preflight.measure(tower, suite.task_vectors, suite.heads, scale, images, CPU)
@@ -79,11 +84,11 @@ def test_right_experts_are_left_alone_and_every_exchange_is_named(
 ) -> None:
     for seed in range(4):
         picked = torch.randperm(160, generator=torch.Generator().manual_seed(seed))[:count]
-        assert not list(solving.findings(view(demo, list(range(6)), picked, labels), {}))
+        assert not list(accuracy_matrix.findings(view(demo, list(range(6)), picked, labels), {}))
         for a, b in itertools.combinations(range(5), 2):
             rows = list(range(6))
             rows[1 + a], rows[1 + b] = rows[1 + b], rows[1 + a]
-            found = list(solving.findings(view(demo, rows, picked, labels), {}))
+            found = list(accuracy_matrix.findings(view(demo, rows, picked, labels), {}))
             names = {(TASKS[a], TASKS[b]), (TASKS[b], TASKS[a])}
             assert {f.tasks for f in found if f.kind == "exchanged"} == names
             assert all(f.severity == "problem" for f in found if f.kind == "exchanged")
@@ -94,7 +99,7 @@ def test_another_checkpoint_of_a_task_in_a_tasks_place_is_named(demo: Solving) -
     for task, other in itertools.permutations(range(5), 2):
         rows = list(range(6))
         rows[1 + task] = 1 + other
-        found = list(solving.findings(view(demo, rows, torch.arange(64), False), {}))
+        found = list(accuracy_matrix.findings(view(demo, rows, torch.arange(64), False), {}))
         assert [f.tasks for f in found] == [(TASKS[task], TASKS[other])]
 
 
@@ -139,7 +144,7 @@ def test_tables_equal_open_clip_image_by_image(
 ) -> None:
     main(["check", *base, "preflight.images=12", "--to", str(tmp_path)])
     found = json.loads((tmp_path / "preflight.json").read_text())
-    images = preflight.choose(deliver.load_job(config.load(base)).data, 12, 0)
+    images = preflight.choose(load_job(config.load(base)).data, 12, 0)
     name = f"local-dir:{suite.parent / 'model'}"
     tokenizer, scale = open_clip.get_tokenizer(name), tiny.PREPROCESS
     deltas = {}
@@ -210,7 +215,7 @@ def test_a_resumed_run_is_not_looked_at_again(base: list[str], tmp_path: Path) -
 
 
 def test_look_changes_nothing_in_a_job(base: list[str]) -> None:
-    job = deliver.load_job(config.load([*base, "preflight.images=4"]))
+    job = load_job(config.load([*base, "preflight.images=4"]))
     method = job.module.method
     before, mode = method.coefficients.detach().clone(), method.training
     torch.manual_seed(3)
@@ -262,9 +267,7 @@ def test_activations_are_counted_for_the_images_encoded_together(
 ) -> None:
     def memory(batch_size: int) -> int:
         words = [*base, f"batch_size={batch_size}", f"micro_batch={micro_batch or 'null'}"]
-        return check.look(
-            deliver.load_job(config.load([*words, "preflight.images=2"]))
-        ).estimate.memory
+        return check.look(load_job(config.load([*words, "preflight.images=2"]))).estimate.memory
 
     small, large = memory(4), memory(8)
     assert large == small if micro_batch else large > small
@@ -291,7 +294,7 @@ def test_a_confused_activation_is_suspected(
         suite["architecture"] = str(folder)
 
     words = [demo_suite(tmp_path, use), cache, "preflight.images=16"]
-    report = check.look(deliver.load_job(config.load(words)))
+    report = check.look(load_job(config.load(words)))
     texts = [f.text for f in report.findings if f.kind == "activation"]
     assert len(texts) == flag
     if flag:
@@ -299,7 +302,7 @@ def test_a_confused_activation_is_suspected(
 
 
 def test_the_mend_of_a_built_in_architecture(base: list[str]) -> None:
-    job = deliver.load_job(config.load(base))
+    job = load_job(config.load(base))
     for name, quick, other in (
         ("ViT-B-32", False, "ViT-B-32-quickgelu"),
         ("ViT-B-32-quickgelu", True, "ViT-B-32"),
@@ -318,14 +321,14 @@ def test_the_other_activation_is_what_open_clip_builds(suite: Path, tmp_path: Pa
     other.model.load_state_dict(own.model.state_dict())
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for clip, expected in ((own, other), (other, own)):
-        tower = preflight.with_other_activation(clip.backbone)
+        tower = with_other_activation(clip.backbone)
         assert tower is not None
         features = tower(clip.backbone.state_dict(), images)
         wanted = expected.backbone(images)
         off = (features - wanted).abs().max()
         assert off < 1e-3 * (wanted - clip.backbone(images)).abs().max(), "rounding, no more"
         assert not torch.equal(features, clip.backbone(images))
-    assert preflight.with_other_activation(torch.nn.Linear(2, 2)) is None
+    assert with_other_activation(torch.nn.Linear(2, 2)) is None
 
 
 def table(entropies: list[list[float]], right: list[list[float]] | None = None) -> Solving:
@@ -341,7 +344,7 @@ def table(entropies: list[list[float]], right: list[list[float]] | None = None) 
 
 
 def kinds(found: Solving) -> list[tuple[str, str, tuple[str, ...]]]:
-    return [(f.severity, f.kind, f.tasks) for f in solving.findings(found, {"a": "a.pt"})]
+    return [(f.severity, f.kind, f.tasks) for f in accuracy_matrix.findings(found, {"a": "a.pt"})]
 
 
 FINE = [[0.5, 0.5], [0.1, 0.5], [0.5, 0.1]]
@@ -360,7 +363,7 @@ def test_an_expert_that_does_not_lower_the_entropy_is_a_warning() -> None:
     assert kinds(table(FINE)) == []
     assert kinds(table(idle)) == [("warning", "not-below-pretrained", ("a",))]
     assert not kinds(table(idle, [[0.5, 0.5], [0.9, 0.5], [0.5, 0.9]])), "but more are right"
-    (finding,) = solving.findings(table(idle), {"a": "a.pt"})
+    (finding,) = accuracy_matrix.findings(table(idle), {"a": "a.pt"})
     assert "(a.pt) is no surer of its own images than the pretrained model" in finding.text
 
 
@@ -382,17 +385,17 @@ def test_a_lower_entropy_by_collapse_is_no_better_expert() -> None:
 
 def test_task_vectors_that_are_alike_or_odd() -> None:
     cosines = torch.tensor([[1.0, 0.97, 0.1], [0.97, 1.0, 0.2], [0.1, 0.2, 1.0]])
-    (found,) = verdicts.of_directions("abc", cosines)
+    (found,) = findings.of_directions("abc", cosines)
     assert found.severity == "problem" and found.tasks == ("a", "b")
     assert (
         "tasks 'a' and 'b' are nearly the same (cosine of their task vectors 0.970)" in found.text
     )
-    (found,) = verdicts.of_lengths("abc", torch.tensor([1.0, 1.5, 40.0]))
+    (found,) = findings.of_lengths("abc", torch.tensor([1.0, 1.5, 40.0]))
     assert found.severity == "warning" and found.tasks == ("c",)
     assert "'c' is 27 times as long as the median one" in found.text
-    (found,) = verdicts.of_lengths("abc", torch.tensor([1.0, 1.5, 0.01]))
+    (found,) = findings.of_lengths("abc", torch.tensor([1.0, 1.5, 0.01]))
     assert "'c' is 0.01 times as long" in found.text
-    assert not list(verdicts.of_lengths("a", torch.tensor([1.0])))
+    assert not list(findings.of_lengths("a", torch.tensor([1.0])))
 
 
 def test_estimates_in_words() -> None:
@@ -411,8 +414,8 @@ def test_a_gpu_that_is_too_small_is_said(base: list[str], monkeypatch: pytest.Mo
     def too_much(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    job = deliver.load_job(config.load([*base, "preflight.images=2"]))
-    monkeypatch.setattr("adamerge.estimate.step_loss", too_much)
+    job = load_job(config.load([*base, "preflight.images=2"]))
+    monkeypatch.setattr("adamerge.report.estimate.step_loss", too_much)
     report = check.look(job)
     assert report.estimate is None and "estimated" not in as_markdown(report)
     (found,) = (f for f in report.problems if f.kind == "memory")
@@ -459,4 +462,4 @@ def test_the_device_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"accelerator": "cpu", "devices": 1}, "cpu"),
         ({"accelerator": "gpu", "devices": 2, "strategy": "ddp_fork"}, "cpu"),
     ):
-        assert inputs.run_device(settings) == torch.device(device)
+        assert run_device(settings) == torch.device(device)

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from adamerge import AdamergeError, processes
-from adamerge.processes import LostProcess, together
+from adamerge import AdamergeError
+from adamerge.cli import processes
+from adamerge.cli.processes import LostProcess, together
 
 RUN = Path("runs/a")
 
@@ -78,7 +79,7 @@ def test_a_process_that_waits_for_a_lost_one_ends(
 
 
 def test_a_parent_that_was_killed_is_outlived() -> None:
-    code = "import os, time; from adamerge.processes import outlived; parent = os.getppid()\n"
+    code = "import os, time; from adamerge.cli.processes import outlived; parent = os.getppid()\n"
     code += "print('ready', flush=True); time.sleep(0.5); print(outlived(parent), flush=True)"
     shell = ["sh", "-c", f'{sys.executable} -c "$CODE"; true']
     environment = {**os.environ, "CODE": code}

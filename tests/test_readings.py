@@ -13,13 +13,13 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from adamerge import readings
-from adamerge.adaptation import Adaptation
-from adamerge.callbacks import Checkpoints, Progress
-from adamerge.encoders import Normalizer
-from adamerge.errors import AdamergeError
-from adamerge.objectives import Entropy
-from adamerge.readings import Readings
+from adamerge._base.errors import AdamergeError
+from adamerge.encoders.clip import Normalizer
+from adamerge.learn import readings
+from adamerge.learn.adaptation import Adaptation
+from adamerge.learn.callbacks import Checkpoints, Progress
+from adamerge.learn.objectives import Entropy
+from adamerge.learn.readings import Readings
 from tests import golden_data as golden
 from tests.test_contract import make
 

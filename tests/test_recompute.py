@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamerge.adaptation import step_loss
 from adamerge.cli import main
-from adamerge.objectives import Entropy
-from adamerge.recompute import recomputing
-from adamerge.towers import Tower, resblocks
+from adamerge.encoders.tower import Tower, resblocks
+from adamerge.learn.blocks import recomputing
+from adamerge.learn.objectives import Entropy
+from adamerge.learn.step import step_loss
 from tests import golden_data as golden
 from tests.test_contract import make
 from tests.tiny import learned

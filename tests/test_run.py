@@ -23,9 +23,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adamerge import config, deliver, run, tracking
-from adamerge.cli import main
-from adamerge.encoders import Normalizer, Tower
+from adamerge.cli import main, results
+from adamerge.cli import train as run
+from adamerge.cli.job import load_job
+from adamerge.config import settings as config
+from adamerge.encoders.clip import Normalizer
+from adamerge.encoders.tower import Tower
+from adamerge.report import tracking
 from tests import tiny
 from tests.processes import started, train_on_ranks
 
@@ -494,7 +498,7 @@ for mode in ("auto", "offline"):
 def test_an_export_that_differs_is_refused_and_leaves_nothing(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    job = deliver.load_job(config.load_run(done))
+    job = load_job(config.load_run(done))
     true_fold = type(job.module.method).fold
 
     def wrong_fold(method: torch.nn.Module) -> torch.nn.Module:
@@ -567,11 +571,11 @@ def test_a_crash_while_saving_keeps_the_checkpoint_before(
 
 
 def test_an_export_carries_a_tokenizers_own_files(done: Path, tmp_path: Path) -> None:
-    job = deliver.load_job(config.load_run(done))
+    job = load_job(config.load_run(done))
     vocabulary = tmp_path / "vocab.json"
     vocabulary.write_text("{}")
     job.suite.clip.extras = (vocabulary,)
-    deliver.export_merged(job, tmp_path / "merged", {}, "")
+    results.export_merged(job, tmp_path / "merged", {}, "")
     assert (tmp_path / "merged" / "vocab.json").read_text() == "{}"
 
 

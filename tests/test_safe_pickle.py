@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from adamerge import AdamergeError
-from adamerge.checkpoints import read
-from adamerge.pickled import Named, Refused, Standin
-from adamerge.safe_pickle import load
-from adamerge.torch_files import TorchFile
+from adamerge.weights.formats.pickled import Named, Refused, Standin
+from adamerge.weights.formats.read import read
+from adamerge.weights.formats.safe_pickle import load
+from adamerge.weights.formats.torch_files import TorchFile
 
 PROTO = b"\x80\x02"
 

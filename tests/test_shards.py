@@ -12,10 +12,10 @@ from torch import Tensor
 
 import adamerge
 from adamerge import TaskVectors
-from adamerge.adaptation import step_loss
+from adamerge.learn.step import step_loss
 from adamerge.methods import AdaMerging
-from adamerge.shards import ShardedTaskVectors, cut
-from adamerge.storage import Storage
+from adamerge.weights.shards import ShardedTaskVectors, cut
+from adamerge.weights.storage import Storage
 from tests import golden_data as golden
 from tests.processes import METHOD
 

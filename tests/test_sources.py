@@ -24,11 +24,13 @@ import webdataset
 import yaml
 from PIL import Image
 
-from adamerge import AdamergeError, arrays, config, sources
-from adamerge.arrays import ArraySource
+from adamerge import AdamergeError
 from adamerge.cli import main
-from adamerge.image_cache import TaskImages, cache_images
-from adamerge.sources import open_dataset
+from adamerge.config import settings as config
+from adamerge.images import arrays, sources
+from adamerge.images.arrays import ArraySource
+from adamerge.images.cache import TaskImages, cache_images
+from adamerge.images.sources import open_dataset
 from tests import tiny
 
 CFG = open_clip.transform.PreprocessCfg(size=16)
@@ -660,7 +662,7 @@ def test_a_pointer_in_a_saved_folder(tmp_path: Path) -> None:
         ({"path": "x", "image": None}, r"image is None: expected a text$"),
         ({"path": "x", "name": 3}, r"name is 3: expected a text or null$"),
         ({"path": "x", "revision": 1.5}, r"revision is 1\.5: expected a text or null$"),
-        ({"_target_": "adamerge.demo_images.dataset", "task": "digits", "split": "test",
+        ({"_target_": "adamerge.images.demo.dataset", "task": "digits", "split": "test",
           "label": 3}, r"label is 3: expected a text or null$"),
     ],
 )  # fmt: skip

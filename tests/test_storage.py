@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adamerge
-from adamerge import AdamergeError, TaskVectors, merging, storage, task_vectors, weight_files
-from adamerge.adaptation import step_loss
-from adamerge.mapped import MappedLayers
+from adamerge import AdamergeError, TaskVectors
+from adamerge.learn.step import step_loss
 from adamerge.methods import AdaMerging
-from adamerge.storage import Layer, Storage, contract, keep, merge
-from adamerge.transforms import ties
-from adamerge.weight_files import open_weights
+from adamerge.transforms.sparse import ties
+from adamerge.weights import merging, storage, task_vectors
+from adamerge.weights.disk import MappedLayers
+from adamerge.weights.formats import files
+from adamerge.weights.formats.files import open_weights
+from adamerge.weights.storage import Layer, Storage, contract, keep, merge
 from tests import golden_data as golden
 
 SHAPES = [(), (7,), (5, 3), (4, 3, 2, 2), (1, 9), (6, 1)]
@@ -337,7 +339,7 @@ def test_storage_settings_are_checked(settings: dict, message: str) -> None:
 def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_files, "_AT_HAND", 0)
+    monkeypatch.setattr(files, "_AT_HAND", 0)
     path, other = tmp_path / "expert.safetensors", tmp_path / "other.safetensors"
     state = {"a": torch.ones(4), "b": torch.ones(4)}
     save_file(state, path)

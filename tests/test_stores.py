@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import adamerge
-from adamerge import AdamergeError, build, config, inputs
+from adamerge import AdamergeError
 from adamerge.cli import main
-from adamerge.experts import Experts
+from adamerge.config import build, inputs
+from adamerge.config import settings as config
+from adamerge.encoders.experts import Experts
 from adamerge.methods import Surgery
 from tests.tiny import learned, make_suite
 

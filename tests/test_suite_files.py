@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from adamerge import AdamergeError, config, inputs
+from adamerge import AdamergeError
 from adamerge.cli import main
-from adamerge.suite_files import require_root
+from adamerge.config import inputs
+from adamerge.config import settings as config
+from adamerge.config.suite_files import require_root
 from tests import tiny
 from tests.test_suites import load as load_suite
 from tests.test_suites import task_file
@@ -29,7 +31,7 @@ def test_an_entry_goes_over_its_task_file(tmp_path: Path) -> None:
         "  two: {task: svhn, expert: a.pt, data: {split: extra, label: null}}\n"
         "  three: {task: svhn, expert: a.pt, templates: ['{}'], data: images}\n"
         "  four:\n    task: svhn\n    expert: a.pt\n"
-        "    data: {_target_: adamerge.demo_images.dataset, task: digits, split: test}\n",
+        "    data: {_target_: adamerge.images.demo.dataset, task: digits, split: test}\n",
     )
     tasks = load_suite(f"suite={path}", "suite.tasks.one.data.split=train")["tasks"]
     assert tasks["one"] == {
@@ -39,7 +41,7 @@ def test_an_entry_goes_over_its_task_file(tmp_path: Path) -> None:
     assert tasks["three"]["data"] == {"path": "images"}
     assert tasks["three"]["templates"] == ["{}"] and tasks["three"]["classes"] == svhn["classes"]
     assert tasks["four"]["data"] == {
-        "_target_": "adamerge.demo_images.dataset", "task": "digits", "split": "test"
+        "_target_": "adamerge.images.demo.dataset", "task": "digits", "split": "test"
     }  # fmt: skip
 
 

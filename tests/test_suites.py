@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-from adamerge import build, config
 from adamerge.cli import main
-from adamerge.inference import architecture_names
+from adamerge.config import build
+from adamerge.config import settings as config
+from adamerge.encoders.architectures import architecture_names
 
 # The public tasks, in the order of the papers: classes, templates, data set, split, first and last
 # class. Counts and data sets as FusionBench and task arithmetic document them.

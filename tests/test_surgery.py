@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import adamerge
-from adamerge import objectives
-from adamerge.adaptation import Adaptation, step_loss
-from adamerge.data import Stream, UnlabeledBatches
-from adamerge.encoders import Experts, Normalizer, PerTaskEncoder, Tower, merged_encoder
-from adamerge.features import StoredBatches, content_key, online_steps, stored_features
+from adamerge.encoders.clip import Normalizer
+from adamerge.encoders.experts import Experts, PerTaskEncoder
+from adamerge.encoders.tower import Tower, merged_encoder
+from adamerge.images.batches import Stream, UnlabeledBatches
+from adamerge.learn import objectives
+from adamerge.learn.adaptation import Adaptation
+from adamerge.learn.features import StoredBatches, content_key, online_steps, stored_features
+from adamerge.learn.objectives import ExpertKL, ExpertL1
+from adamerge.learn.step import step_loss
 from adamerge.methods import Surgery, WEMoE
-from adamerge.objectives import ExpertKL, ExpertL1
 from tests import golden_data as golden
 from tests import reference
 

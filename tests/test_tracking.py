@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import wandb
 
-from adamerge import tracking
+from adamerge.report import tracking
 
 KEY = "0123456789" * 4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adamerge import AdamergeError, TaskVectors
-from adamerge.transforms import ties
+from adamerge.transforms.sparse import ties
 from tests import reference
 
 

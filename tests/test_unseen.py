@@ -11,9 +11,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from adamerge import build, config, deliver, evaluation
 from adamerge.cli import main
-from adamerge.evaluation import Row, Scorer
+from adamerge.cli.job import load_job
+from adamerge.config import build
+from adamerge.config import settings as config
+from adamerge.report.evaluation import Row, Scorer
+from adamerge.report.result_files import as_json, as_markdown
 from tests import tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -78,7 +81,7 @@ def test_what_learns_is_never_given_an_unseen_task(
 ) -> None:
     settings = config.load([f"suite={halves[1]}", *words])
     build.check(settings)
-    job = deliver.load_job(settings)
+    job = load_job(settings)
     assert job.unseen is not None and job.unseen[0].tasks == ("dots",)
     assert job.suite.heads.tasks == job.module.heads.tasks == ("stripes",)
     assert job.suite.task_vectors.tasks == ("stripes",)
@@ -156,7 +159,7 @@ def test_a_scorer_says_of_an_unseen_image_that_its_task_is_none(
             return torch.ones(len(images), tiny.MODEL["embed_dim"])  # type: ignore[call-overload]
 
     settings = config.load([f"suite={halves[1]}", *words])
-    scorer = deliver.load_job(settings).scorer(torch.device("cpu"))
+    scorer = load_job(settings).scorer(torch.device("cpu"))
     encoder = Recorder()
     row = scorer.row("x", encoder)
     assert encoder.seen == [0, -1]
@@ -167,7 +170,7 @@ def test_a_scorer_says_of_an_unseen_image_that_its_task_is_none(
 def test_tables_where_only_one_kind_of_task_has_labels() -> None:
     def table(accuracy: dict[str, float], unseen: dict[str, float]) -> str:
         row = Row("mine", accuracy, unseen=unseen)
-        return evaluation.as_markdown(evaluation.as_json([row], "s", "m", "paper", 0))
+        return as_markdown(as_json([row], "s", "m", "paper", 0))
 
     assert "| **mine** | 50.0 |" in table({}, {"a": 0.5}) and "normalized" not in table(
         {}, {"a": 0.5}

@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adamerge
-from adamerge import gated
-from adamerge.adaptation import step_loss
-from adamerge.encoders import Tower, merged_encoder
-from adamerge.gated import DenseDeltas, SparseDeltas, gated_linear, largest
-from adamerge.methods import AdaMerging, WEMoE
-from adamerge.mixtures import DynamicEncoder
-from adamerge.objectives import Entropy
+from adamerge.encoders.tower import Tower, merged_encoder
+from adamerge.learn.objectives import Entropy
+from adamerge.learn.step import step_loss
+from adamerge.methods import AdaMerging, WEMoE, gated
+from adamerge.methods.gated import DenseDeltas, SparseDeltas, gated_linear, largest
+from adamerge.methods.mixtures import DynamicEncoder
 from tests import golden_data as golden
 from tests import reference
 

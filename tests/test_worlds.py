@@ -17,14 +17,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adamerge import AdamergeError, config
-from adamerge.checkpoints import load_pretrained, read
+from adamerge import AdamergeError
 from adamerge.cli import main
-from adamerge.convert import convert
-from adamerge.encoders import build_clip
-from adamerge.inputs import load_clip, load_suite
-from adamerge.layouts import tower_to_transformers
-from adamerge.model_configs import to_transformers
+from adamerge.cli.convert import convert
+from adamerge.config import settings as config
+from adamerge.config.inputs import load_clip, load_suite
+from adamerge.encoders.clip import build_clip
+from adamerge.encoders.model_configs import to_transformers
+from adamerge.encoders.pretrained import load_pretrained
+from adamerge.weights.formats.layouts import tower_to_transformers
+from adamerge.weights.formats.read import read
 from tests.tiny import CLASSES, images, make_suite
 
 QUICK = ["trainer.max_steps=4", "trainer.accelerator=cpu", "batch_size=4", "wandb=off",

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adamerge.encoders import build_clip
+from adamerge.encoders.clip import build_clip
 from adamerge.methods import AdaMerging
 
 MODEL = {

@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adamerge.encoders import FoldedEncoder, Tower, merged_encoder
-from adamerge.errors import AdamergeError
+from adamerge._base.errors import AdamergeError
+from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder
 from adamerge.methods.base import MergeMethod
-from adamerge.task_vectors import TaskVectors
+from adamerge.weights.task_vectors import TaskVectors
 
 
 class AdaMerging(MergeMethod):
     """`W_l = θ0_l + Σ_t λ[t, l] τ[t, l]` with learnable merging coefficients λ.
 
     AdaMerging: Adaptive Model Merging for Multi-Task Learning (arXiv 2310.02575). Task arithmetic
-    is this with no step taken; AdaMerging++ is this on `transforms.ties(task_vectors)`.
+    is this with no step taken; AdaMerging++ is this on `sparse.ties(task_vectors)`.
 
     Args:
         backbone: the image tower (`model.visual`), for its architecture only; left unchanged.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adamerge.errors import AdamergeError
+from adamerge._base.errors import AdamergeError
 
 
 class MergeMethod(nn.Module):

@@ -8,11 +8,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from adamerge.adapters import AdaptedEncoder, Adapter, Change, activation_of, changer
-from adamerge.errors import AdamergeError
-from adamerge.experts import PerTaskEncoder
+from adamerge._base.errors import AdamergeError
+from adamerge.encoders.experts import PerTaskEncoder
+from adamerge.encoders.tower import FoldedEncoder, Tower, block_widths, resblocks, tapped, traced
+from adamerge.methods.adapters import AdaptedEncoder, Adapter, Change, activation_of, changer
 from adamerge.methods.base import MergeMethod
-from adamerge.towers import FoldedEncoder, Tower, block_widths, resblocks, tapped, traced
 
 
 class Surgery(MergeMethod):

@@ -9,10 +9,18 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from adamerge.errors import AdamergeError
-from adamerge.experts import PerTaskEncoder
+from adamerge._base.errors import AdamergeError
+from adamerge.encoders.experts import PerTaskEncoder
+from adamerge.encoders.tower import (
+    FoldedEncoder,
+    Tower,
+    block_widths,
+    equal_runs,
+    resblocks,
+    tapped,
+)
 from adamerge.methods.base import MergeMethod
-from adamerge.mixtures import (
+from adamerge.methods.mixtures import (
     DynamicEncoder,
     Router,
     expert_mlps,
@@ -22,8 +30,7 @@ from adamerge.mixtures import (
     routers_of,
     within,
 )
-from adamerge.task_vectors import TaskVectors
-from adamerge.towers import FoldedEncoder, Tower, block_widths, equal_runs, resblocks, tapped
+from adamerge.weights.task_vectors import TaskVectors
 
 
 class WEMoE(MergeMethod):

@@ -1,0 +1,1 @@
+"""What every room stands on: errors, files, dotted paths; it knows nothing of merging."""

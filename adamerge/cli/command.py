@@ -1,0 +1,237 @@
+"""The `adamerge` command. Heavy imports wait until a subcommand needs them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+_SETTINGS = "settings as key=value (see `adamerge show config`), like optim.lr=1e-3"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: train, check, evaluate, export, convert, show."""
+    top = argparse.ArgumentParser(
+        prog="adamerge",
+        description="Merge fine-tuned experts into one model by learning how to merge, "
+        "without labels.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="learn a merge and export it",
+        description="Learn merging coefficients on unlabeled images, score the merged model and "
+        "export it to runs/<suite>-<method>-<time>/. The same as `python train.py`.",
+        epilog="examples: adamerge train suite=demo method=layer_wise_pp objective=infomax "
+        "optim.lr=3e-3 | adamerge train resume=runs/demo-layer_wise-20260101-120000",
+    )
+    train.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+    check = commands.add_parser(
+        "check",
+        help="look at a suite before training: does every expert solve its own task?",
+        description="Load everything the settings name, score every expert on every task on a few "
+        "images, estimate memory and time, and say what looks wrong. Status 1 if there is a "
+        "problem.",
+    )
+    check.add_argument("--to", type=Path, default=None, help="also write preflight.json, .md here")
+    check.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a run or an exported folder",
+        description="Score an exported folder on a suite, beside the suite's own baselines.",
+    )
+    evaluate.add_argument("--to", type=Path, default=None, help="default: TARGET/evaluation")
+    evaluate.add_argument("target", type=Path, help="a run folder, or an exported folder")
+    evaluate.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+    export = commands.add_parser(
+        "export",
+        help="export a run's last checkpoint",
+        description="Fold the last checkpoint of a run and export it, verified. fold=per_task or "
+        "fold=single choose another fold of methods that have one.",
+    )
+    export.add_argument("run", type=Path, help="a run folder")
+    export.add_argument("--to", type=Path, default=None, help="default: RUN/merged")
+    export.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+    _add_convert(commands)
+    _add_init(commands)
+    show = commands.add_parser(
+        "show",
+        help="list suites, methods, objectives, tasks; print a resolved config",
+        description="List what can be named on the command line, or print the resolved "
+        "configuration of a set of settings.",
+    )
+    show.add_argument(
+        "what",
+        nargs="?",
+        default="all",
+        choices=["all", "suites", "methods", "objectives", "tasks", "config"],
+    )
+    show.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+    return top
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write any checkpoint as an open_clip or transformers folder",
+        description="Write a checkpoint of any format that can be read (open_clip, transformers, "
+        "pickled module, LoRA adapter; a path or hf://owner/repo) as a folder of another layout, "
+        "exactly, without executing anything in it.",
+    )
+    convert.add_argument("source", help="file, folder, or hf://owner/repo[@revision][/file]")
+    convert.add_argument("folder", type=Path, help="a new folder")
+    convert.add_argument("--to", default="open_clip", choices=["open_clip", "transformers"])
+    convert.add_argument(
+        "--pretrained", help="the whole CLIP a tower or adapter was fine-tuned from"
+    )
+    convert.add_argument("--architecture", help="an open_clip model name or folder, if not told")
+
+
+def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a suite by looking at a folder of checkpoints",
+        description="Look at the checkpoints in a folder and one level below, and write a suite of "
+        "them: architecture, pretrained model and tasks as far as files, shapes and names tell, "
+        "and FILL IN where they do not. Nothing is asked, and nothing in a checkpoint is executed.",
+    )
+    init.add_argument("folder", type=Path, help="weight files, or a folder per checkpoint")
+    init.add_argument("--to", type=Path, default=Path("my_suite.yaml"), help="a new file")
+    init.add_argument("--pretrained", help="an open_clip tag, path or hf://…, if not told")
+    init.add_argument("--architecture", help="an open_clip model name or folder, if not told")
+    init.add_argument("--data", type=Path, help="a folder with images per task, named like them")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; a user's mistake prints one sentence and gives status 2."""
+    options = _parsed(arguments)
+    # Must be set before torch loads OpenMP: threads that spin while they wait make a run many
+    # times slower as soon as another program wants the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("adamerge").setLevel(logging.INFO)
+    from safetensors import SafetensorError
+
+    from adamerge._base.errors import AdamergeError
+
+    try:
+        with _ended_by_sigterm():
+            return _run(options)
+    except AdamergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output, like `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = error.filename or "a file of the run or the cache"
+        print(
+            f"error: cannot use {where} ({error.strerror or error}): free space, or choose another "
+            "place with run_dir= or cache_dir=",
+            file=sys.stderr,
+        )
+    except SafetensorError as error:
+        print(f"error: cannot write a weight file ({error}): free space there", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, _Terminated)
+        print("terminated" if terminated else "interrupted", file=sys.stderr)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    return 2
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `_Terminated`, once; a second one has its usual effect."""
+    before, owner = signal.getsignal(signal.SIGTERM), os.getpid()
+    if before != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield  # whoever calls us has a way of its own
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:  # a process that was forked from this one
+            os.kill(os.getpid(), number)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, with settings also after options: `export RUN --to FOLDER fold=single`."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if rest and (not hasattr(options, "settings") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.settings += rest
+    for name, value in vars(options).items():
+        if isinstance(value, str | Path):  # a shell replaces ~ only where it begins a word
+            setattr(options, name, type(value)(os.path.expanduser(value)))
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "show":
+        return _show(options.what, options.settings)
+    if options.command == "init":
+        from adamerge.cli.init import init
+
+        told = (options.pretrained, options.architecture, options.data)
+        print("\n".join(init(options.folder, options.to, *told)))
+        return 0
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker and DDP processes
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|open_clip|timm)\b")
+    if options.command == "convert":
+        from adamerge.cli import convert
+
+        given = (options.pretrained, options.architecture)
+        convert.convert(options.source, options.folder, options.to, *given)
+        print(f"converted, and read back with equal weights: {options.folder}")
+        return 0
+    from adamerge.cli import check, results, train
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it sets its own on import
+    if options.command == "train":
+        return train.train(options.settings)
+    if options.command == "check":
+        return check.check(options.settings, options.to)
+    if options.command == "evaluate":
+        return results.evaluate(options.target, options.settings, options.to)
+    return results.export_run(options.run, options.to, options.settings)
+
+
+def _show(what: str, settings: Sequence[str]) -> int:
+    from adamerge.config import settings as config
+
+    if what == "config":
+        loaded = config.load(settings)
+        from adamerge.config import build
+
+        build.check(loaded)
+        print(config.text(loaded))
+        return 0
+    for group in (*config.GROUPS, "task"):
+        if what in ("all", f"{group}s"):
+            print(f"{group}s ({config.config_root() / group}):")
+            width = max(map(len, config.names(group))) + 2
+            for name in config.names(group):
+                file = config.config_root() / group / f"{name}.yaml"
+                first = file.read_text(encoding="utf-8").split("\n")[0]
+                said = first.removeprefix("#").strip() if first[:1] == "#" else ""
+                print(f"  {name:<{width}}{said}")
+    return 0

@@ -1,0 +1,1 @@
+"""YAML and `key=value` in, checked objects out: settings, a suite, a run's inputs, what learns."""

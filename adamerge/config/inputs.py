@@ -1,0 +1,271 @@
+"""From a configuration to a run's inputs: pretrained model, task vectors, heads, images."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamerge import __version__
+from adamerge._base.errors import AdamergeError
+from adamerge._base.files import locked, sha256
+from adamerge._base.kept import Digest, Kept, remembered
+from adamerge.config.device import may_touch_gpu
+from adamerge.config.settings import Config
+from adamerge.config.suite_files import require_root
+from adamerge.encoders.architectures import is_known
+from adamerge.encoders.clip import Clip, Normalizer, build_clip
+from adamerge.encoders.heads import Heads, Prompts, zero_shot_heads
+from adamerge.encoders.pretrained import check_stated, load_pretrained
+from adamerge.images.cache import TaskImages, cache_images
+from adamerge.images.sources import open_dataset
+from adamerge.learn.data import TaskData
+from adamerge.learn.features import content_key
+from adamerge.report.evaluation import Scorer
+from adamerge.weights.formats import hub
+from adamerge.weights.formats.read import Checkpoint, read, read_head, tower_state
+from adamerge.weights.storage import Storage
+from adamerge.weights.task_vectors import TaskVectors
+
+log = logging.getLogger("adamerge")
+
+
+@dataclass
+class Suite:
+    """What is merged, loaded.
+
+    Attributes:
+        task_vectors: untransformed.
+        files: sha256 of every weight file, by where it is used (`pretrained`, task names).
+        key: of the weights: another one as soon as one of them, or the architecture, is another.
+        digest: gives the sha256 of a file.
+    """
+
+    clip: Clip
+    task_vectors: TaskVectors
+    heads: Heads
+    files: dict[str, dict[str, str]]
+    key: str
+    digest: Digest
+
+
+@dataclass
+class Inputs:
+    """What settings name, loaded; nothing learns yet.
+
+    Attributes:
+        unseen: heads and images of the tasks that are only scored.
+    """
+
+    settings: Config
+    suite: Suite
+    data: TaskData
+    unseen: tuple[Heads, TaskData] | None
+
+    def kept(self, kind: str, *parts: object) -> Kept:
+        """What is kept, of one kind, of these weights in this version and `parts`."""
+        key = content_key({}, __version__, self.suite.key, *parts)
+        return Kept(cache_root(self.settings) / kind / f"{key}.json")
+
+    def scorer(self, device: torch.device) -> Scorer:
+        """Measures encoders on the suite's scored images, those of unseen tasks included."""
+        size = self.settings["evaluate"]["batch_size"]
+        scale = normalizer(self.suite.clip)
+        unseen = None
+        if self.unseen is not None:
+            heads, data = self.unseen
+            unseen = Scorer(heads, scale, data, device, size, merged=False)
+        return Scorer(self.suite.heads, scale, self.data, device, size, unseen=unseen)
+
+
+def cache_root(config: Config) -> Path:
+    """Where preprocessed images and heads are kept."""
+    if config["cache_dir"]:
+        return Path(config["cache_dir"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "adamerge"
+
+
+def load_clip(suite: Config, digest: Digest = sha256) -> tuple[Clip, dict[str, dict[str, str]]]:
+    """The pretrained CLIP of a suite and the record of its file."""
+    source, architecture = str(suite["pretrained"]), suite.get("architecture")
+    if is_known(architecture) and not (Path(source).exists() or hub.is_hub(source)):
+        clip = build_clip(str(architecture), source)
+        assert clip.weights is not None  # a tag was given
+        return clip, {"pretrained": {"path": source, "sha256": digest(clip.weights)}}
+    checkpoint = read(source)
+    clip = build_clip(_architecture(architecture, checkpoint))
+    load_pretrained(clip, checkpoint, _needs_text(suite), suite.get("logit_scale"))
+    check_stated(clip, checkpoint, str(architecture))
+    return clip, {"pretrained": checkpoint.record(digest)}
+
+
+def _needs_text(suite: Config) -> bool:
+    """Whether a head is made by the text tower."""
+    entries = {**suite.get("tasks", {}), **(suite.get("unseen") or {})}
+    return not entries or any(entry.get("head") is None for entry in entries.values())
+
+
+def _architecture(given: Any, pretrained: Checkpoint) -> str:
+    """The architecture as named, fetched from the hub, or as the pretrained's folder says."""
+    if given is not None:
+        return str(hub.fetch(str(given)).path) if hub.is_hub(str(given)) else str(given)
+    folder = pretrained.files[0].parent
+    if any((folder / name).is_file() for name in ("open_clip_config.json", "config.json")):
+        return str(folder)
+    raise AdamergeError(
+        f"the architecture is not named (suite.architecture, or --architecture), and {folder} has "
+        "no open_clip_config.json or config.json that would tell it: name an open_clip model, like "
+        "ViT-B-32-quickgelu"
+    )
+
+
+def load_suite(config: Config) -> Suite:
+    """Pretrained model, task vectors and heads; experts are read tensor by tensor."""
+    suite, digest = config["suite"], remembered(cache_root(config))
+    require_root(suite)
+    clip, files = load_clip(suite, digest)
+    experts, sources = {}, {"pretrained": str(suite["pretrained"])}
+    for task, entry in suite["tasks"].items():
+        expert = read(str(entry["expert"]))
+        sources[task], files[task] = expert.source, expert.record(digest)
+        fill = "pretrained" in (entry.get("missing"), suite.get("missing"))
+        experts[task] = tower_state(expert, clip.backbone, fill)
+        check_stated(clip, expert, str(suite.get("architecture")))
+        if entry.get("head") is not None:
+            files[f"head of {task}"] = read(entry["head"]).record(digest)
+    shape = json.dumps(clip.config["model_cfg"], sort_keys=True)
+    weights = [files[key]["sha256"] for key in ("pretrained", *suite["tasks"])]
+    key = content_key({}, *weights, *suite["tasks"], shape)
+    storage = _storage(config, key)
+    state = clip.backbone.state_dict()
+    buffers = [name for name, _ in clip.backbone.named_buffers()]
+    vectors = _task_vectors(state, experts, sources, storage, buffers)
+    return Suite(clip, vectors, load_heads(config, clip), files, f"{key}-{storage.dtype}", digest)
+
+
+def _storage(config: Config, key: str) -> Storage:
+    """How the experts' own task vectors are kept: those that a transform changes, in float32."""
+    asked = config["task_vectors"]
+    dtype = "float32" if config["transform"] else asked["dtype"]
+    device = "disk" if asked["shard"] else asked["device"]
+    if device != "disk":
+        return Storage(dtype, device, pinned=may_touch_gpu(config["trainer"]))
+    return Storage(
+        dtype, device, cache_root(config) / "task_vectors" / f"{key}-{dtype}.safetensors"
+    )
+
+
+def _task_vectors(
+    pretrained: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    sources: Mapping[str, str],
+    storage: Storage,
+    buffers: Sequence[str],
+) -> TaskVectors:
+    """Computed; or where they are kept on disk, once, by the first process that wants them."""
+
+    def made() -> TaskVectors:
+        return TaskVectors(
+            pretrained, experts, sources=sources, share=True, storage=storage, buffers=buffers
+        )
+
+    if storage.file is None:
+        return made()
+
+    def known() -> TaskVectors | None:
+        """Those on disk, if they are there and sound."""
+        if storage.file is None or not storage.file.is_file():
+            return None
+        try:
+            return TaskVectors.mapped(pretrained, storage, experts, buffers)
+        except AdamergeError as error:
+            log.warning("%s now", error)  # "…, and it is made again"
+            return None
+
+    found = known()
+    if found is not None:
+        return found
+    storage.file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(storage.file.with_suffix(".lock")):
+        found = known()  # of a process that has just made them
+        if found is not None:
+            return found
+        log.info("task vectors are written to %s", storage.file)
+        return made()
+
+
+def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:
+    """Zero-shot heads, but for tasks whose `head:` names a stored one."""
+    stored = {
+        task: read_head(entry["head"])
+        for task, entry in config["suite"][part].items()
+        if entry.get("head") is not None
+    }
+    return zero_shot_heads(clip, prompts(config, part), cache_root(config), stored)
+
+
+def prompts(config: Config, part: str = "tasks") -> dict[str, Prompts]:
+    """Class names and templates per task; `part` is `tasks` or `unseen`."""
+    return {
+        task: Prompts(tuple(map(str, entry["classes"])), tuple(map(str, entry["templates"])))
+        for task, entry in (config["suite"].get(part) or {}).items()
+    }
+
+
+def load_data(config: Config, clip: Clip) -> TaskData:
+    """The cached images of every merged task, made on first use."""
+    images = _load_images(config, clip, "tasks")
+    return TaskData(
+        images, config["batch_size"], config["seed"], config["protocol"], config["num_workers"]
+    )
+
+
+def load_unseen(config: Config, clip: Clip) -> tuple[Heads, TaskData] | None:
+    """Heads and images of the tasks that are only scored, all of their images; None without any.
+
+    They are kept apart from those of the merged tasks, which is all that a method, an objective
+    and the batches get.
+    """
+    asked = prompts(config, "unseen")
+    if not asked:
+        return None
+    images = _load_images(config, clip, "unseen")
+    return load_heads(config, clip, "unseen"), TaskData(images)
+
+
+def _load_images(config: Config, clip: Clip, part: str) -> dict[str, TaskImages]:
+    images = {}
+    for task, asked in prompts(config, part).items():
+        source = config["suite"][part][task]["data"]
+        images[task] = cache_images(
+            task,
+            open_dataset(task, source, part),
+            asked.classes,
+            clip.preprocess_cfg,
+            cache_root(config),
+            config["on_bad_image"],
+            str(source.get("image", "image")),
+            source.get("label", "label"),
+            "label" in source and source["label"] is not None,
+        )
+    return images
+
+
+def normalizer(clip: Clip) -> Normalizer:
+    """The backbone's own normalisation."""
+    return Normalizer(clip.preprocess_cfg.mean, clip.preprocess_cfg.std)
+
+
+def load(settings: Config) -> Inputs:
+    """Loads the weights, heads and images that a checked configuration names."""
+    suite = load_suite(settings)
+    data = load_data(settings, suite.clip)
+    return Inputs(settings, suite, data, load_unseen(settings, suite.clip))

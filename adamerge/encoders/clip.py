@@ -1,0 +1,269 @@
+"""Encoders: anything called as `encoder(images [B, 3, H, W], task_ids [B]) -> features [B, D]`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from adamerge._base.errors import AdamergeError
+from adamerge._base.files import read_json
+from adamerge.encoders import model_configs
+from adamerge.encoders.model_check import check_model_config, check_preprocess_config, refuse_code
+from adamerge.encoders.tower import Tower
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
+
+# What open_clip raises of a config that is wrong, or damaged in any way.
+_REFUSALS = (
+    *(TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError),
+    *(AssertionError, OSError),
+)
+
+
+@dataclass
+class Clip:
+    """An open_clip model with what is needed to use it and to write it again.
+
+    Attributes:
+        model: the CLIP; its image tower is `model.visual`, the backbone of every method.
+        config: `{"model_cfg": …, "preprocess_cfg": …}` as in an `open_clip_config.json`.
+        tokenizer: texts -> token ids `[n, context]`.
+        weights: the file an open_clip tag was read from, if one was named.
+        extras: files of a tokenizer of its own, which an export must carry along.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    tokenizer: Callable[..., Tensor]
+    weights: Path | None = None
+    extras: tuple[Path, ...] = ()
+
+    @property
+    def backbone(self) -> nn.Module:
+        return cast(nn.Module, self.model.visual)
+
+    @property
+    def preprocess_cfg(self) -> open_clip.transform.PreprocessCfg:
+        """The open_clip preprocessing of this model's images."""
+        return open_clip.transform.PreprocessCfg(**self.config["preprocess_cfg"])
+
+
+def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
+    """The open_clip model of an architecture, on the CPU in float32, in evaluation mode.
+
+    Args:
+        architecture: a built-in name (`ViT-B-32`), a folder with `open_clip_config.json`, one of
+            transformers with a CLIP's `config.json`, or the path of a model config in JSON.
+        pretrained_tag: an open_clip weight tag (`openai`, `laion2b_s34b_b79k`) to load; None
+            leaves random weights, to be filled from a file.
+
+    Raises:
+        AdamergeError: unknown name or tag, or an unreadable config.
+    """
+    config = _read_config(architecture, pretrained_tag)
+    # A tokenizer's own files lie beside an open_clip config, or come with the built-in name.
+    own = (Path(architecture) / "open_clip_config.json").is_file()
+    with _built(config, architecture) as (model, folder):
+        tokenizer = _tokenizer(architecture, config, architecture if own else folder)
+    weights = None
+    if pretrained_tag is not None:
+        weights = _download(architecture, pretrained_tag)
+        open_clip.load_checkpoint(model, str(weights), weights_only=True)
+    model.eval().requires_grad_(False)
+    size = getattr(model.visual, "image_size", None) or 224
+    config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
+    extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES if own)
+    return Clip(model, config, tokenizer, weights, tuple(p for p in extras if p.is_file()))
+
+
+def _tokenizer(architecture: str, config: Mapping[str, Any], folder: str) -> Callable[..., Tensor]:
+    """The tokenizer of a built-in architecture, or the one whose files lie in a folder."""
+    told = [Path(architecture, name) for name in ("open_clip_config.json", "config.json")]
+    built_in = architecture in open_clip.list_models() and not any(p.is_file() for p in told)
+    limits = {"trust_remote_code": False, "local_files_only": not built_in}
+    named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    if not built_in:
+        refuse_code(Path(folder), _TOKENIZER_FILES)
+    return cast(
+        Callable[..., Tensor],
+        open_clip.get_tokenizer(
+            architecture if built_in else f"local-dir:{folder}", **(limits if named else {})
+        ),
+    )
+
+
+def build_backbone(config: Mapping[str, Any], name: str) -> nn.Module:
+    """The image tower of an open_clip config, with random weights and without a text tower.
+
+    Args:
+        config: as `Clip.config`.
+        name: what errors call it.
+
+    Raises:
+        AdamergeError: open_clip cannot build it.
+    """
+    image_part = {k: config["model_cfg"].get(k) for k in ("embed_dim", "vision_cfg", "quick_gelu")}
+    image_part["quick_gelu"] = bool(image_part["quick_gelu"])
+    smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    part = {**config, "model_cfg": {**image_part, "text_cfg": smallest}}
+    check_model_config(part["model_cfg"], name)
+    with torch.random.fork_rng(devices=[]), _built(part, name) as (model, _):
+        return cast(nn.Module, model.visual).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _built(config: Mapping[str, Any], name: str) -> Iterator[tuple[nn.Module, str]]:
+    """open_clip's model of a config, and the folder that holds the config meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        # One path for built-in, folder and file alike: open_clip reads configs from a folder.
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
+        try:
+            with _quiet():
+                model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+            yield model, folder
+        except _REFUSALS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise AdamergeError(
+                f"architecture {name!r} is not a model open_clip can build "
+                f"({reason}): expected model_cfg with embed_dim, vision_cfg and text_cfg"
+            ) from error
+        except ImportError as error:
+            raise AdamergeError(
+                f"architecture {name!r} needs a package that is not installed ({error}): "
+                "install it, as with `pip install transformers`"
+            ) from error
+
+
+def _download(architecture: str, tag: str) -> Path:
+    try:
+        return Path(
+            open_clip.pretrained.download_pretrained(
+                open_clip.get_pretrained_cfg(architecture, tag)
+            )
+        )
+    except Exception as error:  # of the hub, the network, the cache: one thing to the user
+        reason = " ".join(str(error).split())[:200]
+        raise AdamergeError(
+            f"pretrained {tag!r} of {architecture} cannot be downloaded ({reason}): connect, or "
+            "name a local checkpoint as suite.pretrained"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns on the root logger of random weights; here they are filled afterwards."""
+    root, before = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+
+
+def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any]:
+    path = Path(architecture)
+    if path.is_dir():
+        theirs, path = path / "config.json", path / "open_clip_config.json"
+        if theirs.is_file() and not path.is_file():
+            return _transformers_config(theirs)
+    preprocess: dict[str, Any] = {}
+    if path.is_file():
+        loaded = read_json(path, "a model config", "expected JSON like an open_clip_config.json")
+        model_cfg, preprocess = loaded.get("model_cfg", loaded), loaded.get("preprocess_cfg", {})
+        check_model_config(model_cfg, str(path))
+        check_preprocess_config(preprocess, str(path))
+    else:
+        if architecture not in open_clip.list_models():  # it would look on the hub, too
+            raise AdamergeError(
+                f"architecture {architecture!r} is neither an open_clip model name nor a folder "
+                "with open_clip_config.json or a CLIP's config.json nor a JSON file: see "
+                "open_clip.list_models()"
+            )
+        model_cfg = open_clip.get_model_config(architecture)
+        _refuse_folders(model_cfg["text_cfg"], architecture)
+        if pretrained_tag is not None:
+            tag_cfg = open_clip.get_pretrained_cfg(architecture, pretrained_tag)
+            if not tag_cfg:
+                tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+                raise AdamergeError(
+                    f"pretrained {pretrained_tag!r} is neither a file nor a weight tag of "
+                    f"{architecture}: its tags are {tags}"
+                )
+            if bool(tag_cfg.get("quick_gelu")) != bool(model_cfg.get("quick_gelu")):
+                other = architecture.removesuffix("-quickgelu")
+                other += "-quickgelu" if tag_cfg.get("quick_gelu") else ""
+                raise AdamergeError(
+                    f"pretrained {pretrained_tag!r} was trained with another activation than "
+                    f"{architecture} has (QuickGELU or not), which silently costs accuracy: set "
+                    f"suite.architecture to {other}"
+                )
+            keys = open_clip.transform.PreprocessCfg.__dataclass_fields__
+            preprocess = {key: value for key, value in tag_cfg.items() if key in keys}
+    return {"model_cfg": copy.deepcopy(model_cfg), "preprocess_cfg": dict(preprocess)}
+
+
+def _refuse_folders(text: Mapping[str, Any], architecture: str) -> None:
+    """transformers prefers a folder to the repository on the hub that an architecture names."""
+    for name in (text.get("hf_model_name"), text.get("hf_tokenizer_name")):
+        if name and Path(name).exists():
+            raise AdamergeError(
+                f"architecture {architecture!r} takes {name} from the hub, but a folder of that "
+                "name lies here and would be read in its place: work in another folder"
+            )
+
+
+def _transformers_config(path: Path) -> dict[str, Any]:
+    processor = path.with_name("preprocessor_config.json")
+    preprocess = read_json(processor) if processor.is_file() else {}
+    config = model_configs.from_transformers(read_json(path), preprocess, str(path))
+    check_model_config(config["model_cfg"], str(path))
+    check_preprocess_config(config["preprocess_cfg"], str(path))
+    return config
+
+
+class Normalizer(nn.Module):
+    """uint8 images to the backbone's normalised floats, a batch at a time, on their device.
+
+    Args:
+        mean, std: per channel, of images scaled to [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 `[B, 3, H, W]` -> float32 `[B, 3, H, W]`."""
+        return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
+
+
+def with_other_activation(backbone: nn.Module) -> Tower | None:
+    """The tower with QuickGELU for GELU, or GELU for QuickGELU; None where it has neither."""
+    tower, quick = Tower(backbone), open_clip.transformer.QuickGELU
+    found = [
+        (module, name, child)
+        for module in tower.skeleton.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.GELU | quick)
+    ]
+    for module, name, child in found:
+        setattr(module, name, quick() if isinstance(child, nn.GELU) else nn.GELU())
+    return tower if found else None

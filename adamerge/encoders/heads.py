@@ -1,0 +1,168 @@
+"""Heads: zero-shot classifiers from the text tower, one per task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import open_clip
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adamerge._base.errors import AdamergeError
+from adamerge._base.files import checksum, replacing
+from adamerge.encoders.clip import Clip
+
+log = logging.getLogger("adamerge")
+
+_FORMAT = 2  # of a stored head; another number makes new files
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the text tower is asked for one task: class names, and templates with a `{}`."""
+
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+class Heads(nn.Module):
+    """Classifier weights per task; `logits = normalize(features) @ weight.T`.
+
+    Args:
+        weights: task -> `[C, D]`, rows already multiplied by the logit scale.
+        classes: task -> its C class names.
+
+    They move with the module, and are not saved in checkpoints.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], classes: Mapping[str, Sequence[str]]) -> None:
+        super().__init__()
+        self.tasks = tuple(weights)
+        self.classes = {task: tuple(classes[task]) for task in self.tasks}
+        for index, task in enumerate(self.tasks):
+            if len(weights[task]) != len(self.classes[task]):
+                raise AdamergeError(
+                    f"head of task {task!r} has {len(weights[task])} rows for "
+                    f"{len(self.classes[task])} class names: expected one row per class"
+                )
+            self.register_buffer(f"weight_{index}", weights[task].detach(), persistent=False)
+
+    def weight(self, task: str) -> Tensor:
+        """The `[C, D]` weight of a task."""
+        return cast(Tensor, getattr(self, f"weight_{self.tasks.index(task)}"))
+
+    def logits(self, features: Tensor, task: str) -> Tensor:
+        """`[B, D]` features (normalised here) -> `[B, C]` logits of a task.
+
+        In the heads' own precision, also under autocast: logits of magnitude 100 do not survive
+        bfloat16.
+        """
+        weight = self.weight(task)
+        with torch.autocast(features.device.type, enabled=False):
+            return nn.functional.normalize(features.to(weight.dtype), dim=-1) @ weight.T
+
+
+def zero_shot_heads(
+    clip: Clip,
+    prompts: Mapping[str, Prompts],
+    cache_dir: Path | None = None,
+    stored: Mapping[str, Tensor] | None = None,
+) -> Heads:
+    """Heads from class names and templates, times `logit_scale.exp()`.
+
+    Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020): the
+    templates of a class are encoded, normalised, averaged and normalised again.
+
+    Args:
+        clip: gives the text tower, the tokenizer and the logit scale.
+        prompts: class names and templates per task.
+        cache_dir: heads are kept here under a hash of the text tower, the prompts and open_clip's
+            version, and read from here when that hash is known.
+        stored: heads `[C, D]` that are given and not made, by task.
+
+    Raises:
+        AdamergeError: a head with NaN, or a stored one that does not fit the tower's features.
+    """
+    tower = _text_hash(clip) if cache_dir is not None else ""
+    weights = {}
+    stored = stored or {}
+    for task, prompt in prompts.items():
+        if task in stored:
+            weights[task] = stored[task]
+            continue
+        if cache_dir is None:
+            weights[task] = _encode(clip, prompt)
+            continue
+        key = hashlib.sha256(
+            json.dumps([_FORMAT, tower, prompt.classes, prompt.templates]).encode()
+        )
+        path = cache_dir / "heads" / f"{key.hexdigest()[:32]}.safetensors"
+        known = _cached(path)
+        if known is not None:
+            weights[task] = known
+        else:
+            weights[task] = _encode(clip, prompt)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            notes = {"checksum": _checksum(weights[task])}
+            with replacing(path) as temporary:
+                save_file({"weight": weights[task]}, temporary, metadata=notes)
+    for task, weight in weights.items():
+        dim = clip.config["model_cfg"]["embed_dim"]
+        if weight.shape[1] != dim:
+            raise AdamergeError(
+                f"head of task {task!r} is for {weight.shape[1]} features, the image tower has "
+                f"{dim}: give the head of the same architecture, or leave head out to make it anew"
+            )
+        if not bool(torch.isfinite(weight).all()):
+            raise AdamergeError(
+                f"head of task {task!r} has NaN or infinite values: the text tower of the "
+                "pretrained checkpoint is damaged; use another one"
+            )
+    return Heads(weights, {task: prompt.classes for task, prompt in prompts.items()})
+
+
+def _cached(path: Path) -> Tensor | None:
+    """A head that was made before; None where it is absent or damaged, and made again."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            weight, notes = file.get_tensor("weight"), file.metadata() or {}
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError):
+        weight, notes = torch.empty(0), {}
+    if notes.get("checksum") == _checksum(weight):
+        return weight
+    log.warning("stored head %s is damaged and made again", path)
+    return None
+
+
+def _checksum(weight: Tensor) -> str:
+    shape = f"{weight.dtype} {list(weight.shape)} ".encode()
+    return checksum(shape + weight.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
+def _encode(clip: Clip, prompt: Prompts) -> Tensor:
+    columns = open_clip.build_zero_shot_classifier(
+        clip.model, clip.tokenizer, list(prompt.classes), list(prompt.templates)
+    )
+    scale = cast(Tensor, clip.model.logit_scale).detach().exp()
+    return (columns.T * scale).contiguous()
+
+
+def _text_hash(clip: Clip) -> str:
+    digest = hashlib.sha256(open_clip.__version__.encode())
+    digest.update(json.dumps(clip.config["model_cfg"], sort_keys=True).encode())
+    for name, tensor in sorted(clip.model.state_dict().items()):
+        if not name.startswith("visual."):
+            digest.update(name.encode())
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(data.numpy())
+    return digest.hexdigest()

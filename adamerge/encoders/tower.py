@@ -1,0 +1,206 @@
+"""Towers: an architecture without weights, and the encoders that weights make of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adamerge._base.errors import AdamergeError
+from adamerge.encoders.fast_paths import attention_for, use_patch_products
+from adamerge.weights.task_vectors import TaskVectors
+
+Tap = Callable[[int, Tensor], Tensor | None]  # (index, output) -> what goes on; None: the same
+
+
+class Tower:
+    """An image tower without its weights: `tower(weights, images) -> features [B, D]`.
+
+    Made of a whole encoder it takes its `task_ids` as well.
+
+    Its own parameters are empty (meta) tensors, so no second copy of the model is held, and the
+    module it was made from is never touched. A plain object, so that it is registered nowhere.
+    """
+
+    # What a call is made within (see `recompute`).
+    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.skeleton = _skeleton(backbone)
+
+    def __call__(
+        self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor | None = None
+    ) -> Tensor:
+        inputs = (images,) if task_ids is None else (images, task_ids)
+        with attention_for(self.skeleton, images.device), self.around():
+            features = pooled(functional_call(self.skeleton, dict(weights), inputs, strict=False))
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise AdamergeError(
+                "the backbone does not return features [B, D] for images [B, 3, H, W]: use an "
+                "open_clip image tower with pooled output"
+            )
+        return features
+
+    def check(self, task_vectors: TaskVectors) -> None:
+        """Raises AdamergeError unless the task vectors are of exactly this tower's tensors."""
+        shapes = {name: list(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
+        given = {**task_vectors.pretrained, **task_vectors.constants}
+        for name in [*shapes, *given]:
+            found = list(given[name].shape) if name in given else "nothing"
+            wanted = shapes.get(name, "nothing")
+            if found != wanted:
+                raise AdamergeError(
+                    f"task vectors do not fit the backbone: tensor {name!r} is {found}, the "
+                    f"backbone has {wanted}; use weights of the same architecture"
+                )
+
+    def filled(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A module of this architecture that holds `weights` (not copied)."""
+        module = copy.deepcopy(self.skeleton)
+        module.load_state_dict(dict(weights), strict=True, assign=True)
+        return module.requires_grad_(False)
+
+    def apply_buffers(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Maps the few real buffers that are no weights (positional tables), e.g. to a device."""
+        for module in self.skeleton.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = fn(buffer)
+
+
+def _skeleton(backbone: nn.Module) -> nn.Module:
+    empty: dict[int, Any] = {}
+    for tensor in backbone.state_dict(keep_vars=True).values():
+        meta = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        empty[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
+    skeleton = copy.deepcopy(backbone, empty).eval().requires_grad_(False)
+    use_patch_products(skeleton)
+    return skeleton
+
+
+def pooled(output: Any) -> Tensor:
+    """The features of a tower that may give its tokens beside them (`output_tokens` of a CoCa)."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def towers_of(module: nn.Module) -> list[Tower]:
+    """The towers that a module holds as plain objects."""
+    return [value for value in vars(module).values() if isinstance(value, Tower)]
+
+
+def resblocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of an open_clip image tower, or of an encoder holding one.
+
+    Raises:
+        AdamergeError: there are none.
+    """
+    tower = getattr(module, "backbone", module)
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) == 0:
+        raise AdamergeError(
+            f"the backbone {type(tower).__name__} has no blocks transformer.resblocks.*: expected "
+            "the VisionTransformer of an open_clip model such as ViT-B-32"
+        )
+    return list(blocks)
+
+
+@contextlib.contextmanager
+def tapped(modules: Sequence[nn.Module], tap: Tap) -> Iterator[None]:
+    """While open, every module's output goes through `tap`."""
+
+    def hook(index: int) -> Callable[..., Tensor | None]:
+        return lambda module, inputs, output: tap(index, output)
+
+    handles = [module.register_forward_hook(hook(i)) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def traced(
+    blocks: Sequence[nn.Module], encode: Callable[[], Tensor], tap: Tap | None = None
+) -> Tensor:
+    """A trace `[B, blocks · W + D]`: the token means after each block, then the features.
+
+    Args:
+        encode: runs the tower that holds `blocks`, giving features `[B, D]`.
+        tap: changes the outputs of the blocks first, `[B, N, W]`.
+    """
+    means: list[Tensor] = []
+
+    def note(index: int, output: Tensor) -> Tensor:
+        changed = None if tap is None else tap(index, output)
+        output = output if changed is None else changed
+        means.append(output.mean(1))
+        return output
+
+    with tapped(blocks, note):
+        features = encode()
+    return torch.cat([*means, features], 1)
+
+
+def equal_runs(task_ids: Tensor) -> list[int] | None:
+    """The tasks of a batch, in order, if it is a run of neighbours per task, all equally long.
+
+    That is how batches come in training: then a batch is `[tasks, images, …]` without an index.
+    """
+    tasks, counts = torch.unique_consecutive(task_ids.cpu(), return_counts=True)
+    found = tasks.tolist()
+    whole = len(set(found)) == len(found) and bool((counts == counts[:1]).all())
+    return found if whole and found else None
+
+
+class FoldedEncoder(nn.Module):
+    """A static encoder: one tower with plain weights, the same for every task.
+
+    Args:
+        tower: the architecture.
+        weights: a full state dict of it; held, not copied.
+    """
+
+    def __init__(self, tower: Tower, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.backbone = tower.filled(weights)
+
+    def forward(self, images: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """`[B, 3, H, W] -> [B, D]`; `task_ids` is accepted and ignored."""
+        return pooled(self.backbone(images))
+
+
+def merged_encoder(
+    tower: Tower, task_vectors: TaskVectors, coefficients: Tensor | float
+) -> FoldedEncoder:
+    """The static encoder of fixed coefficients: `[T]`, `[T, L]`, or one number for all.
+
+    1/T is weight averaging, any other number task arithmetic (arXiv 2212.04089). Buffers are the
+    mean of the experts', whatever the coefficients: see `static_encoder` for the models themselves.
+    """
+    whole = task_vectors.whole
+    first = whole.pretrained[whole.names[0]]
+    if not isinstance(coefficients, Tensor):
+        coefficients = torch.full((len(whole.tasks),), float(coefficients))
+    with torch.no_grad():
+        weights = whole.combine(coefficients.detach().to(first))
+    return FoldedEncoder(tower, {**weights, **whole.constants})
+
+
+def static_encoder(tower: Tower, task_vectors: TaskVectors, task: str | None) -> FoldedEncoder:
+    """The expert of a task, or the pretrained model (None), as it was given."""
+    whole = task_vectors.whole
+    if task is None:
+        buffers = {name: values[0] for name, values in whole.buffers.items()}
+        return FoldedEncoder(tower, {**whole.constants, **whole.pretrained, **buffers})
+    return FoldedEncoder(tower, {**whole.constants, **whole.expert(task)})
+
+
+def block_widths(blocks: Sequence[nn.Module]) -> list[int]:
+    """W of every block: the size of its first normalisation, which all tokens pass."""
+    return [int(cast(Any, block).ln_1.normalized_shape[0]) for block in blocks]

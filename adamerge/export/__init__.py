@@ -1,0 +1,1 @@
+"""A folded encoder written as a folder, verified, and read back."""

@@ -1,0 +1,1 @@
+"""Learning a merge: objectives, the step, and what goes on around the steps."""

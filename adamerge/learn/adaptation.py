@@ -1,0 +1,241 @@
+"""The LightningModule around one adaptation step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from adamerge._base.errors import AdamergeError
+from adamerge.encoders.clip import Normalizer
+from adamerge.encoders.heads import Heads
+from adamerge.learn.graphs import ReplayedSteps
+from adamerge.learn.losses import marginal_entropy, sample_entropy
+from adamerge.learn.objectives import Objective
+from adamerge.learn.readings import Readings
+from adamerge.learn.step import step_loss
+from adamerge.methods.base import MergeMethod
+
+# task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`, and
+# `targets` (see adamerge.learn.features). No labels.
+Batch = Mapping[str, Tensor | Mapping[str, Tensor]]
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+_FAILED = "failed"  # whether a step was not finite, among the numbers of a step
+
+
+class Adaptation(pl.LightningModule):
+    """Learns a method's parameters by minimising a label-free objective.
+
+    Its checkpoints hold what was learned and nothing else: task vectors, heads and the tower are
+    inputs, not state.
+
+    Args:
+        method: what is learned.
+        objective: the loss per task.
+        heads: the zero-shot heads (the same the objective uses).
+        normalizer: uint8 images -> what the backbone takes.
+        optimizer: parameters -> optimizer.
+        scheduler: optimizer -> learning-rate scheduler stepped every step, or None.
+        micro_batch: images encoded at a time, see `step_loss`.
+        log_every: steps between two log entries.
+        cuda_graph: record the step on a GPU and replay it, see `graphs.ReplayedSteps`.
+    """
+
+    def __init__(
+        self,
+        method: MergeMethod,
+        objective: Objective,
+        heads: Heads,
+        normalizer: Normalizer,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        micro_batch: int | None = None,
+        log_every: int = 10,
+        cuda_graph: bool = False,
+    ) -> None:
+        super().__init__()
+        self.method, self.objective, self.heads = method, objective, heads
+        self.normalizer = normalizer
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.micro_batch, self.log_every = micro_batch, log_every
+        learnables = [tensor for tensor in method.parameters() if tensor.requires_grad]
+        self._step = ReplayedSteps(self._compute, learnables) if cuda_graph else self._compute
+        self._values: Tensor | None = None
+        self._numbers: dict[str, Tensor] = {}  # of the step under way, if it is logged
+        self._readings = Readings()
+        self._good: dict[str, Tensor] | None = None  # parameters whose loss was finite
+        self._failed = self._bad = torch.zeros((), dtype=torch.bool)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One loss over all tasks' images together."""
+        images, targets, task_ids = self._collect(batch)
+        loss, values, features = self._step(images, task_ids, targets)
+        self._values = values
+        if self._is_logged():
+            self._numbers = self._measure(loss.detach(), features, task_ids)
+        return loss
+
+    def _compute(
+        self, images: Tensor, task_ids: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return step_loss(self.method, self.objective, images, task_ids, self.micro_batch, targets)
+
+    @property
+    def _asks_at_once(self) -> bool:
+        """Whether a value can be read without waiting for a device."""
+        return self.device.type == "cpu"
+
+    def _is_logged(self) -> bool:
+        """Whether the step under way has an entry in the logs."""
+        return (self.global_step + 1) % self.log_every == 0
+
+    def _collect(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """All tasks' inputs, targets if known, and task ids; a task may have no more images."""
+        parts, sizes = [], []
+        for task in self.heads.tasks:
+            part = batch.get(task, {})
+            parts.append(part if isinstance(part, Mapping) else {"images": part})
+            sizes.append(len(next(iter(parts[-1].values()), ())))
+        known = {
+            key: torch.cat([part[key] for part in parts if part])
+            for key in next(part for part in parts if part)
+        }
+        images = self.normalizer(known["images"]) if "images" in known else known["features"]
+        task_ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        return images, known.get("targets"), task_ids
+
+    @torch.no_grad()
+    def _measure(self, loss: Tensor, features: Tensor, task_ids: Tensor) -> dict[str, Tensor]:
+        """What is logged of a step, on the device."""
+        metrics = {"loss": loss, "loss_mean": loss / len(self.heads.tasks)}
+        sizes = torch.bincount(task_ids, minlength=len(self.heads.tasks)).tolist()
+        for task, rows in zip(self.heads.tasks, features.split(sizes), strict=True):
+            if len(rows) == 0:
+                continue
+            logits = self.heads.logits(rows, task)
+            classes = max(logits.shape[-1], 2)
+            metrics[f"entropy/{task}"] = sample_entropy(logits).mean()
+            metrics[f"confidence/{task}"] = logits.float().softmax(-1).amax(-1).mean()
+            metrics[f"marginal_entropy/{task}"] = marginal_entropy(logits) / math.log(classes)
+        table = self.method.coefficients_in_effect()
+        for row, task in enumerate(self.heads.tasks if table is not None else ()):
+            assert table is not None
+            for reduce in ("mean", "min", "max"):
+                metrics[f"coefficient_{reduce}/{task}"] = getattr(table[row], reduce)()
+        return {name: value.to(loss.device) for name, value in metrics.items()}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes whether loss and gradient are finite, and keeps the parameters while they are.
+
+        On a CPU a step that is not finite is refused at once. On a GPU asking would wait for the
+        device, so the note stays there; it is read with the numbers of logged steps, and before
+        every checkpoint.
+        """
+        assert self._values is not None
+        parameters = dict(self.method.named_parameters())
+        grads = [p.grad.norm() for p in parameters.values() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(grads))
+        finite = torch.isfinite(norm) & torch.isfinite(self._values).all()
+        now = {name: parameter.detach() for name, parameter in parameters.items()}
+        if self._good is None:
+            self._good = {name: tensor.clone() for name, tensor in now.items()}
+            self._failed, self._bad = torch.zeros_like(finite), self._values
+        self._bad = torch.where(self._failed, self._bad, self._values)  # of the first failure
+        self._failed = self._failed | ~finite
+        for name, kept in self._good.items():
+            kept.copy_(torch.where(self._failed, kept, now[name]))
+        if self._asks_at_once:
+            self.refuse_failure()
+        if self._is_logged():
+            self._send(norm)
+
+    def _send(self, norm: Tensor) -> None:
+        """Sends the numbers of a logged step on their way, after handing over those before it."""
+        self.hand_over(wait=True)
+        numbers = {**self._numbers, "gradient_norm": norm, _FAILED: self._failed.to(norm.dtype)}
+        self._numbers = {}
+        self._readings.put(self.global_step, numbers, self._average)
+        self._readings.add({"epoch": self.current_epoch})  # Lightning's own entry
+
+    def _average(self, values: Tensor) -> Tensor:
+        """The mean over processes, by one collective that no host waits for."""
+        if self.trainer.world_size == 1:
+            return values
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered.mean(0)
+
+    def add_readings(self, numbers: Mapping[str, float]) -> None:
+        """Adds numbers of the host to those of the logged step under way."""
+        self._readings.add(numbers)
+
+    def hand_over(self, wait: bool = False) -> bool:
+        """Gives the numbers that have arrived to the loggers, with the steps they belong to.
+
+        Args:
+            wait: for all that were sent.
+
+        Returns:
+            Whether there were any; `trainer.callback_metrics` holds the latest.
+
+        Raises:
+            AdamergeError: a step of theirs, or before, was not finite.
+        """
+        if not wait and not self._asks_at_once and self.trainer.world_size > 1:
+            return False  # copies arrive at other steps elsewhere, and a failure must not
+        arrived = self._readings.take(wait)
+        for step, numbers in arrived:
+            if numbers.pop(_FAILED) > 0:  # on any process: all stop together
+                self._failed = torch.ones_like(self._failed)
+                self.refuse_failure()
+            epoch = {"epoch": int(numbers.pop("epoch"))}
+            latest = {name: torch.tensor(value) for name, value in numbers.items()}
+            self.trainer.callback_metrics.update(latest)
+            self.trainer.logged_metrics.update(latest)
+            for logger in self.trainer.loggers:
+                logger.log_metrics(numbers | epoch, step)
+        return bool(arrived)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Hands over what has arrived."""
+        self.hand_over()
+
+    def on_train_end(self) -> None:
+        """Hands over all there is."""
+        self.hand_over(wait=True)
+
+    def refuse_failure(self) -> None:
+        """Puts the last good parameters back and raises, if a step was not finite.
+
+        Raises:
+            AdamergeError: naming the tasks whose loss it was.
+        """
+        if self._good is None or not bool(self._failed):
+            return
+        self.method.load_state_dict(self._good)
+        self._failed = torch.zeros_like(self._failed)
+        raise AdamergeError(self._describe_failure())
+
+    def _describe_failure(self) -> str:
+        flags = torch.isfinite(self._bad).tolist()
+        bad = [task for task, fine in zip(self.heads.tasks, flags, strict=True) if not fine]
+        what = f"the loss of task {', '.join(bad)}" if bad else "the gradient of the coefficients"
+        return (
+            f"{what} became NaN or infinite by step {self.global_step}; stopped, and the last "
+            "parameters with a finite loss are kept: lower optim.lr in a new run, or look at that "
+            "task's expert and images"
+        )
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the method's learnables, with its scheduler if there is one."""
+        optimizer = self.make_optimizer(self.method.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}

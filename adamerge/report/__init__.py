@@ -1,0 +1,1 @@
+"""Numbers for people: accuracies, what is measured before a run, tables, pictures, tracking."""

@@ -1,0 +1,5 @@
+"""Transforms: `TaskVectors -> TaskVectors`, applied once, before a method sees them."""
+
+from adamerge.transforms.sparse import ties
+
+__all__ = ["ties"]

@@ -1,0 +1,222 @@
+"""LoRA experts: a PEFT adapter added to the pretrained image tower, exactly.
+
+LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685): W = W0 + s · B A, with
+s = alpha / r, or alpha / √r (rsLoRA, arXiv 2312.03732).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adamerge._base.errors import AdamergeError
+from adamerge._base.files import read_json
+from adamerge.weights.formats.layouts import Computed, Layout
+from adamerge.weights.formats.matching import heads_in, several
+
+log = logging.getLogger("adamerge")
+
+# Settings that change what the adapter computes in ways that B A alone does not say.
+_UNSUPPORTED = (
+    *("use_dora", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("use_bdlora", "use_qalora", "arrow_config", "kasa_config", "alora_invocation_tokens"),
+    *("monteclora_config", "velora_config"),
+)
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # by what init_lora_weights says
+_WRAPPERS = ("base_model.model.", "base_layer.", "modules_to_save.", "default.")
+# Of an `nn.MultiheadAttention`, PEFT (to 0.21 at least) adds the output projection's B A twice
+# whenever it runs or merges the model, training included: the expert is what was trained.
+_TWICE = "base_layer.out_proj.lora_A"
+
+_SAVE_AGAIN = "expected the JSON that PEFT writes; save the adapter again"
+
+
+class LoraConfig:
+    """The settings of an `adapter_config.json` that matter for merging.
+
+    Raises:
+        AdamergeError: no LoRA, unreadable, or of a variant that B A alone does not describe.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        loaded = read_json(path, "an adapter config", _SAVE_AGAIN)
+        try:
+            self.kind = str(loaded.get("peft_type"))
+            self.alpha = float(loaded.get("lora_alpha", 8))
+            self.alphas = {str(k): float(v) for k, v in (loaded.get("alpha_pattern") or {}).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise AdamergeError(
+                f"{path} is not an adapter config ({' '.join(str(error).split())[:80]}): "
+                f"{_SAVE_AGAIN}"
+            ) from error
+        self.rslora = bool(loaded.get("use_rslora"))
+        self.transposed = bool(loaded.get("fan_in_fan_out"))
+        self._refuse(loaded)
+
+    def _refuse(self, loaded: Mapping[str, Any]) -> None:
+        start = str(loaded.get("init_lora_weights")).lower()
+        found = [key for key in _UNSUPPORTED if loaded.get(key)]
+        found += ["init_lora_weights"] if start.startswith(_CHANGES_BASE) else []
+        if self.kind != "LORA" or found:
+            what = f"{found[0]} set" if found else f"peft_type {self.kind}"
+            raise AdamergeError(
+                f"{self.path} has {what}: only plain LoRA can be merged exactly from its files; "
+                "merge the adapter with PEFT (merge_and_unload) and give the merged checkpoint"
+            )
+        for pattern in self.alphas:
+            if not pattern.lstrip("^").rstrip("$").replace(".", "").replace("_", "").isalnum():
+                raise AdamergeError(
+                    f"{self.path} has the pattern {pattern!r} in alpha_pattern: expected (ends of) "
+                    "module names without regular expressions; merge the adapter with PEFT "
+                    "(merge_and_unload) and give the merged checkpoint"
+                )
+
+    def scale(self, key: str, rank: int) -> float:
+        """s of the module of a tensor's key; a pattern matches a whole dotted end of the module's
+        name in the model that was adapted, as in PEFT."""
+        # PEFT gives the output projection of an `nn.MultiheadAttention` the settings of the whole.
+        name = key.removeprefix("base_model.model.").replace(".base_layer.out_proj.", ".")
+        module, alpha = name.partition(".lora_")[0], self.alpha
+        for pattern, value in self.alphas.items():
+            name = pattern.lstrip("^").rstrip("$")
+            if module == name or (module.endswith(f".{name}") and not pattern.startswith("^")):
+                alpha = value
+                break
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def lora_expert(
+    adapter: Mapping[str, Tensor], config: LoraConfig, pretrained: Mapping[str, Tensor]
+) -> Computed:
+    """The expert of an adapter, tensor by tensor, under the pretrained tower's (open_clip) names.
+
+    Args:
+        adapter: tensors of `adapter_model.safetensors`; names in open_clip's or transformers'
+            layout, of the tower alone or of a whole CLIP (whose text part is left out).
+        config: its settings.
+        pretrained: the image tower that the adapter was trained on, open_clip's names.
+
+    Raises:
+        AdamergeError: an adapter tensor that belongs to no tensor of the tower, or does not fit.
+    """
+    layout = Layout(pretrained)
+    changes = _changes(adapter, config)
+    saved = {str(_tower_name(key)): adapter[key] for key in adapter if "lora_" not in key}
+    own = [*pretrained, *layout.names]
+    heads = heads_in([name for name in saved if name in changes], own, saved)
+    if heads:
+        log.info("%s: %s left out: a head of its task", config.path.parent, several(heads))
+    changes = {name: change for name, change in changes.items() if name not in heads}
+    in_ours = all(name in pretrained for name in changes)
+    base: Mapping[str, Tensor] = pretrained if in_ours else layout.names
+    if not changes:
+        raise AdamergeError(f"{config.path.parent} changes no tensor of an image tower")
+    for name in changes:
+        if name not in base:
+            raise AdamergeError(
+                f"{config.path.parent} adapts {name!r}, which this image tower does not have: set "
+                "suite.architecture and suite.pretrained to the model the adapter was trained on"
+            )
+    makers: dict[str, Callable[[], Tensor]] = {}
+    for name in base:
+        apply = changes.get(name)
+        makers[name] = (
+            functools.partial(_changed, base, name, apply, config.path.parent)
+            if apply
+            else functools.partial(base.__getitem__, name)
+        )
+    made = Computed(makers)
+    return made if in_ours else layout.to_ours(made)
+
+
+_Change = Callable[[Tensor], Tensor]
+
+
+def _changed(base: Mapping[str, Tensor], name: str, apply: _Change, folder: Path) -> Tensor:
+    before = base[name]
+    try:
+        after = apply(before)
+    except RuntimeError as error:
+        raise AdamergeError(f"{folder}: {name!r} cannot be merged ({error})") from error
+    if after.shape != before.shape:
+        raise AdamergeError(
+            f"{folder} adapts {name!r} with shape {list(after.shape)}, the tower has "
+            f"{list(before.shape)}: set suite.architecture to the model it was trained on"
+        )
+    return after
+
+
+def _changes(adapter: Mapping[str, Tensor], config: LoraConfig) -> dict[str, _Change]:
+    """Tensor name of the tower -> what the adapter makes of that tensor."""
+    found: dict[str, _Change] = {}
+    for key in adapter:
+        name = None if ".original_module." in key else _tower_name(key)
+        if name is None or ".lora_B." in f".{name}" or name.endswith("lora_embedding_B"):
+            continue  # of the text tower, or replaced; or read together with its A
+        if "lora_" not in name:
+            found[name] = functools.partial(_replace, adapter, key)
+            continue
+        module, _, kind = name.partition(".lora_")
+        other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        if other == key or other not in adapter:
+            raise AdamergeError(
+                f"{config.path.parent} has {key!r}, but not the B that belongs to it: expected "
+                "plain LoRA tensors; save the adapter again"
+            )
+        target = f"{module}.in_proj_weight" if module.endswith(".attn") else f"{module}.weight"
+        embedding = kind.startswith("embedding")
+        found[target] = functools.partial(
+            _add, adapter, key, other, config, config.transposed or embedding
+        )
+        bias = other.replace(".weight", ".bias")
+        if bias != other and bias in adapter:
+            found[f"{module}.bias"] = functools.partial(_add_bias, adapter, key, bias, config)
+    return found
+
+
+def _tower_name(key: str) -> str | None:
+    """The name within the image tower, in either layout; None for the text tower's."""
+    name = key
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    if "text_model." in name or name.startswith(("text_projection", "logit_scale")):
+        return None
+    for tower in ("visual.", "vision_model."):
+        if f".{tower}" in f".{name}":
+            return name.rpartition(tower)[2]
+    return name.removeprefix("model.").removeprefix("image_encoder.")
+
+
+def _replace(adapter: Mapping[str, Tensor], key: str, before: Tensor) -> Tensor:
+    return adapter[key].to(before.dtype)
+
+
+def _add(
+    adapter: Mapping[str, Tensor],
+    key_a: str,
+    key_b: str,
+    config: LoraConfig,
+    transposed: bool,
+    before: Tensor,
+) -> Tensor:
+    a, b = adapter[key_a].to(before.dtype), adapter[key_b].to(before.dtype)
+    times = 2 if _TWICE in key_a else 1
+    delta = (b.flatten(1) @ a.flatten(1)) * (times * config.scale(key_a, len(a)))
+    return before + (delta.T if transposed else delta).reshape(before.shape)
+
+
+def _add_bias(
+    adapter: Mapping[str, Tensor],
+    key_a: str,
+    key_bias: str,
+    config: LoraConfig,
+    before: Tensor,
+) -> Tensor:
+    return before + adapter[key_bias].to(before.dtype) * config.scale(key_a, len(adapter[key_a]))

@@ -1,0 +1,204 @@
+"""A model found in a checkpoint by all of its names, whatever stands before or between them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adamerge._base.errors import AdamergeError
+from adamerge.weights.formats.layouts import Computed, Layout, renamed
+
+log = logging.getLogger("adamerge")
+
+# Words that torch's own wrappers (DDP, compile, FSDP, checkpointing, DeepSpeed) put anywhere.
+_WRAPPERS = (
+    *("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"),
+    *("_forward_module", "_ddp_module", "_dpp_module", "_fpw_module", "_wrapped_module"),
+)
+_TEXT = ("token_embedding.weight", "ln_final.weight", "final_layer_norm.weight")
+_VISUAL = ("visual.", "vision_model.", "image_encoder.")
+_FEW = 3
+_NEAR = 0.9  # of the most names: then it is a second model of the same kind
+# Constants that OpenAI's own files and old versions of transformers carry beside the weights.
+_CONSTANTS = (
+    *("input_resolution", "context_length", "vocab_size", "attn_mask", "image_size"),
+    "position_ids",
+)
+_NO_HEADS = ("adapter", "lora", "prompt", "pool", "norm", "ln_", "token", "embed", "proj", "scale")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a model's tensors are in a checkpoint.
+
+    Attributes:
+        source: the checkpoint, for messages.
+        tensors: the checkpoint's.
+        wanted: the model's, under the names of the checkpoint's layout.
+        names: name in that layout -> name in the checkpoint, the model's or not.
+        layout: gives open_clip's names; None where the checkpoint has them.
+    """
+
+    source: str
+    tensors: Mapping[str, Tensor]
+    wanted: Mapping[str, Tensor]
+    names: dict[str, str]
+    layout: Layout | None
+
+    @property
+    def missing(self) -> list[str]:
+        """What the checkpoint lacks, but for counters that old versions of torch did not save."""
+        lost = [name for name in self.wanted if name not in self.names]
+        return [name for name in lost if self.wanted[name].is_floating_point()]
+
+    @property
+    def extra(self) -> list[str]:
+        """What the model does not have, but for constants."""
+        found = [name for name in self.names if name not in self.wanted]
+        return [name for name in found if name.rpartition(".")[2] not in _CONSTANTS]
+
+    def without_heads(self) -> Match:
+        """This without classifiers that are attached to the model, of which a log line tells."""
+        left = heads_in(self.extra, self.wanted, renamed(self.tensors, self.names))
+        if not left:
+            return self
+        log.info("%s: %s left out: a head attached to the model", self.source, several(left))
+        names = {name: raw for name, raw in self.names.items() if name not in left}
+        return Match(self.source, self.tensors, self.wanted, names, self.layout)
+
+    def other_shapes(self) -> list[str]:
+        """The names under which the checkpoint has a tensor of another shape."""
+        return [
+            name
+            for name, tensor in self.wanted.items()
+            if name in self.names and self.tensors[self.names[name]].shape != tensor.shape
+        ]
+
+    def state(self) -> Computed:
+        """The model's tensors under open_clip's names; its own where the checkpoint lacks them."""
+        makers: dict[str, Callable[[], Tensor]] = {
+            name: functools.partial(self.tensors.__getitem__, self.names[name])
+            if name in self.names
+            else functools.partial(self.wanted.__getitem__, name)
+            for name in self.wanted
+        }
+        found = Computed(makers)
+        return found if self.layout is None else self.layout.to_ours(found)
+
+
+def match(source: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Match:
+    """Finds a model in a checkpoint by its names in either layout.
+
+    Args:
+        own: an image tower's tensors, or a whole CLIP's, under open_clip's names.
+
+    Raises:
+        AdamergeError: several such models.
+    """
+    tensors, layout = unwrapped(tensors), Layout(own)
+    choices = ((own, None), (layout.names, layout))
+    fits = [(prefixes(tensors, names), names, used) for names, used in choices]
+    found, wanted, used = max(fits, key=lambda fit: max(fit[0].values(), default=0) / len(fit[1]))
+    prefix = _one(source, list(found))
+    names = {name[len(prefix) :]: name for name in tensors if name.startswith(prefix)}
+    if used is not None:  # transformers' projection lies beside its tower
+        beside = f"{prefix.removesuffix('vision_model.')}visual_projection.weight"
+        names |= {"visual_projection.weight": beside} if beside in tensors else {}
+    return Match(source, tensors, wanted, names if found else {}, used)
+
+
+def _one(source: str, found: Sequence[str]) -> str:
+    """The prefix of the one model."""
+    if len(found) > 1:
+        raise AdamergeError(
+            f"{source} holds {len(found)} image towers ({', '.join(found)}): save the one that is "
+            "meant as a state dict of its own"
+        )
+    return found[0] if found else ""
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same tensors without the words of wrappers in their names, where that leaves them
+    apart."""
+    names = {_unwrapped(name): name for name in tensors}
+    return renamed(tensors, names) if len(names) == len(tensors) else tensors
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def prefixes(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, int]:
+    """What stands before a model's names in a checkpoint, and before how many of them.
+
+    The one under which most of them are; several where that many are under each. Those of an
+    image tower go before others, and a text tower, whose blocks are named alike, is none.
+
+    Args:
+        own: the model's tensors: an image tower's, or a whole CLIP's.
+    """
+    names = dict.fromkeys(names)  # a set that keeps the order
+    counts = Counter(prefix for name in names for prefix in _before(name, own))
+    if not any(name.startswith("visual.") for name in own):
+        text = {name[: -len(end)] for name in names for end in _TEXT if name.endswith(end)}
+        text |= {prefix.removesuffix("embeddings.") for prefix in text}
+        counts = Counter({prefix: count for prefix, count in counts.items() if prefix not in text})
+        visual = {prefix: counts[prefix] for prefix in counts if prefix.endswith(_VISUAL)}
+        counts = Counter(visual) or counts
+    most = max(counts.values(), default=0)
+    near = {prefix: count for prefix, count in counts.items() if count >= _NEAR * most}
+    stems = [name for name in own if own[name].ndim == 4]  # only images are convolved
+    if most < _FEW and len(near) > 1:  # a name or two that other models have as well
+        return {}
+    whole = {p: c for p, c in near.items() if any(f"{p}{stem}" in names for stem in stems)}
+    return whole or {prefix: count for prefix, count in near.items() if count == most}
+
+
+def _before(name: str, own: Collection[str]) -> Iterable[str]:
+    place = 0
+    while True:
+        if name[place:] in own:
+            yield name[:place]
+        dot = name.find(".", place)
+        if dot < 0:
+            return
+        place = dot + 1
+
+
+def heads_in(
+    extra: Sequence[str], own: Collection[str], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Those of a model's unknown tensors that are a classifier attached to it.
+
+    That is a module of its own beside the model's, of matrices and vectors alone.
+
+    Args:
+        extra: names that the model does not have.
+        own: those it has.
+        tensors: gives the shapes of `extra`.
+    """
+    known = {name.partition(".")[0] for name in own}
+    found: dict[str, list[str]] = {}
+    for name in extra:
+        if name.partition(".")[0] not in known:
+            found.setdefault(name.partition(".")[0], []).append(name)
+    return [name for part, names in found.items() if _is_head(part, names, tensors)
+            for name in names]  # fmt: skip
+
+
+def _is_head(part: str, names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
+    if any(word in name.lower() for name in names for word in _NO_HEADS) or "." not in names[0]:
+        return False
+    dims = [tensors[name].ndim for name in names]
+    return max(dims) == 2
+
+
+def several(names: Sequence[str], count: int = 3) -> str:
+    """The first of many names, for a message."""
+    more = f" … ({len(names)} in all)" if len(names) > count else ""
+    return f"{', '.join(names[:count])}{more}"
