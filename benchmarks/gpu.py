@@ -77,7 +77,7 @@ def run(part: Part, options: list[str], seconds: float) -> None:
 def tests(device: str, seconds: float) -> str:
     """What failed of the tests that need a CUDA device, and their last line."""
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings="]
-    chosen = ["-k", "cuda", "tests"] if device == "cuda" else ["tests/test_hardware.py"]
+    chosen = ["-k", "cuda or gpu", "tests"] if device == "cuda" else ["tests/test_hardware.py"]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *chosen],
