@@ -86,16 +86,15 @@ class World:
         image = torch.empty_like(self.images[:1], device="meta")
         return hardware.forward_flops(_on_meta(self.backbone), image) * len(self.images)
 
-    def floor(self, rates: hardware.Rates, bf16: bool, passes: int = 1) -> hardware.Floor:
+    def floor(self, rates: hardware.Rates, bf16: bool) -> hardware.Floor:
         """The least time of a step; τ as it is stored."""
         dtype = torch.bfloat16 if bf16 else torch.float32
-        per_number = self.vectors.nbytes() / (len(self.vectors.tasks) * self.vectors.numel())
-        if self.vectors.storage.stays:
-            per_number = 4.0 if self.vectors.storage.dtype == "float32" else 2.0
+        kept = sum(layer.nbytes for layer in self.vectors.layers.values())
+        per_number = kept / (len(self.vectors.tasks) * self.vectors.numel())
         step = hardware.Step(
             tasks=len(self.vectors.tasks),
             parameters=self.vectors.numel(),
-            forward_flops=self.forward_flops() * passes,
+            forward_flops=self.forward_flops(),
             dtype=dtype,
             vector_bytes=per_number,
             weight_bytes=dtype.itemsize,
@@ -202,11 +201,9 @@ def kernels(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
     return {"kernel_ms": spent, "launches": len(done)}
 
 
-def by_kernel(
-    work: Callable[[], object], device: torch.device, most: int = 25
-) -> list[tuple[str, float, int]]:
-    """Name, milliseconds and number of calls of the kernels that take most time (operations of a
-    CPU where that computes)."""
+def by_kernel(work: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
+    """Name, milliseconds and number of calls of each kernel (or operation of a CPU), those that
+    take most time first."""
     on_gpu = device.type == "cuda"
     watched = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with warnings.catch_warnings():
@@ -215,8 +212,8 @@ def by_kernel(
             work()
             hardware.now(device)
         key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        found = [(e.key[:90], getattr(e, key) / 1e3, e.count) for e in seen.key_averages()]
-    return sorted(found, key=lambda row: -row[1])[:most]
+        found = [(e.key, getattr(e, key) / 1e3, e.count) for e in seen.key_averages()]
+    return sorted(found, key=lambda row: -row[1])
 
 
 def stored_in(folder: Path, dtype: str, place: str) -> Storage:

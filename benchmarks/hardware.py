@@ -102,7 +102,7 @@ class Step:
     parameters: int
     forward_flops: float  # of all images together
     dtype: torch.dtype = torch.float32  # of the products
-    vector_bytes: int = 4  # s_τ
+    vector_bytes: float = 4  # s_τ
     weight_bytes: int = 4  # s_W
 
 

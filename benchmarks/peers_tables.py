@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from gpu_world import by_kernel
 from hardware import Floor, Rates, Step, floor, forward_flops
 from peers_world import World, open_clip_tower
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 
 def floor_of(world: World, rates: Rates, bf16: bool, mlps: bool = False) -> Floor:
@@ -56,25 +55,9 @@ def table(
 
 def profiled(work: Callable[[], object], device: torch.device, rows: int = 12) -> str:
     """Where the time of `work` goes: the `rows` operations with the most time of their own."""
-    activities = [ProfilerActivity.CPU]
-    activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with profile(activities=activities) as seen:
-        work()
-
-    def own(event: object) -> float:
-        kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        return float(getattr(event, kind))
-
-    events = [
-        event
-        for event in seen.key_averages()
-        if device.type == "cpu" or event.device_type != DeviceType.CPU
-    ]
-    total = sum(own(event) for event in events)
+    found = by_kernel(work, device)
+    total = sum(spent for _, spent, _ in found)
     lines = ["| operation | own time | share | calls |", "|---|--:|--:|--:|"]
-    for event in sorted(events, key=own, reverse=True)[:rows]:
-        spent = own(event)
-        lines.append(
-            f"| `{event.key[:60]}` | {spent / 1e6:.3f} s | {spent / total:.0%} | {event.count} |"
-        )
+    for name, spent, calls in found[:rows]:
+        lines.append(f"| `{name[:60]}` | {spent / 1e3:.3f} s | {spent / total:.0%} | {calls} |")
     return "\n".join(lines)

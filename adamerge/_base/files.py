@@ -260,6 +260,12 @@ def parse_json(text: str | bytes) -> Any:
     return found
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What differs as soon as a file does; `st_ctime` cannot be set back, `st_mtime` can."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
 def checksum(data: bytes | memoryview) -> str:
     """A CRC-32, hexadecimal: finds what a disk or a copy has damaged, at 1 to 3 GB a second."""
     return f"{zlib.crc32(data):08x}"

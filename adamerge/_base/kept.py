@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adamerge._base.files import replacing, sha256
+from adamerge._base.files import parse_json, replacing, sha256, stamp
 
 log = logging.getLogger("adamerge")
 
@@ -57,12 +57,12 @@ class Kept:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.path.read_bytes())
+            content = parse_json(self.path.read_bytes())
             if content["sha256"] == _checksum(content["values"]):
                 return dict(content["values"])
         except OSError:  # not there yet, or out of reach
             return {}
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             pass
         log.warning("%s is damaged: what it kept is worked out again", self.path)
         with contextlib.suppress(OSError):
@@ -79,19 +79,13 @@ def remembered(folder: Path) -> Digest:
     known = Kept(folder / "sha256.json")
 
     def digest(path: Path) -> str:
-        place, stamp = str(path.resolve()), _stamp(path)
+        place, now = str(path.resolve()), list(stamp(path))
         before = known.get(place)
-        if before is not None and before[0] == stamp:
+        if before is not None and before[0] == now:
             return str(before[1])
         made = sha256(path)
-        if stamp == _stamp(path) and time.time() - path.stat().st_ctime > _SETTLED:
-            known.put(place, [stamp, made])
+        if now == list(stamp(path)) and time.time() - path.stat().st_ctime > _SETTLED:
+            known.put(place, [now, made])
         return made
 
     return digest
-
-
-def _stamp(path: Path) -> list[int]:
-    """What differs as soon as a file does; `st_ctime` cannot be set back, `st_mtime` can."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from adamerge._base.errors import AdamergeError
-from adamerge._base.files import locked, read_json
+from adamerge._base.files import locked, read_json, stamp
 from adamerge.images.decoding import decode
 from adamerge.images.source import ImageSource
 
@@ -85,7 +85,7 @@ def complete(folder: Path) -> Meta | None:
         images = folder / "images.npy"
         if told != _of_meta(meta) or images.stat().st_size != meta["bytes"]:
             return None
-        return meta if meta["blocks"] == _blocks(images, _stamp(images)) else None
+        return meta if meta["blocks"] == _blocks(images, stamp(images)) else None
     except (AdamergeError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -94,16 +94,11 @@ def _of_meta(meta: Meta) -> int:
     return zlib.crc32(json.dumps(meta).encode())
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
-
-
 @functools.cache
-def _blocks(path: Path, stamp: tuple[int, ...]) -> list[int]:
+def _blocks(path: Path, stamped: tuple[int, ...]) -> list[int]:
     """The CRC-32 of every block of a file, computed again where the stamp is another."""
     with path.open("rb") as file, ThreadPoolExecutor(_cores()) as pool:
-        starts = range(0, stamp[0], _BLOCK)
+        starts = range(0, stamped[0], _BLOCK)
         return [*pool.map(lambda at: zlib.crc32(os.pread(file.fileno(), _BLOCK, at)), starts)]
 
 
@@ -170,7 +165,7 @@ def _write(folder: Path, task: str, source: ImageSource, column: str, transform:
         content = hashlib.file_digest(written, "sha256").hexdigest()
     meta = {
         **{"bytes": path.stat().st_size, "bad": {str(row): why for row, why in bad.items()}},
-        **{"sha256": content, "low": low, "high": high, "blocks": _blocks(path, _stamp(path))},
+        **{"sha256": content, "low": low, "high": high, "blocks": _blocks(path, stamp(path))},
     }
     with (folder / "meta.json").open("w") as told:
         json.dump({**meta, "crc32": _of_meta(meta)}, told)
