@@ -239,7 +239,8 @@ class Normalizer(nn.Module):
     """uint8 images to the backbone's normalised floats, a batch at a time, on their device.
 
     Args:
-        mean, std: per channel, of images scaled to [0, 1].
+        mean: of every channel of images scaled to [0, 1].
+        std: their standard deviations.
     """
 
     mean: Tensor

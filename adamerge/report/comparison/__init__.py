@@ -1,0 +1,1 @@
+"""Many runs side by side: read from their folders, as one page."""
