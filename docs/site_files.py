@@ -1,7 +1,7 @@
 """A hook of mkdocs: pages may link to results and configurations, which lie outside `docs/`.
 
-In the repository `../benchmarks/results/x.md` and `../configs/x.yaml` are right; on the site the same
-files stand under `results/` and `configs/`, and a link to a folder is its text alone.
+In the repository `../benchmarks/results/x.md` and `../configs/x.yaml` are right; on the site the
+same files stand under `results/` and `configs/`, and a link to a folder is its text alone.
 """
 
 from __future__ import annotations
