@@ -128,8 +128,8 @@ def coefficient_map(values: Sequence[Sequence[float]], middle: float, reach: flo
 
 def _svg(height: float, what: str, drawn: Sequence[str]) -> str:
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(what)}">'
-        f"{''.join(drawn)}</svg>"
+        f'<div class="wide" tabindex="0"><svg viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'aria-label="{escape(what)}">{"".join(drawn)}</svg></div>'
     )
 
 

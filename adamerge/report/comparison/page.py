@@ -201,12 +201,15 @@ def _correlations(groups: Sequence[Recipe]) -> str:
         return ""
     rows = [(name, [f"{value:.2f}", str(count)]) for name, (value, count) in found.items()]
     return _plain(
-        "Spearman's rank correlation with the average accuracy", ["rank correlation", "runs"], rows
+        "Spearman's rank correlation with the average accuracy",
+        ["score", "rank correlation", "runs"],
+        rows,
     )
 
 
 def _plain(caption: str, titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *titles))
+    """A table; the first of the titles is that of the rows' names."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in titles)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
@@ -227,7 +230,9 @@ def _settings(groups: Sequence[Recipe], differing: Sequence[str]) -> str:
         (group.label, [str(group.runs[0].settings.get(key, "–")) for key in differing])
         for group in groups
     ]
-    return _plain("Settings that differ between recipes; all others are equal", differing, rows)
+    return _plain(
+        "Settings that differ between recipes; all others are equal", ["recipe", *differing], rows
+    )
 
 
 def _inputs(groups: Sequence[Recipe], command: str) -> str:

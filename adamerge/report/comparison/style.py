@@ -7,14 +7,14 @@ STYLE = """
 body{margin:0;color:var(--ink);background:var(--page);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:16px}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .5rem}h3{font-size:1rem;margin:1rem 0 0}
-svg{width:100%;max-width:860px;height:auto;font-size:12px}
+svg{width:100%;min-width:560px;max-width:860px;height:auto;font-size:12px}
 svg text{fill:currentColor}.grid{stroke:var(--line);fill:none}.axis{stroke:currentColor;fill:none}
 .front{stroke-dasharray:4 3}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:14px}
 caption{text-align:left;color:var(--soft);padding:4px 0}
 th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child{text-align:left;position:sticky;left:0;background:var(--page)}
+th:first-child{text-align:left;white-space:normal;max-width:38vw;position:sticky;left:0;background:var(--page)}
 thead button{font:inherit;font-weight:bold;color:inherit;background:none;border:0;
   padding:4px 0;cursor:pointer}
 [aria-sort=ascending] button::after{content:" ▲"}[aria-sort=descending] button::after{content:" ▼"}
