@@ -41,36 +41,39 @@ def check_tower(matched: Match, fill: bool) -> None:
     Raises:
         AdamergeError: a tower of another kind, or one that only `fill` completes.
     """
-    source, missing, extra = matched.source, matched.missing, matched.extra
-    whole, kind = len(matched.wanted), _kind(matched)
-    have = whole - len(missing)
-    if not have or kind is not None:
-        expected = family(matched.wanted) or f"one with {next(iter(matched.wanted))!r}"
+    source, missing, extra, wanted = matched.source, matched.missing, matched.extra, matched.wanted
+    kind = _kind(matched)
+    if len(missing) == len(wanted) or kind is not None:
+        expected = family(wanted) or f"one with {next(iter(wanted))!r}"
         said = f"it is {kind}" if kind else f"found names like {next(iter(matched.tensors))!r}"
         raise AdamergeError(
             f"{source} holds no image tower of this architecture ({expected}, behind any prefix): "
             f"{said}; check the file and suite.architecture"
         )
     looks = f" ({family(matched.names)})" if matched.layout is not None else ""
-    wrong = matched.other_shapes()
+    wrong = [
+        name
+        for name, raw in matched.names.items()
+        if name in wanted and matched.tensors[raw].shape != wanted[name].shape
+    ]
     if extra or wrong:
         lacks = f"lacks {len(missing)} ({several(missing)}), " if missing else ""
         has = f"has {len(extra)} that it has not ({several(extra)}), " if extra else ""
         shapes = f"has {len(wrong)} of other shapes ({several(wrong)}), " if wrong else ""
         raise AdamergeError(
-            f"{source}{looks} {lacks}{has}{shapes}of the {whole} tensors of this image tower: it "
-            "is of another architecture; set suite.architecture to the one it was trained with"
+            f"{source}{looks} {lacks}{has}{shapes}of the {len(wanted)} tensors of this image tower:"
+            " it is of another architecture; set suite.architecture to the one it was trained with"
         )
     if not fill:
         raise AdamergeError(
-            f"{source}{looks} lacks {len(missing)} of the tower's {whole} tensors, such as "
-            f"{missing[0]}, and has {have}: if those it lacks were frozen in fine-tuning, set "
-            "missing: pretrained for its task, or for the suite (suite.missing), which takes the "
-            "pretrained ones"
+            f"{source}{looks} lacks {len(missing)} of the tower's {len(wanted)} tensors, such as "
+            f"{missing[0]}, and has {len(wanted) - len(missing)}: if those it lacks were frozen in "
+            "fine-tuning, set missing: pretrained for its task, or for the suite (suite.missing), "
+            "which takes the pretrained ones"
         )
     log.info(
         "%s lacks %d of the tower's %d tensors (%s): the pretrained ones are used",
-        *(source, len(missing), whole, several(missing)),
+        *(source, len(missing), len(wanted), several(missing)),
     )
 
 

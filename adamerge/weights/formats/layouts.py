@@ -157,14 +157,12 @@ class Layout:
         whole = any(name.startswith("visual.") for name in own)
         ours, theirs = ("visual.", "vision_model.") if whole else ("", vision)
         text = "text." if "text.ln_final.weight" in own else ""
-        if f"{ours}trunk.attn_pool.latent" in own:
-            tables, blocks = (_SIGLIP, _SIGLIP_TEXT), f"{ours}trunk.blocks."
-        else:
-            tables, blocks = (_VIT, _VIT_TEXT), f"{ours}transformer.resblocks."
-        self._rules = _rules(tables[0], ours, theirs, own, blocks)
+        siglip = f"{ours}trunk.attn_pool.latent" in own
+        blocks = f"{ours}trunk.blocks." if siglip else f"{ours}transformer.resblocks."
+        self._rules = _rules(_SIGLIP if siglip else _VIT, ours, theirs, own, blocks)
         if whole:
-            blocks = f"{text}transformer.resblocks."
-            self._rules += _rules(tables[1], text, "text_model.", own, blocks)
+            table, blocks = _SIGLIP_TEXT if siglip else _VIT_TEXT, f"{text}transformer.resblocks."
+            self._rules += _rules(table, text, "text_model.", own, blocks)
         self.names = _converted(own, self._rules, to_ours=False)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> Computed:
