@@ -11,12 +11,12 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from adamerge.weights.fused_plan import BLOCK, Plan, plan
+from adamerge.weights.fused_plan import BLOCK, Kind, Plan, plan
 from adamerge.weights.storage import Layer
 
 log = logging.getLogger("adamerge")
@@ -25,6 +25,7 @@ R = TypeVar("R")
 
 DEVICES = {"cuda"}  # on a CPU the kernels run in Triton's interpreter alone: for tests
 _OUTPUTS = (None, torch.float32, torch.bfloat16, torch.float16)
+_SUMMED = 128  # blocks of a layer added up at a time
 
 _failed = False
 
@@ -108,8 +109,9 @@ def _merge(tables: Plan, columns: Tensor, dtype: torch.dtype | None) -> list[Ten
     )
     for kind in tables.kinds:
         store = stores[kind.matrices]
-        fused_kernels.launch_merge(
-            tables.layers, kind.blocks, columns, store, kind.stored, BLOCK, kind.group
+        fused_kernels.merge[(len(kind.blocks),)](
+            *(tables.layers, kind.blocks, columns, *columns.stride(), store),
+            **_settings(tables, kind),
         )
     # `.data`: tensors of their own for autograd. Views would share one count of changes in place,
     # and a change of one would be taken for a change of all.
@@ -132,14 +134,37 @@ def _contract(tables: Plan, grads: Sequence[Tensor | None]) -> Tensor:
     parts = torch.empty((max(total, 1), tables.tasks), dtype=torch.float32, device=device)
     first = 0
     for kind in tables.kinds:
-        own = parts[first : first + len(kind.blocks)]
-        first += len(kind.blocks)
-        fused_kernels.launch_contract(
-            tables.layers, kind.blocks, addresses, own, kind.stored, half, BLOCK, kind.group
+        fused_kernels.contract[(len(kind.blocks),)](
+            *(tables.layers, kind.blocks, addresses, len(grads), parts[first:]),
+            HALF=fused_kernels.TYPES[half],
+            **_settings(tables, kind),
         )
+        first += len(kind.blocks)
     out = torch.empty((tables.tasks, len(grads)), dtype=torch.float32, device=device)
-    fused_kernels.launch_sum(parts, tables.ranges, out)
+    fused_kernels.add_up[(len(grads),)](
+        *(parts, tables.ranges, out, len(grads)),
+        TASKS=tables.tasks,
+        WIDTH=1 << (tables.tasks - 1).bit_length(),
+        ROWS=_SUMMED,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     return out
+
+
+def _settings(tables: Plan, kind: Kind) -> dict[str, Any]:
+    """What the kernels of the merge and of its gradient are compiled for."""
+    from adamerge.weights.fused_kernels import TYPES
+
+    return {
+        "TASKS": tables.tasks,
+        "STORED": TYPES[kind.stored],
+        "SCALED": kind.stored == torch.int8,
+        "BLOCK": BLOCK,
+        "GROUP": kind.group,
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }
 
 
 def _readable(grad: Tensor, half: torch.dtype) -> Tensor:
