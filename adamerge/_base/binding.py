@@ -10,7 +10,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,9 @@ def subclass_of(base: type) -> Kind:
 def function_to(result: type) -> Kind:
     """Accepts functions whose return annotation is `result`."""
 
-    def accepts(found: Any) -> bool:
-        if not inspect.isfunction(found):
-            return False
-        return typing.get_type_hints(found).get("return") is result
-
-    return accepts
+    return lambda found: (
+        inspect.isfunction(found) and typing.get_type_hints(found).get("return") is result
+    )
 
 
 def nearest(word: object, words: Iterable[str]) -> str:
@@ -106,10 +103,11 @@ def code_beside(config: Any, file: Path) -> None:
 
 def _targets(value: Any) -> Iterator[str]:
     """Every `_target_` in a configuration, at any depth."""
-    inner = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, Mapping) and isinstance(value.get("_target_"), str):
-        yield value["_target_"]
-    for part in inner if isinstance(value, Mapping | list) else ():
+    if isinstance(value, Mapping):
+        if isinstance(value.get("_target_"), str):
+            yield value["_target_"]
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
         yield from _targets(part)
 
 
@@ -121,20 +119,17 @@ def problems(
     Args:
         supplied: the names the builder gives (`backbone`, `heads`, …) where they are asked for.
     """
-    given = set(supplied)
     parameters = inspect.signature(target).parameters
-    named = [
-        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    settable = [name for name in named if name not in given]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    settable = {n: p for n, p in parameters.items() if p.kind in named and n not in {*supplied}}
     found = [
         f"{key}.{name} is unknown{nearest(name, settable)}"
         for name in arguments
         if name not in settable and not open_ended
     ]
-    for name in settable:
-        if parameters[name].default is inspect.Parameter.empty and name not in arguments:
+    for name, parameter in settable.items():
+        if parameter.default is inspect.Parameter.empty and name not in arguments:
             found.append(f"{key}.{name} is missing")
     hints = _hints(target)
     for name, value in arguments.items():
@@ -153,35 +148,33 @@ def call(
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain configuration value can be of an annotated type; unknown types accept all."""
-    options = set(typing.get_args(hint) if _is_union(hint) else (hint,))
-    choices = [o for option in options for o in _choices(option)]
+    options = _options(hint)
+    choices = [choice for option in options for choice in _choices(option)]
     if choices:
         return value in choices or (value is None and type(None) in options)
     plain = {bool, int, float, str, type(None)}
     if not plain & options or type(value) not in plain:
         return not options <= plain  # only a plain type says no to a list or a dictionary
-    if isinstance(value, bool):
-        return bool in options
-    if isinstance(value, int) and float in options:
-        return True
-    return type(value) in options
+    return type(value) in options or (type(value) is int and float in options)
 
 
 def describe(hint: Any) -> str:
     """A type for a message: `float or none`."""
     words: list[str] = []
-    for option in typing.get_args(hint) if _is_union(hint) else (hint,):
+    for option in _options(hint):
         name = "none" if option is type(None) else getattr(option, "__name__", str(option))
         words += [repr(value) for value in _choices(option)] or [name]
     return " or ".join(words)
 
 
+def _options(hint: Any) -> Set[Any]:
+    """The types of a union, in its order; of another type, that alone."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return dict.fromkeys(typing.get_args(hint) if union else (hint,)).keys()
+
+
 def _choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
