@@ -16,9 +16,7 @@ from adamerge._base.files import joined, read_json, sha256
 from adamerge._base.kept import Digest
 from adamerge.weights.formats import hub
 from adamerge.weights.formats.files import open_weights
-from adamerge.weights.formats.fitting import (
-    check_tower,
-)
+from adamerge.weights.formats.fitting import check_tower
 from adamerge.weights.formats.layouts import Computed, renamed
 from adamerge.weights.formats.lora import LoraConfig, lora_expert
 from adamerge.weights.formats.matching import match
@@ -98,16 +96,14 @@ def read(source: str | Path) -> Checkpoint:
     Raises:
         AdamergeError: missing, damaged, of another format, or asking to execute something.
     """
-    source, revision = str(source), None
-    path = Path(source)
-    if hub.is_hub(source):
-        path, revision = (fetched := hub.fetch(source)).path, fetched.revision
-    files = _weight_files(path)
-    parts = [open_weights(file) for file in files]
-    tensors = parts[0] if len(parts) == 1 else _joined(files, parts)
+    source = str(source)
+    fetched = hub.fetch(source) if hub.is_hub(source) else hub.Fetched(Path(source), None)
+    path, files = fetched.path, _weight_files(fetched.path)
+    parts = {file: open_weights(file) for file in files}
+    tensors = parts[files[0]] if len(parts) == 1 else _joined(parts)
     config = files[0].parent / "adapter_config.json"
     lora = LoraConfig(config) if config.is_file() and "adapter" in files[0].name else None
-    return Checkpoint(source, path, files, tensors, lora, revision)
+    return Checkpoint(source, path, files, tensors, lora, fetched.revision)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
@@ -135,9 +131,9 @@ def _in_folder(folder: Path) -> Path:
     return found[0]
 
 
-def _joined(files: tuple[Path, ...], parts: list[Mapping[str, Tensor]]) -> Computed:
+def _joined(parts: Mapping[Path, Mapping[str, Tensor]]) -> Computed:
     makers: dict[str, Callable[[], Tensor]] = {}
-    for file, part in zip(files, parts, strict=True):
+    for file, part in parts.items():
         for name in part:
             if name in makers:
                 raise AdamergeError(f"{file} repeats tensor {name!r} of another shard: save again")
