@@ -30,9 +30,12 @@ _SUMMED = 128  # blocks of a layer added up at a time
 _failed = False
 
 
-def usable(bases: Sequence[Tensor], layers: Sequence[Layer]) -> bool:
-    """Whether the kernels take these layers: float32 θ0, all on one GPU, and Triton is there."""
-    return _usable_plan(bases, layers) is not None
+def usable(bases: Sequence[Tensor], layers: Sequence[Layer]) -> Plan | None:
+    """The tables of these layers; None where the kernels do not take them: only float32 θ0, all on
+    one GPU, and if Triton is there."""
+    if _failed or bases[0].device.type not in DEVICES or not _has_triton():
+        return None
+    return plan(bases, layers)
 
 
 def merge(
@@ -73,7 +76,7 @@ def _tried(work: Callable[[Plan], R], bases: Sequence[Tensor], layers: Sequence[
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
         with here:
-            tables = _usable_plan(bases, layers)
+            tables = usable(bases, layers)
             return None if tables is None else work(tables)
     except torch.OutOfMemoryError:
         raise
@@ -85,12 +88,6 @@ def _tried(work: Callable[[Plan], R], bases: Sequence[Tensor], layers: Sequence[
             error,
         )
         return None
-
-
-def _usable_plan(bases: Sequence[Tensor], layers: Sequence[Layer]) -> Plan | None:
-    if _failed or bases[0].device.type not in DEVICES or not _has_triton():
-        return None
-    return plan(bases, layers)
 
 
 @functools.cache

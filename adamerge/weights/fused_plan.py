@@ -27,19 +27,12 @@ _STORED = (torch.float32, torch.bfloat16, torch.int8)
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers that one launch works on.
+    """Layers that one launch works on."""
 
-    Attributes:
-        stored: the type of τ.
-        matrices: whether they are tensors of two dimensions or more.
-        group: numbers read together.
-        blocks: int32 `[programs, 2]`: layer, first number.
-    """
-
-    stored: torch.dtype
-    matrices: bool
-    group: int
-    blocks: Tensor
+    stored: torch.dtype  # of τ
+    matrices: bool  # whether they have two dimensions or more
+    group: int  # numbers read together
+    blocks: Tensor  # int32 [programs, 2]: layer, first number
 
 
 class Output(NamedTuple):
@@ -53,24 +46,14 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Tables of a group of l layers, on their device.
-
-    Attributes:
-        tasks: T.
-        layers: int64 `[l, 6]`: addresses of θ0, τ and its scales, first number of the output,
-            numbers of the layer and of a row.
-        ranges: int32 `[l, 2]`: first and last block of each layer, over all kinds.
-        kinds: what is launched.
-        outputs: one for each layer.
-        sizes: numbers of all outputs that are vectors, and that are matrices.
-    """
+    """Tables of a group of l layers, on their device."""
 
     tasks: int
-    layers: Tensor
-    ranges: Tensor
-    kinds: list[Kind]
-    outputs: list[Output]
-    sizes: tuple[int, int]
+    layers: Tensor  # int64 [l, 6], as the kernels read it
+    ranges: Tensor  # int32 [l, 2]: first and last block of each layer, over all kinds
+    kinds: list[Kind]  # what is launched
+    outputs: list[Output]  # one for each layer
+    sizes: tuple[int, int]  # numbers of all outputs that are vectors, and that are matrices
 
 
 def plan(bases: Sequence[Tensor], layers: Sequence[Layer]) -> Plan | None:

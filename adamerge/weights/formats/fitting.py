@@ -33,10 +33,8 @@ _FAMILIES = (
 
 
 def check_tower(matched: Match, fill: bool) -> None:
-    """Judges an image tower of which names are missing or unknown.
-
-    Args:
-        fill: whether the pretrained tensors are taken for those that are missing.
+    """Judges an image tower of which names are missing or unknown; `fill` takes the pretrained
+    tensors for those that are missing.
 
     Raises:
         AdamergeError: a tower of another kind, or one that only `fill` completes.
@@ -94,11 +92,7 @@ def lacks_text(found: Match) -> bool:
 
 
 def check_whole(found: Match, missing: list[str], extra: list[str], where: str) -> None:
-    """Judges a whole CLIP.
-
-    Raises:
-        AdamergeError: there are missing or unknown tensors.
-    """
+    """Refuses a whole CLIP of which tensors are missing or unknown."""
     kind = _kind(found) if missing or extra else None
     if missing and lacks_text(found) and kind is None:
         raise AdamergeError(
@@ -135,11 +129,8 @@ def family(names: Iterable[str]) -> str | None:
 
 
 def other_shape(name: str, found: Sequence[int], wanted: Sequence[int], mend: str) -> str:
-    """What it means that a tensor has another shape than the architecture's, and the mend.
-
-    Args:
-        mend: where it means no more than that.
-    """
+    """What it means that a tensor has another shape than the architecture's, and the mend: that
+    given where it means no more than that."""
     if 0 in found:
         return (
             "it is a place-holder of a sharded training (ZeRO-3): join the shards with DeepSpeed's "

@@ -135,11 +135,7 @@ def shards(index: Path) -> list[str]:
 
 
 def refuse_sharded(folder: Path) -> None:
-    """Names a folder of a sharded training for what it is, and the command that joins it.
-
-    Raises:
-        AdamergeError: it is one.
-    """
+    """Refuses a folder of a sharded training: names it, and the command that joins it."""
     inside = [*folder.glob("*"), *folder.glob("*/*")]
     parts = [path.parent for path in inside if path.suffix == ".distcp"]
     if parts:

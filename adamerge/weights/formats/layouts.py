@@ -143,11 +143,8 @@ def _parts(prefix: str, name: str, number: int, kind: str) -> list[str]:
 
 
 class Layout:
-    """The names and shapes that transformers gives the tensors of an open_clip model.
-
-    Args:
-        own: tensors of an image tower, or of a whole CLIP (whose tower is under `visual.`).
-        vision: what transformers' names of an image tower alone begin with.
+    """The names and shapes that transformers gives the tensors of an open_clip model: an image
+    tower, whose names begin with `vision` there, or a whole CLIP, whose tower is under `visual.`.
 
     Attributes:
         names: transformers' name -> tensor, made when asked for.

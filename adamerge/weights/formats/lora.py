@@ -32,7 +32,6 @@ _WRAPPERS = ("base_model.model.", "base_layer.", "modules_to_save.", "default.")
 # Of an `nn.MultiheadAttention`, PEFT (to 0.21 at least) adds the output projection's B A twice
 # whenever it runs or merges the model, training included: the expert is what was trained.
 _TWICE = "base_layer.out_proj.lora_A"
-
 _SAVE_AGAIN = "expected the JSON that PEFT writes; save the adapter again"
 _MERGE = "merge the adapter with PEFT (merge_and_unload) and give the merged checkpoint"
 _Change = Callable[[Tensor], Tensor]

@@ -85,10 +85,8 @@ class Match:
 
 
 def match(source: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Match:
-    """Finds a model in a checkpoint by its names in either layout.
-
-    Args:
-        own: an image tower's tensors, or a whole CLIP's, under open_clip's names.
+    """Finds an image tower or a whole CLIP, `own` under open_clip's names, in a checkpoint of
+    either layout.
 
     Raises:
         AdamergeError: several such models.
@@ -123,13 +121,11 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def prefixes(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, int]:
-    """What stands before a model's names in a checkpoint, and before how many of them.
+    """What stands before the names of a model's tensors, `own`, in a checkpoint, and before how
+    many of them.
 
     The one under which most of them are; several where that many are under each. Those of an
     image tower go before others, and a text tower, whose blocks are named alike, is none.
-
-    Args:
-        own: the model's tensors: an image tower's, or a whole CLIP's.
     """
     names = dict.fromkeys(names)  # a set that keeps the order
     counts = Counter(prefix for name in names for prefix in _before(name, own))
@@ -158,15 +154,8 @@ def _before(name: str, own: Collection[str]) -> Iterable[str]:
 def heads_in(
     extra: Sequence[str], own: Collection[str], tensors: Mapping[str, Tensor]
 ) -> list[str]:
-    """Those of a model's unknown tensors that are a classifier attached to it.
-
-    That is a module of its own beside the model's, of matrices and vectors alone.
-
-    Args:
-        extra: names that the model does not have.
-        own: those it has.
-        tensors: gives the shapes of `extra`.
-    """
+    """Those of the names that a model does not have (`extra`) that are a classifier attached to
+    it: a module of its own beside the model's (`own`), of matrices and vectors alone."""
     known = {name.partition(".")[0] for name in own}
     modules: dict[str, list[str]] = {}
     for name in extra:

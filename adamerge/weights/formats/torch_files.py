@@ -108,11 +108,8 @@ class TorchFile:
         return start, size
 
     def _storage(self, content: Blob | str) -> StorageRef:
-        """The storage that a raw pickle holds as a legacy file of its own.
-
-        Args:
-            content: where it is, or, before pickle's protocol 3, its bytes as a text.
-        """
+        """The storage that a raw pickle holds as a legacy file of its own: a place in the file or,
+        before pickle's protocol 3, its bytes as a text."""
         if content in self._nested:
             return self._nested[content]
         if isinstance(content, Blob):
@@ -162,14 +159,9 @@ class TorchFile:
 def _open_legacy(
     file: mmap.mmap | io.BytesIO, buffer: mmap.mmap | bytearray, end: int
 ) -> tuple[Any, dict[str, _Place]]:
-    """What a legacy file holds, and where the numbers of each storage are.
-
-    Args:
-        file: read from where it is. Unlike an open file, a mapping makes no room for more bytes
-            than there are.
-        buffer: its bytes, as tensors are to view them.
-        end: of the file.
-    """
+    """What a legacy file holds that begins where `file` is, and where in `buffer`, the bytes of
+    `file`, each storage is. (A mapping, unlike an open file, makes no room for more bytes than
+    there are.)"""
     storages: list[StorageRef] = []
     stream = cast(BinaryIO, file)
     if load(stream) != _MAGIC or load(stream) != 1001:
