@@ -22,14 +22,14 @@ Kind = Callable[[Any], bool]
 
 def subclass_of(base: type) -> Kind:
     """Accepts classes derived from `base`, itself excluded."""
-    return lambda found: inspect.isclass(found) and issubclass(found, base) and found is not base
+    return lambda value: inspect.isclass(value) and issubclass(value, base) and value is not base
 
 
 def function_to(result: type) -> Kind:
     """Accepts functions whose return annotation is `result`."""
 
-    return lambda found: (
-        inspect.isfunction(found) and typing.get_type_hints(found).get("return") is result
+    return lambda value: (
+        inspect.isfunction(value) and typing.get_type_hints(value).get("return") is result
     )
 
 
@@ -59,15 +59,15 @@ def find(path: str, key: str, kind: Kind, expected: str) -> Any:
         why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         why = " ".join(why.split())[:200]
         raise AdamergeError(f"{key}._target_: cannot import {path!r} ({why})") from error
-    found = getattr(module, name, None)
-    if found is None:
+    target = getattr(module, name, None)
+    if target is None:
         raise AdamergeError(
             f"{key}._target_: nothing at {path!r}{nearest(name, dir(module) if module else ())}; "
             f"expected the dotted path of {expected}"
         )
-    if not kind(found):
+    if not kind(target):
         raise AdamergeError(f"{key}._target_: {path!r} is not {expected}")
-    return found
+    return target
 
 
 def code_beside(config: Any, file: Path) -> None:
@@ -84,13 +84,13 @@ def code_beside(config: Any, file: Path) -> None:
     """
     folder = file.resolve().parent
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    own = {entry for entry in named if os.path.isabs(entry) and Path(entry).resolve() == folder}
+    chosen = {entry for entry in named if os.path.isabs(entry) and Path(entry).resolve() == folder}
     endings = ("", *importlib.machinery.all_suffixes())
     for target in _targets(config):
         top = target.partition(".")[0]
         if top in ("", "adamerge") or top in sys.modules:
             continue
-        entries = [e for e in sys.path if e not in own and not _INSTALLED & {*Path(e).parts}]
+        entries = [e for e in sys.path if e not in chosen and not _INSTALLED & {*Path(e).parts}]
         for place in (Path(entry, f"{top}{ending}") for entry in entries for ending in endings):
             code = place.resolve()
             if place.exists() and (folder in code.parents or code in (folder, *folder.parents)):
@@ -123,19 +123,19 @@ def problems(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     settable = {n: p for n, p in parameters.items() if p.kind in named and n not in {*supplied}}
-    found = [
+    wrong = [
         f"{key}.{name} is unknown{nearest(name, settable)}"
         for name in arguments
         if name not in settable and not open_ended
     ]
     for name, parameter in settable.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:
-            found.append(f"{key}.{name} is missing")
+            wrong.append(f"{key}.{name} is missing")
     hints = _hints(target)
     for name, value in arguments.items():
         if name in hints and not fits(value, hints[name]):
-            found.append(f"{key}.{name} is {value!r}: expected {describe(hints[name])}")
-    return found
+            wrong.append(f"{key}.{name} is {value!r}: expected {describe(hints[name])}")
+    return wrong
 
 
 def call(

@@ -219,13 +219,13 @@ def read_json(
             text = file.read(min(told.st_size, _MOST_BYTES) + 1)
         if len(text) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
-        found = parse_json(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__} where an object is expected")
+        content = parse_json(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} where an object is expected")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         raise AdamergeError(f"{path} is not {what} ({reason}): {mend}") from error
-    return found
+    return content
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -235,22 +235,22 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: not JSON, or nested so deeply that no program could go through it.
     """
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested more than {_MOST_LEVELS} levels deep") from None
-    level: list[Any] = [[found]]
+    level: list[Any] = [[content]]
     for _ in range(_MOST_LEVELS):
         values = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
         level = [value for value in values if isinstance(value, dict | list)]
     if level:
         raise ValueError(f"nested more than {_MOST_LEVELS} levels deep")
-    return found
+    return content
 
 
 def stamp(path: Path) -> tuple[int, ...]:
     """What differs as soon as a file does; `st_ctime` cannot be set back, `st_mtime` can."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def checksum(data: bytes | memoryview) -> str:

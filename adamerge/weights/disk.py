@@ -96,9 +96,9 @@ class MappedLayers(Mapping[str, Layer]):
             AdamergeError: it is damaged.
         """
         notes = {key: text for key, text in self.metadata.items() if key != "checksums"}
-        found = {"": _of_header(notes, self._entries)}
-        found |= {key: checksum(self._raw(key)) for key in self._entries}
-        if json.dumps(found) != self.metadata.get("checksums"):
+        sums = {"": _of_header(notes, self._entries)}
+        sums |= {key: checksum(self._raw(key)) for key in self._entries}
+        if json.dumps(sums) != self.metadata.get("checksums"):
             raise _unreadable(self.path, "a checksum of it is wrong")
         return self
 

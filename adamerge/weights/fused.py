@@ -100,20 +100,20 @@ def _merge(tables: Plan, columns: Tensor, dtype: torch.dtype | None) -> list[Ten
 
     device = tables.layers.device
     vectors, matrices = tables.sizes
-    stores = (
+    outputs = (
         torch.empty(vectors, dtype=torch.float32, device=device),
         torch.empty(matrices, dtype=dtype or torch.float32, device=device),
     )
     for kind in tables.kinds:
-        store = stores[kind.matrices]
+        output = outputs[kind.matrices]
         fused_kernels.merge[(len(kind.blocks),)](
-            *(tables.layers, kind.blocks, columns, *columns.stride(), store),
+            *(tables.layers, kind.blocks, columns, *columns.stride(), output),
             **_settings(tables, kind),
         )
     # `.data`: tensors of their own for autograd. Views would share one count of changes in place,
     # and a change of one would be taken for a change of all.
     return [
-        stores[out.matrix].as_strided(out.shape, out.strides, out.place).data
+        outputs[out.matrix].as_strided(out.shape, out.strides, out.place).data
         for out in tables.outputs
     ]
 

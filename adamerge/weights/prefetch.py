@@ -12,7 +12,7 @@ from adamerge.weights.storage import Layer
 _ALIGNED = 256  # bytes: where tensors begin within a slot
 
 
-class Ahead:
+class Prefetcher:
     """Copies a group of layers to the GPU on a stream of its own while the GPU computes on another.
 
     Two slots of GPU memory, each as large as the largest group: what is in use, and what is coming.

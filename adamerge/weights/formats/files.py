@@ -67,9 +67,9 @@ class TorchWeights(Computed):
 
     def __init__(self, path: Path) -> None:
         file = TorchFile(path)
-        found = _state_dict(path, file.root)
-        self.stated = module_settings(found) if isinstance(found, Standin) else {}
-        root = module_tensors(found) if isinstance(found, Standin) else found
+        holder = _state_dict(path, file.root)
+        self.stated = module_settings(holder) if isinstance(holder, Standin) else {}
+        root = module_tensors(holder) if isinstance(holder, Standin) else holder
         tensors: dict[str, TensorRef] = {}
         for name, value in root.items():
             if isinstance(name, str) and isinstance(value, TensorRef):

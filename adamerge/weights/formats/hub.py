@@ -57,13 +57,13 @@ def fetch(source: str) -> Fetched:
     Raises:
         AdamergeError: not an address, or a repository, revision or file that cannot be had.
     """
-    found = _ADDRESS.fullmatch(source)
-    if found is None:
+    address = _ADDRESS.fullmatch(source)
+    if address is None:
         raise AdamergeError(
             f"{source!r} is not an address of the hub: expected hf://owner/repo, "
             "hf://owner/repo@revision, or either with /path/of/file"
         )
-    repo, revision, file = found["repo"], found["revision"], found["file"]
+    repo, revision, file = address["repo"], address["revision"], address["file"]
     try:
         patterns = [file] if file else _to_download(repo, revision)
         snapshot = huggingface_hub.snapshot_download(

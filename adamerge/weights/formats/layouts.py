@@ -150,17 +150,17 @@ class Layout:
         names: transformers' name -> tensor, made when asked for.
     """
 
-    def __init__(self, own: Mapping[str, Tensor], vision: str = "") -> None:
-        whole = any(name.startswith("visual.") for name in own)
+    def __init__(self, model: Mapping[str, Tensor], vision: str = "") -> None:
+        whole = any(name.startswith("visual.") for name in model)
         ours, theirs = ("visual.", "vision_model.") if whole else ("", vision)
-        text = "text." if "text.ln_final.weight" in own else ""
-        siglip = f"{ours}trunk.attn_pool.latent" in own
+        text = "text." if "text.ln_final.weight" in model else ""
+        siglip = f"{ours}trunk.attn_pool.latent" in model
         blocks = f"{ours}trunk.blocks." if siglip else f"{ours}transformer.resblocks."
-        self._rules = _rules(_SIGLIP if siglip else _VIT, ours, theirs, own, blocks)
+        self._rules = _rules(_SIGLIP if siglip else _VIT, ours, theirs, model, blocks)
         if whole:
             table, blocks = _SIGLIP_TEXT if siglip else _VIT_TEXT, f"{text}transformer.resblocks."
-            self._rules += _rules(table, text, "text_model.", own, blocks)
-        self.names = _converted(own, self._rules, to_ours=False)
+            self._rules += _rules(table, text, "text_model.", model, blocks)
+        self.names = _converted(model, self._rules, to_ours=False)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> Computed:
         """Tensors under transformers' names -> under open_clip's; what has no place keeps its
@@ -199,5 +199,5 @@ def tower_from_transformers(state: Mapping[str, Tensor], prefix: str) -> Compute
 
 def transformers_prefix(names: Iterable[str]) -> str | None:
     """What stands before an image tower's names in transformers' layout; None: another layout."""
-    found = [name.removesuffix(_PATCHES) for name in names if name.endswith(_PATCHES)]
-    return found[0] if len(found) == 1 else None
+    prefixes = [name.removesuffix(_PATCHES) for name in names if name.endswith(_PATCHES)]
+    return prefixes[0] if len(prefixes) == 1 else None

@@ -60,8 +60,8 @@ class Match:
     @property
     def extra(self) -> list[str]:
         """What the model does not have, but for constants."""
-        found = [name for name in self.names if name not in self.wanted]
-        return [name for name in found if name.rpartition(".")[2] not in _CONSTANTS]
+        unknown = [name for name in self.names if name not in self.wanted]
+        return [name for name in unknown if name.rpartition(".")[2] not in _CONSTANTS]
 
     def without_heads(self) -> Match:
         """This without classifiers that are attached to the model, of which a log line tells."""
@@ -73,7 +73,7 @@ class Match:
 
     def state(self) -> Computed:
         """The model's tensors under open_clip's names; its own where the checkpoint lacks them."""
-        found = Computed(
+        tensors = Computed(
             {
                 name: functools.partial(self.tensors.__getitem__, self.names[name])
                 if name in self.names
@@ -81,18 +81,18 @@ class Match:
                 for name in self.wanted
             }
         )
-        return found if self.layout is None else self.layout.to_ours(found)
+        return tensors if self.layout is None else self.layout.to_ours(tensors)
 
 
-def match(source: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Match:
-    """Finds an image tower or a whole CLIP, `own` under open_clip's names, in a checkpoint of
+def match(source: str, tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Match:
+    """Finds an image tower or a whole CLIP, `model` under open_clip's names, in a checkpoint of
     either layout.
 
     Raises:
         AdamergeError: several such models.
     """
-    tensors, layout = unwrapped(tensors), Layout(own)
-    choices = ((own, None), (layout.names, layout))
+    tensors, layout = unwrapped(tensors), Layout(model)
+    choices = ((model, None), (layout.names, layout))
     fits = [(prefixes(tensors, names), names, used) for names, used in choices]
     counts, wanted, used = max(fits, key=lambda fit: max(fit[0].values(), default=0) / len(fit[1]))
     if len(counts) > 1:
@@ -120,16 +120,16 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return renamed(tensors, names) if len(names) == len(tensors) else tensors
 
 
-def prefixes(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, int]:
-    """What stands before the names of a model's tensors, `own`, in a checkpoint, and before how
+def prefixes(names: Iterable[str], model: Mapping[str, Tensor]) -> dict[str, int]:
+    """What stands before the names of a model's tensors, `model`, in a checkpoint, and before how
     many of them.
 
     The one under which most of them are; several where that many are under each. Those of an
     image tower go before others, and a text tower, whose blocks are named alike, is none.
     """
     names = dict.fromkeys(names)  # a set that keeps the order
-    counts = Counter(prefix for name in names for prefix in _before(name, own))
-    if not any(name.startswith("visual.") for name in own):
+    counts = Counter(prefix for name in names for prefix in _before(name, model))
+    if not any(name.startswith("visual.") for name in model):
         text = {name[: -len(end)] for name in names for end in _TEXT if name.endswith(end)}
         text |= {prefix.removesuffix("embeddings.") for prefix in text}
         counts = Counter({prefix: count for prefix, count in counts.items() if prefix not in text})
@@ -139,24 +139,24 @@ def prefixes(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, int]:
     near = {prefix: count for prefix, count in counts.items() if count >= _NEAR * most}
     if most < _FEW and len(near) > 1:  # a name or two that other models have as well
         return {}
-    stems = [name for name in own if own[name].ndim == 4]  # only images are convolved
+    stems = [name for name in model if model[name].ndim == 4]  # only images are convolved
     whole = {p: c for p, c in near.items() if any(f"{p}{stem}" in names for stem in stems)}
     return whole or {prefix: count for prefix, count in near.items() if count == most}
 
 
-def _before(name: str, own: Collection[str]) -> Iterable[str]:
+def _before(name: str, model: Collection[str]) -> Iterable[str]:
     """Every beginning of a name behind which one of the model's own names follows."""
     words = name.split(".")
     ends = (".".join(words[start:]) for start in range(len(words)))
-    return [name[: len(name) - len(end)] for end in ends if end in own]
+    return [name[: len(name) - len(end)] for end in ends if end in model]
 
 
 def heads_in(
-    extra: Sequence[str], own: Collection[str], tensors: Mapping[str, Tensor]
+    extra: Sequence[str], model: Collection[str], tensors: Mapping[str, Tensor]
 ) -> list[str]:
     """Those of the names that a model does not have (`extra`) that are a classifier attached to
-    it: a module of its own beside the model's (`own`), of matrices and vectors alone."""
-    known = {name.partition(".")[0] for name in own}
+    it: a module of its own beside the model's (`model`), of matrices and vectors alone."""
+    known = {name.partition(".")[0] for name in model}
     modules: dict[str, list[str]] = {}
     for name in extra:
         module, dot, _ = name.partition(".")

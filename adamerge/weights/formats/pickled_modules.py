@@ -46,19 +46,19 @@ def module_settings(module: Standin) -> dict[str, Any]:
     parts = [(n, v) for n, v in _walk(module, "", itertools.count()) if isinstance(v, Standin)]
     blocks = [(name, part) for name, part in parts if ".resblocks." in f".{name}"]
     visual = [(name, part) for name, part in blocks if ".visual." in f".{name}"]
-    found: dict[str, list[Any]] = {}
+    stated: dict[str, list[Any]] = {}
     for name, part in visual or blocks:
         kind, state = part.path.rpartition(".")[2], _mapping(part.state)
         if name.rpartition(".")[2] in _ACTIVATIONS:
             gelu = kind in ("GELU", "QuickGELU")
             key, value = ("quick_gelu", kind == "QuickGELU") if gelu else ("activation", kind)
-            found.setdefault(key, []).append(value)
+            stated.setdefault(key, []).append(value)
         elif kind == "MultiheadAttention":
-            found.setdefault("heads", []).append(state.get("num_heads"))
+            stated.setdefault("heads", []).append(state.get("num_heads"))
         elif kind.startswith("LayerNorm"):
-            found.setdefault("layer_norm_eps", []).append(state.get("eps"))
+            stated.setdefault("layer_norm_eps", []).append(state.get("eps"))
     settings = {
-        key: values[0] for key, values in found.items() if values.count(values[0]) == len(values)
+        key: values[0] for key, values in stated.items() if values.count(values[0]) == len(values)
     }
     settings["normalize"] = _mapping(module.state).get("normalize")
     return {key: value for key, value in settings.items() if value is not None}
