@@ -71,17 +71,17 @@ def test_the_compiler_takes_the_kernels(
     strides = {"task_stride": "i32", "layer_stride": "i32"}
     tables = {"layers": "*i64", "blocks": "*i32"}
     merged = _compiled(
-        kernels._merge, tables | strides | {"columns": "*fp32", "out": "*bf16"}, merge
+        kernels.merge, tables | strides | {"columns": "*fp32", "out": "*bf16"}, merge
     )
     contracted = _compiled(
-        kernels._contract,
+        kernels.contract,
         tables | {"grads": "*i64", "count": "i32", "parts": "*fp32"},
         merge | {"HALF": language.bfloat16},
     )
     assert "cvt.rn.bf16" in merged  # to the nearest
     assert ("ld.global.v4" in merged) == ("ld.global.v4" in contracted) == (width == 16)
     parts = {"parts": "*fp32", "ranges": "*i32", "out": "*fp32", "count": "i32"}
-    assert _compiled(kernels._sum, parts, {"TASKS": 5, "WIDTH": 8, "ROWS": 128})
+    assert _compiled(kernels.add_up, parts, {"TASKS": 5, "WIDTH": 8, "ROWS": 128})
 
 
 def _compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> str:

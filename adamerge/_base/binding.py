@@ -10,7 +10,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,15 @@ Kind = Callable[[Any], bool]
 
 def subclass_of(base: type) -> Kind:
     """Accepts classes derived from `base`, itself excluded."""
-    return lambda found: inspect.isclass(found) and issubclass(found, base) and found is not base
+    return lambda value: inspect.isclass(value) and issubclass(value, base) and value is not base
 
 
 def function_to(result: type) -> Kind:
     """Accepts functions whose return annotation is `result`."""
 
-    def accepts(found: Any) -> bool:
-        if not inspect.isfunction(found):
-            return False
-        return typing.get_type_hints(found).get("return") is result
-
-    return accepts
+    return lambda value: (
+        inspect.isfunction(value) and typing.get_type_hints(value).get("return") is result
+    )
 
 
 def nearest(word: object, words: Iterable[str]) -> str:
@@ -62,15 +59,15 @@ def find(path: str, key: str, kind: Kind, expected: str) -> Any:
         why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         why = " ".join(why.split())[:200]
         raise AdamergeError(f"{key}._target_: cannot import {path!r} ({why})") from error
-    found = getattr(module, name, None)
-    if found is None:
+    target = getattr(module, name, None)
+    if target is None:
         raise AdamergeError(
             f"{key}._target_: nothing at {path!r}{nearest(name, dir(module) if module else ())}; "
             f"expected the dotted path of {expected}"
         )
-    if not kind(found):
+    if not kind(target):
         raise AdamergeError(f"{key}._target_: {path!r} is not {expected}")
-    return found
+    return target
 
 
 def code_beside(config: Any, file: Path) -> None:
@@ -87,13 +84,13 @@ def code_beside(config: Any, file: Path) -> None:
     """
     folder = file.resolve().parent
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    own = {entry for entry in named if os.path.isabs(entry) and Path(entry).resolve() == folder}
+    chosen = {entry for entry in named if os.path.isabs(entry) and Path(entry).resolve() == folder}
     endings = ("", *importlib.machinery.all_suffixes())
     for target in _targets(config):
         top = target.partition(".")[0]
         if top in ("", "adamerge") or top in sys.modules:
             continue
-        entries = [e for e in sys.path if e not in own and not _INSTALLED & {*Path(e).parts}]
+        entries = [e for e in sys.path if e not in chosen and not _INSTALLED & {*Path(e).parts}]
         for place in (Path(entry, f"{top}{ending}") for entry in entries for ending in endings):
             code = place.resolve()
             if place.exists() and (folder in code.parents or code in (folder, *folder.parents)):
@@ -106,10 +103,11 @@ def code_beside(config: Any, file: Path) -> None:
 
 def _targets(value: Any) -> Iterator[str]:
     """Every `_target_` in a configuration, at any depth."""
-    inner = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, Mapping) and isinstance(value.get("_target_"), str):
-        yield value["_target_"]
-    for part in inner if isinstance(value, Mapping | list) else ():
+    if isinstance(value, Mapping):
+        if isinstance(value.get("_target_"), str):
+            yield value["_target_"]
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
         yield from _targets(part)
 
 
@@ -121,26 +119,23 @@ def problems(
     Args:
         supplied: the names the builder gives (`backbone`, `heads`, …) where they are asked for.
     """
-    given = set(supplied)
     parameters = inspect.signature(target).parameters
-    named = [
-        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    settable = [name for name in named if name not in given]
-    found = [
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    settable = {n: p for n, p in parameters.items() if p.kind in named and n not in {*supplied}}
+    wrong = [
         f"{key}.{name} is unknown{nearest(name, settable)}"
         for name in arguments
         if name not in settable and not open_ended
     ]
-    for name in settable:
-        if parameters[name].default is inspect.Parameter.empty and name not in arguments:
-            found.append(f"{key}.{name} is missing")
+    for name, parameter in settable.items():
+        if parameter.default is inspect.Parameter.empty and name not in arguments:
+            wrong.append(f"{key}.{name} is missing")
     hints = _hints(target)
     for name, value in arguments.items():
         if name in hints and not fits(value, hints[name]):
-            found.append(f"{key}.{name} is {value!r}: expected {describe(hints[name])}")
-    return found
+            wrong.append(f"{key}.{name} is {value!r}: expected {describe(hints[name])}")
+    return wrong
 
 
 def call(
@@ -153,35 +148,33 @@ def call(
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain configuration value can be of an annotated type; unknown types accept all."""
-    options = set(typing.get_args(hint) if _is_union(hint) else (hint,))
-    choices = [o for option in options for o in _choices(option)]
+    options = _options(hint)
+    choices = [choice for option in options for choice in _choices(option)]
     if choices:
         return value in choices or (value is None and type(None) in options)
     plain = {bool, int, float, str, type(None)}
     if not plain & options or type(value) not in plain:
         return not options <= plain  # only a plain type says no to a list or a dictionary
-    if isinstance(value, bool):
-        return bool in options
-    if isinstance(value, int) and float in options:
-        return True
-    return type(value) in options
+    return type(value) in options or (type(value) is int and float in options)
 
 
 def describe(hint: Any) -> str:
     """A type for a message: `float or none`."""
     words: list[str] = []
-    for option in typing.get_args(hint) if _is_union(hint) else (hint,):
+    for option in _options(hint):
         name = "none" if option is type(None) else getattr(option, "__name__", str(option))
         words += [repr(value) for value in _choices(option)] or [name]
     return " or ".join(words)
 
 
+def _options(hint: Any) -> Set[Any]:
+    """The types of a union, in its order; of another type, that alone."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return dict.fromkeys(typing.get_args(hint) if union else (hint,)).keys()
+
+
 def _choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:

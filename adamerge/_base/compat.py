@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def all_gather(output: Tensor, own: Tensor) -> None:
-    """`output` becomes all processes' `own`, one behind the other."""
-    _collective("all_gather_single", "all_gather_into_tensor")(output, own)
+def all_gather(output: Tensor, part: Tensor) -> None:
+    """`output` becomes all processes' `part`, one behind the other."""
+    _collective("all_gather_single", "all_gather_into_tensor")(output, part)
 
 
 def reduce_scatter(output: Tensor, everything: Tensor) -> None:

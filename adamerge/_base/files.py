@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -24,7 +25,6 @@ from adamerge._base.errors import AdamergeError
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 LOCK = "run.lock"  # in a run's folder while a process works there
-_UNIQUE = "?" * 8  # what `_unique` puts into a name, as a pattern
 _MOST_BYTES, _MOST_LEVELS = 64 * 2**20, 64  # of JSON; files that people have stay far below
 
 
@@ -37,7 +37,12 @@ def replacing(path: Path) -> Iterator[Path]:
     writer gave it.
     """
     clear_left(path.parent, path.name)
-    temporary, file = _claimed(path)
+    while True:
+        temporary = _unique(path, "tmp")
+        file = temporary.open("xb")  # locked as long as it is open: the mark of one in use
+        if _taken(file) and _is_at(temporary, file):  # not cleared before it was locked
+            break
+        file.close()
     try:
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)
@@ -50,9 +55,9 @@ def replacing(path: Path) -> Iterator[Path]:
         file.close()
 
 
-def clear_left(folder: Path, name: str = "*") -> None:
-    """Removes the temporary files that killed processes left of `name` (a pattern) in a folder."""
-    for left in folder.glob(f"{name if name == '*' else _literal(name)}.{_UNIQUE}.tmp"):
+def clear_left(folder: Path, name: str | None = None) -> None:
+    """Removes the temporary files that killed processes left in a folder, of one name or all."""
+    for left in _left(folder, "*" if name is None else glob.escape(name), "tmp"):
         with contextlib.suppress(OSError), left.open("rb") as file:
             if _taken(file):  # who writes it holds it
                 left.unlink()
@@ -66,31 +71,26 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     one left is removed, or put back, by the next.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    name = glob.escape(folder.name)
     with locked(folder.with_name(f"{folder.name}.lock")):
-        for old in folder.parent.glob(f"{_literal(folder.name)}.{_UNIQUE}.old"):
+        for old in _left(folder.parent, name, "old"):
             if not folder.exists():  # killed between two renames
                 old.rename(folder)
-        for kind in ("tmp", "old"):
-            for left in folder.parent.glob(f"{_literal(folder.name)}.{_UNIQUE}.{kind}"):
-                shutil.rmtree(left, ignore_errors=True)
+        for left in (*_left(folder.parent, name, "tmp"), *_left(folder.parent, name, "old")):
+            shutil.rmtree(left, ignore_errors=True)
         temporary = _unique(folder, "tmp")
         temporary.mkdir()
         try:
             yield temporary
-            _exchange(temporary, folder)
+            if not folder.exists():
+                temporary.rename(folder)
+            elif not _swapped(temporary, folder):
+                old = _unique(folder, "old")
+                folder.rename(old)
+                temporary.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _exchange(temporary: Path, folder: Path) -> None:
-    """Gives `temporary` the name `folder`; a folder that had it is `temporary` then, or gone."""
-    if not folder.exists():
-        temporary.rename(folder)
-    elif not _swapped(temporary, folder):
-        old = _unique(folder, "old")
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _swapped(one: Path, other: Path) -> bool:
@@ -109,19 +109,9 @@ def _unique(path: Path, kind: str) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.{kind}")
 
 
-def _literal(name: str) -> str:
-    """A name as a pattern of `glob` that fits it alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _claimed(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new temporary file, locked as long as it is open: the mark of one in use."""
-    while True:
-        temporary = _unique(path, "tmp")
-        file = temporary.open("xb")
-        if _taken(file) and _is_at(temporary, file):  # not cleared before it was locked
-            return temporary, file
-        file.close()
+def _left(folder: Path, name: str, kind: str) -> list[Path]:
+    """The files or folders of `_unique` names, of a pattern of names."""
+    return [*folder.glob(f"{name}.????????.{kind}")]
 
 
 @contextlib.contextmanager
@@ -188,20 +178,17 @@ def _held(path: Path, folder: Path) -> Iterator[None]:
         with path.open("a+") as file:
             if not _taken(file, fcntl.lockf):
                 file.seek(0)
-                raise _in_use(folder, file.read(200))
+                holder = " ".join(file.read(200).split()) or "another process"
+                raise AdamergeError(
+                    f"{folder} is in use by {holder}: wait until that has ended, stop it, or "
+                    "choose another run_dir"
+                )
             if _is_at(path, file):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
                 yield
                 return
-
-
-def _in_use(folder: Path, holder: str) -> AdamergeError:
-    return AdamergeError(
-        f"{folder} is in use by {' '.join(holder.split()) or 'another process'}: wait until that "
-        "has ended, stop it, or choose another run_dir"
-    )
 
 
 def _is_at(path: Path, file: IO[Any]) -> bool:
@@ -232,13 +219,13 @@ def read_json(
             text = file.read(min(told.st_size, _MOST_BYTES) + 1)
         if len(text) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
-        found = parse_json(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__} where an object is expected")
+        content = parse_json(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} where an object is expected")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         raise AdamergeError(f"{path} is not {what} ({reason}): {mend}") from error
-    return found
+    return content
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -248,22 +235,22 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: not JSON, or nested so deeply that no program could go through it.
     """
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested more than {_MOST_LEVELS} levels deep") from None
-    level: list[Any] = [[found]]
+    level: list[Any] = [[content]]
     for _ in range(_MOST_LEVELS):
         values = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
         level = [value for value in values if isinstance(value, dict | list)]
     if level:
         raise ValueError(f"nested more than {_MOST_LEVELS} levels deep")
-    return found
+    return content
 
 
 def stamp(path: Path) -> tuple[int, ...]:
     """What differs as soon as a file does; `st_ctime` cannot be set back, `st_mtime` can."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def checksum(data: bytes | memoryview) -> str:

@@ -19,18 +19,18 @@ def memory_available(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return None
-    found = []
+    limits = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(2**10 * int(next(x for x in lines if x.startswith("MemAvail")).split()[1]))
+        limits.append(2**10 * int(next(x for x in lines if x.startswith("MemAvail")).split()[1]))
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
         counts = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
         # Files read once count as used, and are given up when memory is asked for.
         used_for_good = int(used) - int(counts.get("inactive_file", 0))
-        found.append(max(int(limit) - used_for_good, 0))
-    if not found:
+        limits.append(max(int(limit) - used_for_good, 0))
+    if not limits:
         with contextlib.suppress(OSError, ValueError):
-            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(found, default=None)
+            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -57,15 +57,12 @@ class Differences:
 
     def read(self, name: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """θ0 of a layer in float32 (float64 where it is so), and the deltas `[T, *shape]`."""
-        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        if base.dtype != dtype:
+        pretrained = base.to(_full(base))
+        if pretrained.dtype != base.dtype:
             self._note(base, "pretrained")
-        pretrained = base.to(dtype)
         _check_finite(pretrained, "pretrained", name, self._where)
-        deltas = torch.empty((len(self._experts), *base.shape), dtype=dtype, device=base.device)
-        for row, (task, expert) in zip(deltas, self._experts, strict=True):
-            tensor = expert[name].detach()
-            self._check(tensor, base, task, name)
+        deltas = pretrained.new_empty((len(self.tasks), *base.shape))
+        for row, (task, tensor) in zip(deltas, self._tensors(name, base), strict=True):
             if tensor.dtype.itemsize < base.dtype.itemsize:
                 self._note(tensor, task)
             torch.sub(tensor.to(deltas), pretrained, out=row)
@@ -74,31 +71,36 @@ class Differences:
 
     def values(self, name: str, base: Tensor) -> Tensor:
         """The pretrained model's and each expert's value of a buffer, `[1 + T, *shape]`."""
-        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        found = [base.to(dtype)]
-        for task, expert in self._experts:
-            self._check(expert[name], base, task, name)
-            found.append(expert[name].detach().to(found[0]))
-            _check_finite(found[-1], task, name, self._where)
-        return torch.stack(found)
+        values = [base.to(_full(base))]
+        for task, tensor in self._tensors(name, base):
+            values.append(tensor.to(values[0]))
+            _check_finite(values[-1], task, name, self._where)
+        return torch.stack(values)
 
-    def _check(self, tensor: Tensor, base: Tensor, task: str, name: str) -> None:
-        if tensor.shape != base.shape:
-            raise AdamergeError(
-                f"{self._where(task)} has tensor {name!r} of shape {list(tensor.shape)}, but the "
-                f"pretrained weights have {list(base.shape)}: "
-                f"{other_shape(name, tensor.shape, base.shape, _SAME)}"
-            )
-        if not tensor.is_floating_point():
-            raise AdamergeError(
-                f"{self._where(task)} has tensor {name!r} of type {tensor.dtype}: expected "
-                "floating-point weights; give the expert as it was before it was quantised"
-            )
+    def _tensors(self, name: str, base: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for task, expert in self._experts:
+            tensor = expert[name].detach()
+            if tensor.shape != base.shape:
+                raise AdamergeError(
+                    f"{self._where(task)} has tensor {name!r} of shape {list(tensor.shape)}, but "
+                    f"the pretrained weights have {list(base.shape)}: "
+                    f"{other_shape(name, tensor.shape, base.shape, _SAME)}"
+                )
+            if not tensor.is_floating_point():
+                raise AdamergeError(
+                    f"{self._where(task)} has tensor {name!r} of type {tensor.dtype}: expected "
+                    "floating-point weights; give the expert as it was before it was quantised"
+                )
+            yield task, tensor
 
     def _note(self, tensor: Tensor, key: str) -> None:
         keys = self.promoted.setdefault(str(tensor.dtype).removeprefix("torch."), [])
         if key not in keys:
             keys.append(key)
+
+
+def _full(base: Tensor) -> torch.dtype:
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
 def is_buffer(name: str, tensor: Tensor, known: Collection[str] = ()) -> bool:

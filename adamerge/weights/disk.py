@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -35,72 +35,8 @@ _PIECE = 2**28  # bytes of pinned memory taken at a time
 _SCALES = "::scales"
 
 
-class LayerWriter:
-    """Writes layers into a .safetensors file one after the other, with none kept in memory.
-
-    The header comes first in that format and is known last: room is left for it. Layers whose size
-    is no multiple of 64 bytes go to the end, so that all others begin at such a multiple. `finish`
-    completes the file.
-
-    Args:
-        file: to write, from its beginning.
-        names: of all layers that may come; the room for the header depends on them.
-    """
-
-    def __init__(self, file: BinaryIO, names: list[str]) -> None:
-        # With its length, 8 bytes, the header ends at a multiple of `_ALIGNED`.
-        self._room = _up_to(2**13 + sum(6 * len(name) + 400 for name in names)) - 8
-        self._file = file
-        self._file.write(bytes(8 + self._room))
-        self._entries: dict[str, dict[str, object]] = {}
-        self._sums: dict[str, str] = {}
-        self._late: list[tuple[str, Tensor]] = []
-        self._end = 0
-
-    def add(self, name: str, layer: Layer) -> None:
-        """Writes one layer."""
-        for key, tensor in _tensors(name, layer):
-            if tensor.nbytes % _ALIGNED:
-                self._late.append((key, tensor.clone()))
-            else:
-                self._write(key, tensor)
-
-    def finish(self, metadata: Mapping[str, str]) -> None:
-        """Writes what is left and the header.
-
-        Args:
-            metadata: texts to keep with the tensors.
-        """
-        for key, tensor in self._late:
-            self._write(key, tensor)
-        sums = {"": _of_header(metadata, self._entries), **self._sums}
-        notes = {**metadata, "checksums": json.dumps(sums)}
-        header = json.dumps({"__metadata__": notes, **self._entries}).encode()
-        if len(header) > self._room:
-            raise AdamergeError(
-                f"a file of task vectors has no room for the names in it ({len(header)} bytes): "
-                "shorten the task names"
-            )
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())  # a name that is there stands for numbers that are there
-
-    def _write(self, key: str, tensor: Tensor) -> None:
-        flat = tensor.detach().cpu().contiguous().flatten()
-        data = flat.view(torch.uint8).numpy().data
-        self._file.write(data)
-        self._sums[key] = checksum(data)
-        self._entries[key] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._end, self._end + tensor.nbytes],
-        }
-        self._end += tensor.nbytes
-
-
 class MappedLayers(Mapping[str, Layer]):
-    """The layers of a file of `LayerWriter`, mapped.
+    """The layers of a file of `storing`, mapped.
 
     A layer's tensors are views of the file: the system reads them when they are used and may drop
     them again. Once 256 MB of them have been handed out, what was mapped is given back, so that
@@ -128,11 +64,10 @@ class MappedLayers(Mapping[str, Layer]):
             self.metadata: dict[str, str] = entries.pop("__metadata__")
             self._start = 8 + room
             self._entries: dict[str, dict[str, Any]] = entries
-            whole = self._start + sum(map(_size, entries.values())) == len(self._map)
+            if self._start + sum(map(_size, entries.values())) != len(self._map):
+                raise ValueError("its length is not what its header says")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(path, str(error)) from error
-        if not whole:
-            raise _unreadable(path, "its length is not what its header says")
         self._names = [name for name in entries if not name.endswith(_SCALES)]
         self._handed = 0
 
@@ -161,41 +96,36 @@ class MappedLayers(Mapping[str, Layer]):
             AdamergeError: it is damaged.
         """
         notes = {key: text for key, text in self.metadata.items() if key != "checksums"}
-        found = {"": _of_header(notes, self._entries)}
-        for key, entry in self._entries.items():
-            begin, end = (self._start + offset for offset in entry["data_offsets"])
-            found[key] = checksum(memoryview(self._map)[begin:end])
-            self._handed += end - begin
-            if self._handed > _AT_HAND:
-                self.release()
-        if json.dumps(found) != self.metadata.get("checksums"):
+        sums = {"": _of_header(notes, self._entries)}
+        sums |= {key: checksum(self._raw(key)) for key in self._entries}
+        if json.dumps(sums) != self.metadata.get("checksums"):
             raise _unreadable(self.path, "a checksum of it is wrong")
         return self
 
     def expect(self, names: list[str]) -> None:
         """Has the system read these layers ahead, while something else is computed."""
         for name in names:
-            begin, end = self._entries[name]["data_offsets"]
-            start = (self._start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, start, self._start + end - start)
+            begin, end = (self._start + offset for offset in self._entries[name]["data_offsets"])
+            start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
 
     def release(self) -> None:
         """Gives back the memory of all that was read; what is used again is read again."""
         self._map.madvise(mmap.MADV_DONTNEED)
         self._handed = 0
 
-    def _tensor(self, key: str) -> Tensor:
-        entry = self._entries[key]
-        begin, end = entry["data_offsets"]
+    def _raw(self, key: str) -> memoryview:
+        begin, end = (self._start + offset for offset in self._entries[key]["data_offsets"])
         if self._handed and self._handed + end - begin > _AT_HAND:
             self.release()
         self._handed += end - begin
-        dtype = _TYPES[str(entry["dtype"])]
-        count = (end - begin) // dtype.itemsize
-        if count == 0:
-            return torch.empty(entry["shape"], dtype=dtype)
-        flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._start + begin)
-        return flat.view(entry["shape"])
+        return memoryview(self._map)[begin:end]
+
+    def _tensor(self, key: str) -> Tensor:
+        raw, shape = self._raw(key), self._entries[key]["shape"]
+        dtype = _TYPES[self._entries[key]["dtype"]]
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return flat.view(shape)
 
 
 def _of_header(notes: Mapping[str, str], entries: Mapping[str, Any]) -> str:
@@ -210,25 +140,11 @@ def _size(entry: dict[str, Any]) -> int:
     return int(end - begin)
 
 
-def _tensors(name: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
-    yield name, layer.values
-    if layer.scales is not None:
-        yield name + _SCALES, layer.scales
-
-
 def _unreadable(path: Path, why: str) -> AdamergeError:
     return AdamergeError(
         f"{path} is not a whole file of stored task vectors ({why}): delete it, and it is made "
         "again"
     )
-
-
-class Shelf(Protocol):
-    """Takes the layers of task vectors one after the other, and gives them all back."""
-
-    def add(self, name: str, layer: Layer) -> None: ...
-
-    def close(self, metadata: Mapping[str, str]) -> Mapping[str, Layer]: ...
 
 
 class _Memory:
@@ -260,18 +176,62 @@ class _Memory:
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-class _Disk:
-    """Writes layers to a file and maps it."""
+class _File:
+    """Writes layers into a .safetensors file one after the other, with none kept in memory.
+
+    The header comes first in that format and is known last: room is left for it. Layers whose size
+    is no multiple of 64 bytes go to the end, so that all others begin at such a multiple.
+    """
 
     def __init__(self, file: BinaryIO, path: Path, names: list[str]) -> None:
-        self._file, self._path, self._writer = file, path, LayerWriter(file, names)
+        # With its length, 8 bytes, the header ends at a multiple of `_ALIGNED`.
+        self._room = _up_to(2**13 + sum(6 * len(name) + 400 for name in names)) - 8
+        self._file, self._path = file, path
+        self._file.write(bytes(8 + self._room))
+        self._entries: dict[str, dict[str, object]] = {}
+        self._sums: dict[str, str] = {}
+        self._late: list[tuple[str, Tensor]] = []
+        self._end = 0
 
     def add(self, name: str, layer: Layer) -> None:
-        self._writer.add(name, layer)
+        scales = [] if layer.scales is None else [(name + _SCALES, layer.scales)]
+        for key, tensor in ((name, layer.values), *scales):
+            if tensor.nbytes % _ALIGNED:
+                self._late.append((key, tensor.clone()))
+            else:
+                self._write(key, tensor)
 
-    def close(self, metadata: Mapping[str, str]) -> Mapping[str, Layer]:
-        self._writer.finish(metadata)
+    def close(self, metadata: Mapping[str, str]) -> MappedLayers:
+        """Writes what is left and the header, with `metadata` in it; maps the file."""
+        for key, tensor in self._late:
+            self._write(key, tensor)
+        sums = {"": _of_header(metadata, self._entries), **self._sums}
+        notes = {**metadata, "checksums": json.dumps(sums)}
+        header = json.dumps({"__metadata__": notes, **self._entries}).encode()
+        if len(header) > self._room:
+            raise AdamergeError(
+                f"a file of task vectors has no room for the names in it ({len(header)} bytes): "
+                "shorten the task names"
+            )
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())  # a name that is there stands for numbers that are there
         return MappedLayers(self._path, self._file)
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        self._file.write(data)
+        self._sums[key] = checksum(data)
+        self._entries[key] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._end, self._end + tensor.nbytes],
+        }
+        self._end += tensor.nbytes
+
+
+Shelf = _Memory | _File  # takes layers one after the other, and gives them all back
 
 
 @contextlib.contextmanager
@@ -289,10 +249,10 @@ def storing(storage: Storage, names: list[str], named: bool = True) -> Iterator[
     storage.file.parent.mkdir(parents=True, exist_ok=True)
     if not named:
         with tempfile.TemporaryFile(dir=storage.file.parent) as nameless:
-            yield _Disk(nameless, storage.file.with_suffix(".nameless"), names)
+            yield _File(nameless, storage.file.with_suffix(".nameless"), names)
         return
     with replacing(storage.file) as temporary, temporary.open("w+b") as file:
-        yield _Disk(file, storage.file, names)
+        yield _File(file, storage.file, names)
 
 
 def _up_to(size: int) -> int:

@@ -11,12 +11,12 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from adamerge.weights.fused_plan import BLOCK, Plan, plan
+from adamerge.weights.fused_plan import BLOCK, Kind, Plan, plan
 from adamerge.weights.storage import Layer
 
 log = logging.getLogger("adamerge")
@@ -25,13 +25,17 @@ R = TypeVar("R")
 
 DEVICES = {"cuda"}  # on a CPU the kernels run in Triton's interpreter alone: for tests
 _OUTPUTS = (None, torch.float32, torch.bfloat16, torch.float16)
+_SUMMED = 128  # blocks of a layer added up at a time
 
 _failed = False
 
 
-def usable(bases: Sequence[Tensor], layers: Sequence[Layer]) -> bool:
-    """Whether the kernels take these layers: float32 θ0, all on one GPU, and Triton is there."""
-    return _usable_plan(bases, layers) is not None
+def usable(bases: Sequence[Tensor], layers: Sequence[Layer]) -> Plan | None:
+    """The tables of these layers; None where the kernels do not take them: only float32 θ0, all on
+    one GPU, and if Triton is there."""
+    if _failed or bases[0].device.type not in DEVICES or not _has_triton():
+        return None
+    return plan(bases, layers)
 
 
 def merge(
@@ -72,7 +76,7 @@ def _tried(work: Callable[[Plan], R], bases: Sequence[Tensor], layers: Sequence[
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
         with here:
-            tables = _usable_plan(bases, layers)
+            tables = usable(bases, layers)
             return None if tables is None else work(tables)
     except torch.OutOfMemoryError:
         raise
@@ -86,12 +90,6 @@ def _tried(work: Callable[[Plan], R], bases: Sequence[Tensor], layers: Sequence[
         return None
 
 
-def _usable_plan(bases: Sequence[Tensor], layers: Sequence[Layer]) -> Plan | None:
-    if _failed or bases[0].device.type not in DEVICES or not _has_triton():
-        return None
-    return plan(bases, layers)
-
-
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -102,19 +100,20 @@ def _merge(tables: Plan, columns: Tensor, dtype: torch.dtype | None) -> list[Ten
 
     device = tables.layers.device
     vectors, matrices = tables.sizes
-    stores = (
+    outputs = (
         torch.empty(vectors, dtype=torch.float32, device=device),
         torch.empty(matrices, dtype=dtype or torch.float32, device=device),
     )
     for kind in tables.kinds:
-        store = stores[kind.matrices]
-        fused_kernels.launch_merge(
-            tables.layers, kind.blocks, columns, store, kind.stored, BLOCK, kind.group
+        output = outputs[kind.matrices]
+        fused_kernels.merge[(len(kind.blocks),)](
+            *(tables.layers, kind.blocks, columns, *columns.stride(), output),
+            **_settings(tables, kind),
         )
     # `.data`: tensors of their own for autograd. Views would share one count of changes in place,
     # and a change of one would be taken for a change of all.
     return [
-        stores[out.matrix].as_strided(out.shape, out.strides, out.place).data
+        outputs[out.matrix].as_strided(out.shape, out.strides, out.place).data
         for out in tables.outputs
     ]
 
@@ -132,14 +131,37 @@ def _contract(tables: Plan, grads: Sequence[Tensor | None]) -> Tensor:
     parts = torch.empty((max(total, 1), tables.tasks), dtype=torch.float32, device=device)
     first = 0
     for kind in tables.kinds:
-        own = parts[first : first + len(kind.blocks)]
-        first += len(kind.blocks)
-        fused_kernels.launch_contract(
-            tables.layers, kind.blocks, addresses, own, kind.stored, half, BLOCK, kind.group
+        fused_kernels.contract[(len(kind.blocks),)](
+            *(tables.layers, kind.blocks, addresses, len(grads), parts[first:]),
+            HALF=fused_kernels.TYPES[half],
+            **_settings(tables, kind),
         )
+        first += len(kind.blocks)
     out = torch.empty((tables.tasks, len(grads)), dtype=torch.float32, device=device)
-    fused_kernels.launch_sum(parts, tables.ranges, out)
+    fused_kernels.add_up[(len(grads),)](
+        *(parts, tables.ranges, out, len(grads)),
+        TASKS=tables.tasks,
+        WIDTH=1 << (tables.tasks - 1).bit_length(),
+        ROWS=_SUMMED,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     return out
+
+
+def _settings(tables: Plan, kind: Kind) -> dict[str, Any]:
+    """What the kernels of the merge and of its gradient are compiled for."""
+    from adamerge.weights.fused_kernels import TYPES
+
+    return {
+        "TASKS": tables.tasks,
+        "STORED": TYPES[kind.stored],
+        "SCALED": kind.stored == torch.int8,
+        "BLOCK": BLOCK,
+        "GROUP": kind.group,
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }
 
 
 def _readable(grad: Tensor, half: torch.dtype) -> Tensor:

@@ -13,89 +13,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-_TYPES = {
+TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.int8: tl.int8,
 }
-_WARPS = 8
-_SUMMED = 128  # blocks of a layer added up at a time
-
-
-def launch_merge(
-    layers: Tensor,
-    blocks: Tensor,
-    columns: Tensor,
-    out: Tensor,
-    stored: torch.dtype,
-    block: int,
-    group: int,
-) -> None:
-    """`out` = θ0 + Σ_t columns[t, l] τ_t of every block, `columns` `[T, l]` of any strides."""
-    _merge[(len(blocks),)](
-        layers,
-        blocks,
-        columns,
-        columns.stride(0),
-        columns.stride(1),
-        out,
-        TASKS=len(columns),
-        STORED=_TYPES[stored],
-        SCALED=stored == torch.int8,
-        BLOCK=block,
-        GROUP=group,
-        num_warps=_WARPS,
-        enable_fp_fusion=True,
-    )
-
-
-def launch_contract(
-    layers: Tensor,
-    blocks: Tensor,
-    grads: Tensor,
-    parts: Tensor,
-    stored: torch.dtype,
-    half: torch.dtype,
-    block: int,
-    group: int,
-) -> None:
-    """`parts` `[blocks, T]` = ⟨grad, τ_t⟩ of every block.
-
-    `grads` `[2, l]`: addresses of float32 gradients, and of those in `half`; 0 where there is none.
-    """
-    _contract[(len(blocks),)](
-        layers,
-        blocks,
-        grads,
-        grads.shape[1],
-        parts,
-        TASKS=parts.shape[1],
-        STORED=_TYPES[stored],
-        SCALED=stored == torch.int8,
-        HALF=_TYPES[half],
-        BLOCK=block,
-        GROUP=group,
-        num_warps=_WARPS,
-        enable_fp_fusion=True,
-    )
-
-
-def launch_sum(parts: Tensor, ranges: Tensor, out: Tensor) -> None:
-    """`out` `[T, l]`: the sum of each layer's `parts`, from `ranges[l, 0]` to `ranges[l, 1]`."""
-    _sum[(len(ranges),)](
-        parts,
-        ranges,
-        out,
-        out.shape[1],
-        TASKS=len(out),
-        WIDTH=triton.next_power_of_2(len(out)),
-        ROWS=_SUMMED,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
 
 
 @triton.jit
@@ -117,7 +41,33 @@ def _pointer(
 
 
 @triton.jit
-def _merge(
+def _place(
+    layers: tl.tensor, blocks: tl.tensor, BLOCK: tl.constexpr, GROUP: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The layer of this program, its row in the table, its numbers, and where groups of them and
+    each of them lie."""
+    index = tl.program_id(0)
+    layer = tl.load(blocks + 2 * index)
+    start = _number(blocks, 2 * index + 1, GROUP)
+    row = layers + layer * 6
+    groups = start + tl.arange(0, BLOCK // GROUP) * GROUP
+    places = groups[:, None] + tl.arange(0, GROUP)[None, :]
+    return layer, row, _number(row, 4, GROUP), groups, places
+
+
+@triton.jit
+def _scales(
+    row: tl.tensor, numel: tl.tensor, groups: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A layer's scales, how many of them each task has, and which belong to these groups."""
+    width = tl.load(row + 5).to(tl.int32)
+    rows = groups // width
+    scales = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    return scales, numel // width, rows
+
+
+@triton.jit
+def merge(
     layers: tl.tensor,
     blocks: tl.tensor,
     columns: tl.tensor,
@@ -130,22 +80,14 @@ def _merge(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    index = tl.program_id(0)
-    layer = tl.load(blocks + 2 * index)
-    start = _number(blocks, 2 * index + 1, GROUP)
-    row = layers + layer * 6
-    numel = _number(row, 4, GROUP)
-    groups = start + tl.arange(0, BLOCK // GROUP) * GROUP
+    """`out` = θ0 + Σ_t columns[t, l] τ_t of every block, `columns` `[T, l]` of any strides."""
+    layer, row, numel, groups, places = _place(layers, blocks, BLOCK, GROUP)
     there = groups < numel
-    places = groups[:, None] + tl.arange(0, GROUP)[None, :]
     mask = there[:, None]
     values = _pointer(row, 1, STORED, GROUP)
     merged = tl.load(_pointer(row, 0, tl.float32, GROUP) + places, mask=mask, other=0.0)
     if SCALED:
-        width = tl.load(row + 5).to(tl.int32)
-        rows = groups // width
-        scales = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-        height = numel // width
+        scales, height, rows = _scales(row, numel, groups)
     for task in range(TASKS):
         weight = tl.load(columns + task * task_stride + layer * layer_stride).to(tl.float32)
         tau = tl.load(values + task * numel + places, mask=mask, other=0).to(tl.float32)
@@ -159,7 +101,7 @@ def _merge(
 
 
 @triton.jit
-def _contract(
+def contract(
     layers: tl.tensor,
     blocks: tl.tensor,
     grads: tl.tensor,
@@ -172,38 +114,32 @@ def _contract(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    index = tl.program_id(0)
-    layer = tl.load(blocks + 2 * index)
-    start = _number(blocks, 2 * index + 1, GROUP)
-    row = layers + layer * 6
-    numel = _number(row, 4, GROUP)
-    groups = start + tl.arange(0, BLOCK // GROUP) * GROUP
-    places = groups[:, None] + tl.arange(0, GROUP)[None, :]
-    # Of a layer without a gradient nothing is read, and the sums are 0.
+    """`parts` `[blocks, T]` = ⟨grad, τ_t⟩ of every block.
+
+    `grads` `[2, l]`, l = `count`: addresses of float32 gradients, and of those in `HALF`; 0 where
+    there is none: nothing of it is read, and the sums are 0.
+    """
+    layer, row, numel, groups, places = _place(layers, blocks, BLOCK, GROUP)
     in_full = groups < tl.where(tl.load(grads + layer) != 0, numel, 0)
     in_half = groups < tl.where(tl.load(grads + count + layer) != 0, numel, 0)
     there = in_full | in_half
-    mask = there[:, None]
     full = _pointer(grads, layer, tl.float32, GROUP) + places
     half = _pointer(grads, count + layer, HALF, GROUP) + places
     grad = tl.load(full, mask=in_full[:, None], other=0.0)
     grad += tl.load(half, mask=in_half[:, None], other=0.0).to(tl.float32)
     values = _pointer(row, 1, STORED, GROUP)
     if SCALED:
-        width = tl.load(row + 5).to(tl.int32)
-        rows = groups // width
-        scales = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-        height = numel // width
+        scales, height, rows = _scales(row, numel, groups)
     for task in range(TASKS):
-        tau = tl.load(values + task * numel + places, mask=mask, other=0).to(tl.float32)
+        tau = tl.load(values + task * numel + places, mask=there[:, None], other=0).to(tl.float32)
         sums = tl.sum(grad * tau, axis=1)
         if SCALED:
             sums *= tl.load(scales + task * height + rows, mask=there, other=0.0)
-        tl.store(parts + index * TASKS + task, tl.sum(sums, axis=0))
+        tl.store(parts + tl.program_id(0) * TASKS + task, tl.sum(sums, axis=0))
 
 
 @triton.jit
-def _sum(
+def add_up(
     parts: tl.tensor,
     ranges: tl.tensor,
     out: tl.tensor,
@@ -212,6 +148,8 @@ def _sum(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
+    """`out` `[T, l]`, l = `count`: the sum of each layer's `parts`, from `ranges[l, 0]` to
+    `ranges[l, 1]`, `ROWS` at a time; `WIDTH` is T or the next power of 2."""
     layer = tl.program_id(0)
     first = tl.load(ranges + 2 * layer)
     last = tl.load(ranges + 2 * layer + 1)

@@ -7,7 +7,6 @@ changes, other tables are made.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,19 +27,12 @@ _STORED = (torch.float32, torch.bfloat16, torch.int8)
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers that one launch works on.
+    """Layers that one launch works on."""
 
-    Attributes:
-        stored: the type of τ.
-        matrices: whether they are tensors of two dimensions or more.
-        group: numbers read together.
-        blocks: int32 `[programs, 2]`: layer, first number.
-    """
-
-    stored: torch.dtype
-    matrices: bool
-    group: int
-    blocks: Tensor
+    stored: torch.dtype  # of τ
+    matrices: bool  # whether they have two dimensions or more
+    group: int  # numbers read together
+    blocks: Tensor  # int32 [programs, 2]: layer, first number
 
 
 class Output(NamedTuple):
@@ -48,30 +40,20 @@ class Output(NamedTuple):
 
     matrix: bool
     shape: torch.Size
-    strides: list[int]
+    strides: tuple[int, ...]
     place: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tables of a group of l layers, on their device.
-
-    Attributes:
-        tasks: T.
-        layers: int64 `[l, 6]`: addresses of θ0, τ and its scales, first number of the output,
-            numbers of the layer and of a row.
-        ranges: int32 `[l, 2]`: first and last block of each layer, over all kinds.
-        kinds: what is launched.
-        outputs: one for each layer.
-        sizes: numbers of all outputs that are vectors, and that are matrices.
-    """
+    """Tables of a group of l layers, on their device."""
 
     tasks: int
-    layers: Tensor
-    ranges: Tensor
-    kinds: list[Kind]
-    outputs: list[Output]
-    sizes: tuple[int, int]
+    layers: Tensor  # int64 [l, 6], as the kernels read it
+    ranges: Tensor  # int32 [l, 2]: first and last block of each layer, over all kinds
+    kinds: list[Kind]  # what is launched
+    outputs: list[Output]  # one for each layer
+    sizes: tuple[int, int]  # numbers of all outputs that are vectors, and that are matrices
 
 
 def plan(bases: Sequence[Tensor], layers: Sequence[Layer]) -> Plan | None:
@@ -97,14 +79,12 @@ class _Facts(NamedTuple):
     @classmethod
     def of(cls, base: Tensor, layer: Layer) -> _Facts:
         values, scales = layer.values, layer.scales
-        fits = base.dtype == torch.float32 and base.is_contiguous() and values.is_contiguous()
-        fits = fits and base.device == values.device
+        fits = base.dtype == torch.float32 and values.dtype in _STORED and base.numel() < _MOST
         fits = fits and (scales is None) == (values.dtype != torch.int8)
-        if scales is not None:
-            fits = fits and scales.dtype == torch.float32 and scales.is_contiguous()
-            fits = fits and base.device == scales.device
-        known = 0 if scales is None else scales.data_ptr()
-        pointers = base.data_ptr(), values.data_ptr(), known
+        fits = fits and (scales is None or scales.dtype == torch.float32)
+        for tensor in (base, values) if scales is None else (base, values, scales):
+            fits = fits and tensor.is_contiguous() and tensor.device == base.device
+        pointers = base.data_ptr(), values.data_ptr(), 0 if scales is None else scales.data_ptr()
         return cls(*pointers, len(values), values.dtype, base.shape, fits)
 
     @property
@@ -122,20 +102,18 @@ class _Facts(NamedTuple):
         odd = (self.base | self.values) % 16 or self.numel % _GROUP
         return 1 if odd or (self.scales and self.width % _GROUP) else _GROUP
 
-    def is_for(self, tasks: int) -> bool:
-        return self.fits and self.tasks == tasks and self.stored in _STORED and self.numel < _MOST
-
 
 @functools.lru_cache(maxsize=_PLANS)
 def _planned(facts: tuple[_Facts, ...], device: torch.device) -> Plan | None:
-    if not all(fact.is_for(facts[0].tasks) for fact in facts):
+    if not all(fact.fits and fact.tasks == facts[0].tasks for fact in facts):
         return None
     sizes, outputs, rows = [0, 0], [], []
     for fact in facts:
         matrix = len(fact.shape) > 1
         place = sizes[matrix]
         sizes[matrix] += -(-fact.numel // _APART) * _APART
-        outputs.append(Output(matrix, fact.shape, _strides(fact.shape), place))
+        strides = torch.empty(fact.shape, device="meta").stride()
+        outputs.append(Output(matrix, fact.shape, strides, place))
         rows.append([fact.base, fact.values, fact.scales, place, fact.numel, fact.width])
     kinds, ranges = _kinds(facts, device)
     tables = _table(device, rows, torch.int64), _table(device, ranges, torch.int32)
@@ -146,12 +124,10 @@ def _kinds(
     facts: tuple[_Facts, ...], device: torch.device
 ) -> tuple[list[Kind], list[tuple[int, int]]]:
     """What is launched, and the range of blocks of every layer."""
-    members: dict[tuple[torch.dtype, bool, int], list[int]] = {}
-    for index, fact in enumerate(facts):
-        kind = fact.stored, len(fact.shape) > 1, fact.group
-        members.setdefault(kind, []).append(index)
+    kind_of = [(fact.stored, len(fact.shape) > 1, fact.group) for fact in facts]
     kinds, ranges, total = [], [(0, 0)] * len(facts), 0
-    for kind, indices in members.items():
+    for kind in dict.fromkeys(kind_of):
+        indices = [index for index, other in enumerate(kind_of) if other == kind]
         blocks: list[tuple[int, int]] = []
         for index in indices:
             first = total + len(blocks)
@@ -161,12 +137,6 @@ def _kinds(
         if blocks:
             kinds.append(Kind(*kind, _table(device, blocks, torch.int32)))
     return kinds, ranges
-
-
-def _strides(shape: torch.Size) -> list[int]:
-    """Of a contiguous tensor."""
-    steps = itertools.accumulate(reversed(shape[1:]), lambda a, b: a * max(b, 1), initial=1)
-    return list(steps)[::-1] if shape else []
 
 
 def _table(device: torch.device, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from adamerge._base.compat import all_gather, reduce_scatter
 from adamerge.weights.merging import as_type
-from adamerge.weights.storage import Layer, contract, merge
+from adamerge.weights.storage import contract, merge
 from adamerge.weights.task_vectors import TaskVectors
 
 
@@ -74,9 +74,9 @@ class ShardedTaskVectors(TaskVectors):
         self._whole = whole
         self.parts = cut({n: t.shape for n, t in whole.pretrained.items()}, ranks)
         # Numbers of the largest share: collectives want all alike.
-        self.room = max(sum(part.numel for part in own) for own in self.parts)
+        self.room = max(sum(part.numel for part in parts) for parts in self.parts)
         self.rank = rank
-        self._own = {
+        self.tau = {
             part.name: whole.layers[part.name].rows(part.start, part.stop).map(torch.clone)
             for part in self.parts[rank]
         }
@@ -86,14 +86,9 @@ class ShardedTaskVectors(TaskVectors):
     def whole(self) -> TaskVectors:
         return self._whole
 
-    @property
-    def own(self) -> list[tuple[Part, Layer]]:
-        """This process's parts and their τ."""
-        return [(part, self._own[part.name]) for part in self.parts[self.rank]]
-
     def nbytes(self) -> int:
         """Bytes of this process's τ."""
-        return sum(layer.nbytes for layer in self._own.values())
+        return sum(layer.nbytes for layer in self.tau.values())
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> ShardedTaskVectors:
         """A copy with θ0 and this process's τ mapped; the whole stays where it is."""
@@ -101,7 +96,7 @@ class ShardedTaskVectors(TaskVectors):
         other.pretrained = {name: fn(tensor) for name, tensor in self.pretrained.items()}
         other.constants = {name: fn(tensor) for name, tensor in self.constants.items()}
         other.buffers = {name: fn(tensor) for name, tensor in self.buffers.items()}
-        other._own = {name: layer.to(other.device) for name, layer in self._own.items()}
+        other.tau = {name: layer.to(other.device) for name, layer in self.tau.items()}
         return other
 
     def _merged(self, coefficients: Tensor, dtype: torch.dtype | None) -> Iterator[Tensor]:
@@ -119,16 +114,20 @@ class _ShardedMerge(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         columns = dict(zip(vectors.names, coefficients.unbind(1), strict=True))
         with torch.autocast(coefficients.device.type, enabled=False):
-            own = _empty(vectors, 1)
-            place = 0
-            for part, layer in vectors.own:
-                base = part.of(vectors.pretrained[part.name])
-                merged = merge(base, layer, columns[part.name].to(base.dtype))
-                own[place : place + part.numel] = merged.view(-1)
-                place += part.numel
+            merged = _empty(vectors, 1)
+            for part, numbers in _pieces(merged, [vectors.parts[vectors.rank]]):
+                base, column = part.of(vectors.pretrained[part.name]), columns[part.name]
+                layer = vectors.tau[part.name]
+                numbers.copy_(merge(base, layer, column.to(base.dtype)).view(-1))
             everything = _empty(vectors, len(vectors.parts))
-            all_gather(everything, own)
-            return tuple(_joined(vectors, everything, dtype))
+            all_gather(everything, merged)
+            pieces: dict[str, list[Tensor]] = {name: [] for name in vectors.names}
+            for part, numbers in _pieces(everything, vectors.parts):
+                pieces[part.name].append(numbers)
+            return tuple(
+                _joined(pieces[name], base).to(as_type(base, dtype))
+                for name, base in vectors.pretrained.items()
+            )
 
     @staticmethod
     @once_differentiable
@@ -137,45 +136,34 @@ class _ShardedMerge(torch.autograd.Function):
         by_name = dict(zip(vectors.names, grads, strict=True))
         with torch.autocast(vectors.device.type, enabled=False):
             everything = _empty(vectors, len(vectors.parts)).zero_()
-            for part, place in _places(vectors):
+            for part, numbers in _pieces(everything, vectors.parts):
                 grad = by_name[part.name]
                 if grad is not None:
-                    everything[place : place + part.numel] = part.of(grad).reshape(-1)
-            own = _empty(vectors, 1)
-            reduce_scatter(own, everything)
-            table = own.new_zeros(len(vectors.tasks), len(vectors.names))
+                    numbers.copy_(part.of(grad).reshape(-1))
+            summed = _empty(vectors, 1)
+            reduce_scatter(summed, everything)
+            table = summed.new_zeros(len(vectors.tasks), len(vectors.names))
             index = {name: column for column, name in enumerate(vectors.names)}
-            place = 0
-            for part, layer in vectors.own:
-                grad = own[place : place + part.numel]
+            for part, numbers in _pieces(summed, [vectors.parts[vectors.rank]]):
                 like = part.of(vectors.pretrained[part.name])
-                table[:, index[part.name]] = contract(grad.view(like.shape), layer, like)
-                place += part.numel
+                grad, layer = numbers.view(like.shape), vectors.tau[part.name]
+                table[:, index[part.name]] = contract(grad, layer, like)
         return table.to(ctx.dtype), None, None
 
 
 def _empty(vectors: ShardedTaskVectors, shares: int) -> Tensor:
-    first = vectors.pretrained[vectors.names[0]]
-    return first.new_empty(shares * vectors.room)
+    return vectors.pretrained[vectors.names[0]].new_empty(shares * vectors.room)
 
 
-def _places(vectors: ShardedTaskVectors) -> Iterator[tuple[Part, int]]:
-    """Every part of every process and where it begins among all shares, in the order of layers."""
-    for rank, parts in enumerate(vectors.parts):
-        place = rank * vectors.room
+def _pieces(numbers: Tensor, shares: list[list[Part]]) -> Iterator[tuple[Part, Tensor]]:
+    """Every part of some processes, in the order of layers, and its own of all shares' numbers."""
+    for share, parts in zip(numbers.view(len(shares), -1), shares, strict=True):
+        place = 0
         for part in parts:
-            yield part, place
+            yield part, share[place : place + part.numel]
             place += part.numel
 
 
-def _joined(
-    vectors: ShardedTaskVectors, everything: Tensor, dtype: torch.dtype | None
-) -> Iterator[Tensor]:
-    """The layers, of the shares of all processes."""
-    found: dict[str, list[Tensor]] = {name: [] for name in vectors.names}
-    for part, place in _places(vectors):
-        found[part.name].append(everything[place : place + part.numel])
-    for name, pieces in found.items():
-        base = vectors.pretrained[name]
-        flat = pieces[0] if len(pieces) == 1 else torch.cat([base.new_empty(0), *pieces])
-        yield flat.view(base.shape).to(as_type(base, dtype))
+def _joined(pieces: list[Tensor], base: Tensor) -> Tensor:
+    flat = pieces[0] if len(pieces) == 1 else torch.cat([base.new_empty(0), *pieces])
+    return flat.view(base.shape)

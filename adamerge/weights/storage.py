@@ -39,13 +39,11 @@ class Storage:
     pinned: bool = True
 
     def __post_init__(self) -> None:
-        for key, value, known in (
-            ("dtype", self.dtype, DTYPES),
-            ("device", self.device, PLACES),
-        ):
-            if value not in known:
+        for key, known in (("dtype", DTYPES), ("device", PLACES)):
+            if getattr(self, key) not in known:
                 raise AdamergeError(
-                    f"task_vectors.{key} is {value!r}: expected one of {', '.join(known)}"
+                    f"task_vectors.{key} is {getattr(self, key)!r}: expected one of "
+                    f"{', '.join(known)}"
                 )
         if self.device == "disk" and self.file is None:
             raise AdamergeError(
@@ -85,19 +83,18 @@ class Layer:
 
     def dense(self, like: Tensor) -> Tensor:
         """τ `[T, *shape]` in the type and on the device of `like`; not copied where it is so."""
-        return _dense(self.values, self.scales, like)
+        dense = self.values.to(like.device, like.dtype)
+        return dense if self.scales is None else dense.mul_(_spread(self.scales.to(like), dense))
 
     def row(self, task: int, like: Tensor) -> Tensor:
         """τ_t `[*shape]` of one task, likewise."""
-        scales = None if self.scales is None else self.scales[task : task + 1]
-        return _dense(self.values[task : task + 1], scales, like)[0]
+        return self.map(lambda tensor: tensor[task : task + 1]).dense(like)[0]
 
     def rows(self, start: int, stop: int) -> Layer:
         """Rows of the first dimension of `shape` alone, not copied; a scalar has one row."""
         if self.values.ndim == 1:
             return self
-        scales = None if self.scales is None else self.scales[:, start:stop]
-        return Layer(self.values[:, start:stop], scales)
+        return self.map(lambda tensor: tensor[:, start:stop])
 
     def pieces(self, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """τ dense, a few rows at a time: places in the flattened layer, and `[T, places]`.
@@ -150,11 +147,6 @@ def contract(grad: Tensor, layer: Layer, like: Tensor) -> Tensor:
     flat = grad.to(like.dtype).reshape(-1)
     parts = [torch.mv(deltas, flat[places]) for places, deltas in layer.pieces(like)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-
-
-def _dense(values: Tensor, scales: Tensor | None, like: Tensor) -> Tensor:
-    dense = values.to(like.device, like.dtype)
-    return dense if scales is None else dense.mul_(_spread(scales.to(like), dense))
 
 
 def _spread(scales: Tensor, values: Tensor) -> Tensor:

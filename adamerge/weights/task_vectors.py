@@ -17,7 +17,7 @@ from adamerge._base.files import parse_json
 from adamerge.weights.differences import Differences, StateDict, Where, identical, is_buffer
 from adamerge.weights.disk import MappedLayers, Shelf, storing
 from adamerge.weights.merging import Merge
-from adamerge.weights.prefetch import Ahead
+from adamerge.weights.prefetch import Prefetcher
 from adamerge.weights.storage import Layer, Storage, keep
 
 log = logging.getLogger("adamerge")
@@ -79,7 +79,7 @@ class TaskVectors:
     storage: Storage
     per_task: bool = False
     _norms: Tensor
-    _ahead: Ahead | None = None
+    _ahead: Prefetcher | None = None
     _groups: list[tuple[str, ...]] | None = None
     _home: weakref.ref[TaskVectors] | None = None  # where these were moved from
 
@@ -255,7 +255,7 @@ class TaskVectors:
         """τ of a group's layers on the device that computes; `then` will be asked for next."""
         groups = self.groups
         if self.storage.stays and self.device.type == "cuda":
-            self._ahead = self._ahead or Ahead(self.layers, groups, self.device)
+            self._ahead = self._ahead or Prefetcher(self.layers, groups, self.device)
             return self._ahead.bring(group, then)
         if isinstance(self.layers, MappedLayers) and 0 <= then < len(groups):
             self.layers.expect(list(groups[then]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
+from adamerge._base.files import stamp
 from adamerge.weights.formats.layouts import Computed
 from adamerge.weights.formats.matching import several
 from adamerge.weights.formats.pickled import Standin, TensorRef
@@ -35,6 +36,7 @@ _SIGNATURES = (
     (b"GGUF", "a GGUF file: give the original weights"),
     (b"Rar!", "a RAR archive: unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
+    (b"\x80", "a pickle of an unknown protocol, and is not executed: save a state dict"),
 )
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _HEAD = 512
@@ -53,13 +55,7 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
     """
     if not path.is_file():
         raise AdamergeError(f"checkpoint {path} does not exist: check the path")
-    if _is_safetensors(path):
-        return SafetensorsFile(path)
-    file = TorchFile(path)
-    root = _state_dict(path, file.root)
-    if isinstance(root, Standin):
-        return TorchWeights(path, file, module_tensors(root), module_settings(root))
-    return TorchWeights(path, file, root, {})
+    return SafetensorsFile(path) if _is_safetensors(path) else TorchWeights(path)
 
 
 class TorchWeights(Computed):
@@ -69,13 +65,16 @@ class TorchWeights(Computed):
         stated: what a pickled module says it was made with (see `module_settings`).
     """
 
-    def __init__(
-        self, path: Path, file: TorchFile, root: Mapping[Any, Any], stated: Mapping[str, Any]
-    ) -> None:
-        found = {name: value for name, value in root.items() if isinstance(name, str)}
-        tensors = {name: value for name, value in found.items() if isinstance(value, TensorRef)}
-        for name, value in found.items():
-            if isinstance(value, Standin) and (value.called or "Tensor" in value.path):
+    def __init__(self, path: Path) -> None:
+        file = TorchFile(path)
+        holder = _state_dict(path, file.root)
+        self.stated = module_settings(holder) if isinstance(holder, Standin) else {}
+        root = module_tensors(holder) if isinstance(holder, Standin) else holder
+        tensors: dict[str, TensorRef] = {}
+        for name, value in root.items():
+            if isinstance(name, str) and isinstance(value, TensorRef):
+                tensors[name] = value
+            elif isinstance(value, Standin) and (value.called or "Tensor" in value.path):
                 raise _damaged(
                     path,
                     f"not readable safely: {name!r} in its state dict is made by {value.path}, "
@@ -88,7 +87,6 @@ class TorchWeights(Computed):
                 f"key such as {', '.join(_INNER[:3])}"
             )
         super().__init__({n: functools.partial(file.tensor, ref) for n, ref in tensors.items()})
-        self.stated = dict(stated)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -119,8 +117,6 @@ def _what(head: bytes, size: int) -> str:
         return "zeros where its header should be: an interrupted download; download it again"
     if head[257:262] == b"ustar":
         return "a tar archive (also of torch before 0.4): unpack it, or save it again"
-    if head[:1] == b"\x80":
-        return "a pickle of an unknown protocol, and is not executed: save a state dict"
     text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
     if "\ufffd" not in text and text.replace("\n", "").replace("\r", "").isprintable():
         return f"a text that begins {text[:40]!r}, not weights: the download failed?"
@@ -131,7 +127,7 @@ def _damaged(path: Path, what: str) -> AdamergeError:
     return AdamergeError(f"{path} is {what}")
 
 
-class SafetensorsFile(Mapping[str, Tensor]):
+class SafetensorsFile(Computed):
     """The tensors of a .safetensors file, each read when it is asked for.
 
     They are views of the mapped file. It is mapped anew now and then, so that a process that reads
@@ -139,51 +135,35 @@ class SafetensorsFile(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._seen: tuple[int, int, int] | None = None
-        self._open()
-        self._keys = list(self._file.keys())
-        if not self._keys:
+        self._path, self._stamp = path, stamp(path)
+        names = self._open().keys()
+        if not names:
             raise AdamergeError(f"{path} holds no tensors by name: expected a state dict")
+        super().__init__({name: functools.partial(self._tensor, name) for name in names})
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._keys:
-            raise KeyError(name)
-        if self._read > _AT_HAND:
-            self._open()
+    def _tensor(self, name: str) -> Tensor:
+        file = self._file if self._read <= _AT_HAND else self._open()
         try:
-            tensor: Tensor = self._file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
         except Exception as error:  # the library raises many types for one thing
             raise self._unreadable(error) from error
         self._read += tensor.nbytes
         return tensor
 
-    def _open(self) -> None:
-        self._read = 0
+    def _open(self) -> Any:
         try:
-            found = self._path.stat()
-            seen = (found.st_ino, found.st_mtime_ns, found.st_size)
-            if self._seen not in (None, seen):
+            if stamp(self._path) != self._stamp:
                 raise OSError("another file has taken its place while it was read")
-            self._seen = seen
-            self._file = safe_open(self._path, framework="pt")
+            self._file, self._read = safe_open(self._path, framework="pt"), 0
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(error) from error
+        return self._file
 
     def _unreadable(self, error: Exception) -> AdamergeError:
         return AdamergeError(
             f"{self._path} is not a readable safetensors file ({error}): it is truncated or "
             "damaged; download or save it again"
         )
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def _state_dict(path: Path, root: Any) -> Mapping[Any, Any] | Standin:

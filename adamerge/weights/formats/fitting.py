@@ -33,71 +33,68 @@ _FAMILIES = (
 
 
 def check_tower(matched: Match, fill: bool) -> None:
-    """Judges an image tower of which names are missing or unknown.
-
-    Args:
-        fill: whether the pretrained tensors are taken for those that are missing.
+    """Judges an image tower of which names are missing or unknown; `fill` takes the pretrained
+    tensors for those that are missing.
 
     Raises:
         AdamergeError: a tower of another kind, or one that only `fill` completes.
     """
-    source, missing, extra = matched.source, matched.missing, matched.extra
-    whole, kind = len(matched.wanted), _kind(matched)
-    have = whole - len(missing)
-    if not have or kind is not None:
-        expected = family(matched.wanted) or f"one with {next(iter(matched.wanted))!r}"
+    source, missing, extra, wanted = matched.source, matched.missing, matched.extra, matched.wanted
+    kind = _kind(matched)
+    if len(missing) == len(wanted) or kind is not None:
+        expected = family(wanted) or f"one with {next(iter(wanted))!r}"
         said = f"it is {kind}" if kind else f"found names like {next(iter(matched.tensors))!r}"
         raise AdamergeError(
             f"{source} holds no image tower of this architecture ({expected}, behind any prefix): "
             f"{said}; check the file and suite.architecture"
         )
     looks = f" ({family(matched.names)})" if matched.layout is not None else ""
-    wrong = matched.other_shapes()
+    wrong = [
+        name
+        for name, raw in matched.names.items()
+        if name in wanted and matched.tensors[raw].shape != wanted[name].shape
+    ]
     if extra or wrong:
         lacks = f"lacks {len(missing)} ({several(missing)}), " if missing else ""
         has = f"has {len(extra)} that it has not ({several(extra)}), " if extra else ""
         shapes = f"has {len(wrong)} of other shapes ({several(wrong)}), " if wrong else ""
         raise AdamergeError(
-            f"{source}{looks} {lacks}{has}{shapes}of the {whole} tensors of this image tower: it "
-            "is of another architecture; set suite.architecture to the one it was trained with"
+            f"{source}{looks} {lacks}{has}{shapes}of the {len(wanted)} tensors of this image tower:"
+            " it is of another architecture; set suite.architecture to the one it was trained with"
         )
     if not fill:
         raise AdamergeError(
-            f"{source}{looks} lacks {len(missing)} of the tower's {whole} tensors, such as "
-            f"{missing[0]}, and has {have}: if those it lacks were frozen in fine-tuning, set "
-            "missing: pretrained for its task, or for the suite (suite.missing), which takes the "
-            "pretrained ones"
+            f"{source}{looks} lacks {len(missing)} of the tower's {len(wanted)} tensors, such as "
+            f"{missing[0]}, and has {len(wanted) - len(missing)}: if those it lacks were frozen in "
+            "fine-tuning, set missing: pretrained for its task, or for the suite (suite.missing), "
+            "which takes the pretrained ones"
         )
     log.info(
         "%s lacks %d of the tower's %d tensors (%s): the pretrained ones are used",
-        *(source, len(missing), whole, several(missing)),
+        *(source, len(missing), len(wanted), several(missing)),
     )
 
 
-def with_text_names(found: Match) -> Match:
+def with_text_names(matched: Match) -> Match:
     """With text towers under `text.` and without it told apart no more."""
     names = {}
-    for name, raw in found.names.items():
+    for name, raw in matched.names.items():
         other = name.removeprefix("text.") if name.startswith("text.") else f"text.{name}"
-        names[other if name not in found.wanted and other in found.wanted else name] = raw
-    return dataclasses.replace(found, names=names)
+        names[other if name not in matched.wanted and other in matched.wanted else name] = raw
+    return dataclasses.replace(matched, names=names)
 
 
-def lacks_text(found: Match) -> bool:
+def lacks_text(matched: Match) -> bool:
     """Whether a CLIP comes without a text tower, or with the rest of one."""
-    names = [name for name in found.names if not name.startswith(_IMAGE)]
+    names = [name for name in matched.names if not name.startswith(_IMAGE)]
     embeds = any("token_embedding" in n or "word_embeddings" in n for n in names)
     return not embeds or not any("resblocks." in n or "encoder.layer" in n for n in names)
 
 
-def check_whole(found: Match, missing: list[str], extra: list[str], where: str) -> None:
-    """Judges a whole CLIP.
-
-    Raises:
-        AdamergeError: there are missing or unknown tensors.
-    """
-    kind = _kind(found) if missing or extra else None
-    if missing and lacks_text(found) and kind is None:
+def check_whole(matched: Match, missing: list[str], extra: list[str], where: str) -> None:
+    """Refuses a whole CLIP of which tensors are missing or unknown."""
+    kind = _kind(matched) if missing or extra else None
+    if missing and lacks_text(matched) and kind is None:
         raise AdamergeError(
             f"{where} lacks tensor {missing[0]!r} ({len(missing)} such): expected a whole CLIP, "
             "because the heads are made by its text tower; name the CLIP it was fine-tuned from "
@@ -118,11 +115,11 @@ def check_whole(found: Match, missing: list[str], extra: list[str], where: str) 
             )
 
 
-def _kind(found: Match) -> str | None:
+def _kind(matched: Match) -> str | None:
     """What kind of model the names are of, if it is known and another than the wanted one."""
-    kind = family(found.names or found.tensors)
-    ours = found.wanted if found.layout is None else found.layout.to_ours(found.wanted)
-    return None if kind in (family(found.wanted), family(ours)) else kind
+    kind = family(matched.names or matched.tensors)
+    ours = matched.wanted if matched.layout is None else matched.layout.to_ours(matched.wanted)
+    return None if kind in (family(matched.wanted), family(ours)) else kind
 
 
 def family(names: Iterable[str]) -> str | None:
@@ -131,19 +128,16 @@ def family(names: Iterable[str]) -> str | None:
     return next((said for words, said in _FAMILIES if all(w in text for w in words)), None)
 
 
-def other_shape(name: str, found: Sequence[int], wanted: Sequence[int], mend: str) -> str:
-    """What it means that a tensor has another shape than the architecture's, and the mend.
-
-    Args:
-        mend: where it means no more than that.
-    """
-    if 0 in found:
+def other_shape(name: str, given: Sequence[int], wanted: Sequence[int], mend: str) -> str:
+    """What it means that a tensor has another shape than the architecture's, and the mend: that
+    given where it means no more than that."""
+    if 0 in given:
         return (
             "it is a place-holder of a sharded training (ZeRO-3): join the shards with DeepSpeed's "
             "`python zero_to_fp32.py . joined` in the checkpoint's folder, and give that file"
         )
-    grids = [_grid(shape) for shape in (found, wanted)]
-    if "pos" in name and all(grids) and found[-1] == wanted[-1]:
+    grids = [_grid(shape) for shape in (given, wanted)]
+    if "pos" in name and all(grids) and given[-1] == wanted[-1]:
         sides = " against ".join(f"{side} x {side}" for side in grids)
         return (
             f"it was trained at another resolution (a grid of {sides} patches): set "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import httpx
 import huggingface_hub
@@ -36,12 +36,11 @@ WEIGHTS = (
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """Files of a repository on this disk: a folder or one file in it, and the exact commit."""
+class Fetched(NamedTuple):
+    """Files on this disk: a folder or one file in it, and of a repository the exact commit."""
 
     path: Path
-    revision: str
+    revision: str | None
 
 
 def is_hub(source: str) -> bool:
@@ -58,13 +57,13 @@ def fetch(source: str) -> Fetched:
     Raises:
         AdamergeError: not an address, or a repository, revision or file that cannot be had.
     """
-    found = _ADDRESS.fullmatch(source)
-    if found is None:
+    address = _ADDRESS.fullmatch(source)
+    if address is None:
         raise AdamergeError(
             f"{source!r} is not an address of the hub: expected hf://owner/repo, "
             "hf://owner/repo@revision, or either with /path/of/file"
         )
-    repo, revision, file = found["repo"], found["revision"], found["file"]
+    repo, revision, file = address["repo"], address["revision"], address["file"]
     try:
         patterns = [file] if file else _to_download(repo, revision)
         snapshot = huggingface_hub.snapshot_download(
@@ -73,7 +72,6 @@ def fetch(source: str) -> Fetched:
             allow_patterns=patterns or list(CONFIGS),
             local_files_only=patterns is None,
         )
-        folder = Path(str(snapshot))
     except AdamergeError:
         raise
     except Exception as error:  # of the hub, the network or the cache: one thing to the user
@@ -85,7 +83,8 @@ def fetch(source: str) -> Fetched:
             "revision and the connection (a private repository needs a token: `hf auth login`), or "
             "give a local path"
         ) from error
-    path = folder / file if file else folder
+    folder = Path(str(snapshot))
+    path = folder / (file or "")
     if not path.exists():
         raise AdamergeError(f"{source}: no file {file!r} in that repository; check its name")
     return Fetched(path, folder.name)
@@ -122,25 +121,21 @@ def shards(index: Path) -> list[str]:
         AdamergeError: an index that is none, or names files elsewhere.
     """
     try:
-        names: Sequence[str] = sorted(
+        names: list[str] = sorted(
             {*read_json(index, "an index of weight files")["weight_map"].values()}
         )
-        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+        plain = all(Path(name).name == name for name in names)
     except (KeyError, TypeError, AttributeError) as error:
         raise AdamergeError(
             f"{index} is not an index of weight files ({type(error).__name__}): download it again"
         ) from error
     if not names or not plain:
         raise AdamergeError(f"{index} names files outside its own folder: download it again")
-    return list(names)
+    return names
 
 
 def refuse_sharded(folder: Path) -> None:
-    """Names a folder of a sharded training for what it is, and the command that joins it.
-
-    Raises:
-        AdamergeError: it is one.
-    """
+    """Refuses a folder of a sharded training: names it, and the command that joins it."""
     inside = [*folder.glob("*"), *folder.glob("*/*")]
     parts = [path.parent for path in inside if path.suffix == ".distcp"]
     if parts:

@@ -15,26 +15,61 @@ import torch
 from torch import Tensor
 
 _PATCHES = "embeddings.patch_embedding.weight"  # only transformers' image towers have it
-_BLOCK = {
-    "ln_1": "layer_norm1",
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_TIMM_BLOCK = {
-    "norm1": "layer_norm1",
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-_POOL = {
-    "proj": "attention.out_proj",
-    "norm": "layernorm",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
+
+# open_clip's and transformers' names of the same tensors: `#` is the number of each block, `*` the
+# weight and the bias, `{q,kv}` several tensors that are one, joined over rows, on the other side,
+# `../` beside the tower. Third, where they differ: `transposed`, or ours with an `axis` of length 1
+# before.
+_BLOCKS = (
+    ("transformer.resblocks.#.ln_1.*", "encoder.layers.#.layer_norm1.*"),
+    ("transformer.resblocks.#.attn.in_proj_*", "encoder.layers.#.self_attn.{q,k,v}_proj.*"),
+    ("transformer.resblocks.#.attn.out_proj.*", "encoder.layers.#.self_attn.out_proj.*"),
+    ("transformer.resblocks.#.ln_2.*", "encoder.layers.#.layer_norm2.*"),
+    ("transformer.resblocks.#.mlp.c_fc.*", "encoder.layers.#.mlp.fc1.*"),
+    ("transformer.resblocks.#.mlp.c_proj.*", "encoder.layers.#.mlp.fc2.*"),
+)
+_VIT = (
+    ("class_embedding", "embeddings.class_embedding"),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("conv1.weight", _PATCHES),
+    ("ln_pre.*", "pre_layrnorm.*"),
+    ("ln_post.*", "post_layernorm.*"),
+    *_BLOCKS,
+    ("proj", "../visual_projection.weight", "transposed"),
+)
+_SIGLIP = (
+    ("trunk.pos_embed", "embeddings.position_embedding.weight", "axis"),
+    ("trunk.patch_embed.proj.*", "embeddings.patch_embedding.*"),
+    ("trunk.blocks.#.norm1.*", "encoder.layers.#.layer_norm1.*"),
+    ("trunk.blocks.#.attn.qkv.*", "encoder.layers.#.self_attn.{q,k,v}_proj.*"),
+    ("trunk.blocks.#.attn.proj.*", "encoder.layers.#.self_attn.out_proj.*"),
+    ("trunk.blocks.#.norm2.*", "encoder.layers.#.layer_norm2.*"),
+    ("trunk.blocks.#.mlp.fc1.*", "encoder.layers.#.mlp.fc1.*"),
+    ("trunk.blocks.#.mlp.fc2.*", "encoder.layers.#.mlp.fc2.*"),
+    ("trunk.norm.*", "post_layernorm.*"),
+    ("trunk.attn_pool.latent", "head.probe"),
+    ("trunk.attn_pool.{q,kv}.*", "head.attention.in_proj_*"),
+    ("trunk.attn_pool.proj.*", "head.attention.out_proj.*"),
+    ("trunk.attn_pool.norm.*", "head.layernorm.*"),
+    ("trunk.attn_pool.mlp.fc1.*", "head.mlp.fc1.*"),
+    ("trunk.attn_pool.mlp.fc2.*", "head.mlp.fc2.*"),
+)
+_TEXT = (
+    ("token_embedding.weight", "embeddings.token_embedding.weight"),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("ln_final.*", "final_layer_norm.*"),
+    *_BLOCKS,
+    ("../logit_scale", "../logit_scale"),
+)
+_VIT_TEXT = (
+    *_TEXT,
+    ("text_projection", "../text_projection.weight", "transposed"),
+)
+_SIGLIP_TEXT = (
+    *_TEXT,
+    ("../logit_bias", "../logit_bias"),
+    ("text_projection.*", "head.*"),
+)
 
 
 class Computed(Mapping[str, Tensor]):
@@ -62,122 +97,70 @@ def renamed(source: Mapping[str, Tensor], names: Mapping[str, str]) -> Computed:
 
 
 class _Rule(NamedTuple):
-    """`ours` and `theirs` are the same tensor, or joined over rows they are; or transposed, or with
-    an axis of length 1 before."""
+    ours: list[str]
+    theirs: list[str]
+    how: str
 
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    how: str = "same"
-
-    def to_ours(self, state: Mapping[str, Tensor], part: int) -> Tensor:
-        tensor = self._joined(state, self.theirs, self.ours, part)
-        return tensor[None] if self.how == "axis" else tensor
-
-    def to_theirs(self, state: Mapping[str, Tensor], part: int) -> Tensor:
-        tensor = self._joined(state, self.ours, self.theirs, part)
-        return tensor[0] if self.how == "axis" else tensor
-
-    def _joined(
-        self, state: Mapping[str, Tensor], here: tuple[str, ...], there: tuple[str, ...], part: int
-    ) -> Tensor:
-        if len(here) == len(there) == 1:
-            tensor = state[here[0]]
-            return tensor.T.contiguous() if self.how == "transposed" else tensor
+    def tensor(self, state: Mapping[str, Tensor], to_ours: bool, part: int) -> Tensor:
+        """One of the tensors of the other side."""
+        here, there = (self.theirs, self.ours) if to_ours else (self.ours, self.theirs)
         whole = torch.cat([state[name] for name in here]) if len(here) > 1 else state[here[0]]
+        if self.how == "transposed":
+            return whole.T.contiguous()
+        if self.how == "axis":
+            return whole[None] if to_ours else whole[0]
+        if len(there) == 1:
+            return whole
         third = len(whole) // 3  # q, k and v: each apart, or q and kv
-        last = part == len(there) - 1
-        return whole[third * part : len(whole) if last else third * (part + 1)]
+        return whole[third * part : len(whole) if part == len(there) - 1 else third * (part + 1)]
 
 
-def _same(ours: str, theirs: str, how: str = "same") -> _Rule:
-    return _Rule((ours,), (theirs,), how)
+def _rules(
+    table: Iterable[tuple[str, ...]], ours: str, theirs: str, names: Iterable[str], blocks: str
+) -> list[_Rule]:
+    """The rules of a table with its names behind two prefixes, for as many blocks as there are
+    among `names` behind the prefix `blocks`."""
+    inside = (name.removeprefix(blocks) for name in names if name.startswith(blocks))
+    words = {name.partition(".")[0] for name in inside}
+    numbers = range(sum(word.isdigit() for word in words))
+    return [
+        _Rule(_parts(ours, mine, number, kind), _parts(theirs, other, number, kind), "".join(how))
+        for mine, other, *how in table
+        for number in (numbers if "#" in mine else (0,))
+        for kind in (("weight", "bias") if "*" in mine else ("",))
+    ]
 
 
-def _linear(ours: str, theirs: str) -> list[_Rule]:
-    return [_same(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
-
-
-def _blocks(
-    ours: str,
-    theirs: str,
-    count: int,
-    parts: Mapping[str, str] = _BLOCK,
-    qkv: str = "attn.in_proj_",
-) -> Iterator[_Rule]:
-    for block in range(count):
-        a, b = f"{ours}{block}.", f"{theirs}encoder.layers.{block}."
-        for kind in ("weight", "bias"):
-            apart = tuple(f"{b}self_attn.{part}_proj.{kind}" for part in "qkv")
-            yield _Rule((f"{a}{qkv}{kind}",), apart)
-        for mine, other in parts.items():
-            yield from _linear(f"{a}{mine}", f"{b}{other}")
-
-
-def _vit(ours: str, theirs: str, projection: str, count: int) -> Iterator[_Rule]:
-    """The image tower of a CLIP: open_clip's VisionTransformer."""
-    yield _same(f"{ours}class_embedding", f"{theirs}embeddings.class_embedding")
-    yield _same(f"{ours}positional_embedding", f"{theirs}embeddings.position_embedding.weight")
-    yield _same(f"{ours}conv1.weight", f"{theirs}{_PATCHES}")
-    yield from _linear(f"{ours}ln_pre", f"{theirs}pre_layrnorm")
-    yield from _linear(f"{ours}ln_post", f"{theirs}post_layernorm")
-    yield from _blocks(f"{ours}transformer.resblocks.", theirs, count)
-    yield _same(f"{ours}proj", f"{projection}visual_projection.weight", "transposed")
-
-
-def _siglip(ours: str, theirs: str, count: int) -> Iterator[_Rule]:
-    """The image tower of a SigLIP: timm's, pooled by attention."""
-    trunk, head = f"{ours}trunk.", f"{theirs}head."
-    yield _same(f"{trunk}pos_embed", f"{theirs}embeddings.position_embedding.weight", "axis")
-    yield from _linear(f"{trunk}patch_embed.proj", f"{theirs}embeddings.patch_embedding")
-    yield from _blocks(f"{trunk}blocks.", theirs, count, _TIMM_BLOCK, "attn.qkv.")
-    yield from _linear(f"{trunk}norm", f"{theirs}post_layernorm")
-    yield _same(f"{trunk}attn_pool.latent", f"{head}probe")
-    for kind in ("weight", "bias"):
-        apart = tuple(f"{trunk}attn_pool.{part}.{kind}" for part in ("q", "kv"))
-        yield _Rule(apart, (f"{head}attention.in_proj_{kind}",))
-    for mine, other in _POOL.items():
-        yield from _linear(f"{trunk}attn_pool.{mine}", f"{head}{other}")
-
-
-def _text(ours: str, count: int, siglip: bool) -> Iterator[_Rule]:
-    theirs = "text_model."
-    yield _same(f"{ours}token_embedding.weight", f"{theirs}embeddings.token_embedding.weight")
-    yield _same(f"{ours}positional_embedding", f"{theirs}embeddings.position_embedding.weight")
-    yield from _linear(f"{ours}ln_final", f"{theirs}final_layer_norm")
-    yield _same("logit_scale", "logit_scale")
-    yield from _blocks(f"{ours}transformer.resblocks.", theirs, count)
-    if siglip:
-        yield _same("logit_bias", "logit_bias")
-        yield from _linear(f"{ours}text_projection", f"{theirs}head")
-    else:
-        yield _same(f"{ours}text_projection", "text_projection.weight", "transposed")
+def _parts(prefix: str, name: str, number: int, kind: str) -> list[str]:
+    """`a.#.{q,kv}.*` -> `a.0.q.weight` and `a.0.kv.weight`, behind the prefix."""
+    if name.startswith("../"):
+        for tower in ("vision_model.", "text_model.", "text."):
+            prefix = prefix.removesuffix(tower)
+    whole = prefix + name.removeprefix("../").replace("#", str(number)).replace("*", kind)
+    start, _, rest = whole.partition("{")
+    words, _, end = rest.partition("}")
+    return [f"{start}{word}{end}" for word in words.split(",")]
 
 
 class Layout:
-    """The names and shapes that transformers gives the tensors of an open_clip model.
-
-    Args:
-        own: tensors of an image tower, or of a whole CLIP (whose tower is under `visual.`).
-        vision: what transformers' names of an image tower alone begin with.
+    """The names and shapes that transformers gives the tensors of an open_clip model: an image
+    tower, whose names begin with `vision` there, or a whole CLIP, whose tower is under `visual.`.
 
     Attributes:
         names: transformers' name -> tensor, made when asked for.
     """
 
-    def __init__(self, own: Mapping[str, Tensor], vision: str = "") -> None:
-        whole = any(name.startswith("visual.") for name in own)
-        before = "visual." if whole else ""
-        vision = "vision_model." if whole else vision
-        siglip = f"{before}trunk.attn_pool.latent" in own
-        if siglip:
-            rules = list(_siglip(before, vision, _count(own, f"{before}trunk.blocks.")))
-        else:
-            rules = list(_vit(before, vision, "", _count(own, f"{before}transformer.resblocks.")))
+    def __init__(self, model: Mapping[str, Tensor], vision: str = "") -> None:
+        whole = any(name.startswith("visual.") for name in model)
+        ours, theirs = ("visual.", "vision_model.") if whole else ("", vision)
+        text = "text." if "text.ln_final.weight" in model else ""
+        siglip = f"{ours}trunk.attn_pool.latent" in model
+        blocks = f"{ours}trunk.blocks." if siglip else f"{ours}transformer.resblocks."
+        self._rules = _rules(_SIGLIP if siglip else _VIT, ours, theirs, model, blocks)
         if whole:
-            text = "text." if "text.ln_final.weight" in own else ""
-            rules += _text(text, _count(own, f"{text}transformer.resblocks."), siglip)
-        self._rules = rules
-        self.names = _converted(own, rules, to_ours=False)
+            table, blocks = _SIGLIP_TEXT if siglip else _VIT_TEXT, f"{text}transformer.resblocks."
+            self._rules += _rules(table, text, "text_model.", model, blocks)
+        self.names = _converted(model, self._rules, to_ours=False)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> Computed:
         """Tensors under transformers' names -> under open_clip's; what has no place keeps its
@@ -190,15 +173,12 @@ def _converted(state: Mapping[str, Tensor], rules: Iterable[_Rule], to_ours: boo
     used: set[str] = set()
     for rule in rules:
         here, there = (rule.theirs, rule.ours) if to_ours else (rule.ours, rule.theirs)
-        make = rule.to_ours if to_ours else rule.to_theirs
         if all(name in state for name in here):
             used.update(here)
             for part, name in enumerate(there):
-                makers[name] = functools.partial(make, state, part)
-    for name in state:
-        if name not in used:
-            makers[name] = functools.partial(state.__getitem__, name)
-    return Computed(makers)
+                makers[name] = functools.partial(rule.tensor, state, to_ours, part)
+    left = [name for name in state if name not in used]
+    return Computed(makers | {name: functools.partial(state.__getitem__, name) for name in left})
 
 
 def tower_to_transformers(state: Mapping[str, Tensor], prefix: str = "vision_model.") -> Computed:
@@ -213,18 +193,11 @@ def clip_to_transformers(state: Mapping[str, Tensor]) -> Computed:
 
 def tower_from_transformers(state: Mapping[str, Tensor], prefix: str) -> Computed:
     """A CLIP's image tower in transformers' layout -> open_clip's names, made when asked for."""
-    count = _count(state, f"{prefix}encoder.layers.")
-    rules = _vit("", prefix, prefix.removesuffix("vision_model."), count)
+    rules = _rules(_VIT, "", prefix, state, f"{prefix}encoder.layers.")
     return _converted(state, rules, to_ours=True)
-
-
-def _count(names: Iterable[str], prefix: str) -> int:
-    """How many blocks there are under a prefix like `transformer.resblocks.`."""
-    inside = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
-    return len({number for number in (n.partition(".")[0] for n in inside) if number.isdigit()})
 
 
 def transformers_prefix(names: Iterable[str]) -> str | None:
     """What stands before an image tower's names in transformers' layout; None: another layout."""
-    found = [name.removesuffix(_PATCHES) for name in names if name.endswith(_PATCHES)]
-    return found[0] if len(found) == 1 else None
+    prefixes = [name.removesuffix(_PATCHES) for name in names if name.endswith(_PATCHES)]
+    return prefixes[0] if len(prefixes) == 1 else None

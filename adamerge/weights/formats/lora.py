@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -33,8 +32,9 @@ _WRAPPERS = ("base_model.model.", "base_layer.", "modules_to_save.", "default.")
 # Of an `nn.MultiheadAttention`, PEFT (to 0.21 at least) adds the output projection's B A twice
 # whenever it runs or merges the model, training included: the expert is what was trained.
 _TWICE = "base_layer.out_proj.lora_A"
-
 _SAVE_AGAIN = "expected the JSON that PEFT writes; save the adapter again"
+_MERGE = "merge the adapter with PEFT (merge_and_unload) and give the merged checkpoint"
+_Change = Callable[[Tensor], Tensor]
 
 
 class LoraConfig:
@@ -48,7 +48,6 @@ class LoraConfig:
         self.path = path
         loaded = read_json(path, "an adapter config", _SAVE_AGAIN)
         try:
-            self.kind = str(loaded.get("peft_type"))
             self.alpha = float(loaded.get("lora_alpha", 8))
             self.alphas = {str(k): float(v) for k, v in (loaded.get("alpha_pattern") or {}).items()}
         except (ValueError, TypeError, AttributeError) as error:
@@ -58,24 +57,19 @@ class LoraConfig:
             ) from error
         self.rslora = bool(loaded.get("use_rslora"))
         self.transposed = bool(loaded.get("fan_in_fan_out"))
-        self._refuse(loaded)
-
-    def _refuse(self, loaded: Mapping[str, Any]) -> None:
-        start = str(loaded.get("init_lora_weights")).lower()
-        found = [key for key in _UNSUPPORTED if loaded.get(key)]
-        found += ["init_lora_weights"] if start.startswith(_CHANGES_BASE) else []
-        if self.kind != "LORA" or found:
-            what = f"{found[0]} set" if found else f"peft_type {self.kind}"
+        kind, start = loaded.get("peft_type"), str(loaded.get("init_lora_weights")).lower()
+        unsupported = [key for key in _UNSUPPORTED if loaded.get(key)]
+        unsupported += ["init_lora_weights"] if start.startswith(_CHANGES_BASE) else []
+        if kind != "LORA" or unsupported:
+            what = f"{unsupported[0]} set" if unsupported else f"peft_type {kind}"
             raise AdamergeError(
-                f"{self.path} has {what}: only plain LoRA can be merged exactly from its files; "
-                "merge the adapter with PEFT (merge_and_unload) and give the merged checkpoint"
+                f"{path} has {what}: only plain LoRA can be merged exactly from its files; {_MERGE}"
             )
         for pattern in self.alphas:
             if not pattern.lstrip("^").rstrip("$").replace(".", "").replace("_", "").isalnum():
                 raise AdamergeError(
-                    f"{self.path} has the pattern {pattern!r} in alpha_pattern: expected (ends of) "
-                    "module names without regular expressions; merge the adapter with PEFT "
-                    "(merge_and_unload) and give the merged checkpoint"
+                    f"{path} has the pattern {pattern!r} in alpha_pattern: expected (ends of) "
+                    f"module names without regular expressions; {_MERGE}"
                 )
 
     def scale(self, key: str, rank: int) -> float:
@@ -106,62 +100,51 @@ def lora_expert(
     Raises:
         AdamergeError: an adapter tensor that belongs to no tensor of the tower, or does not fit.
     """
-    layout = Layout(pretrained)
+    layout, folder = Layout(pretrained), config.path.parent
     changes = _changes(adapter, config)
     saved = {str(_tower_name(key)): adapter[key] for key in adapter if "lora_" not in key}
-    own = [*pretrained, *layout.names]
-    heads = heads_in([name for name in saved if name in changes], own, saved)
+    known = [*pretrained, *layout.names]
+    heads = heads_in([name for name in saved if name in changes], known, saved)
     if heads:
-        log.info("%s: %s left out: a head of its task", config.path.parent, several(heads))
+        log.info("%s: %s left out: a head of its task", folder, several(heads))
     changes = {name: change for name, change in changes.items() if name not in heads}
     in_ours = all(name in pretrained for name in changes)
     base: Mapping[str, Tensor] = pretrained if in_ours else layout.names
     if not changes:
-        raise AdamergeError(f"{config.path.parent} changes no tensor of an image tower")
+        raise AdamergeError(f"{folder} changes no tensor of an image tower")
     for name in changes:
         if name not in base:
             raise AdamergeError(
-                f"{config.path.parent} adapts {name!r}, which this image tower does not have: set "
+                f"{folder} adapts {name!r}, which this image tower does not have: set "
                 "suite.architecture and suite.pretrained to the model the adapter was trained on"
             )
-    makers: dict[str, Callable[[], Tensor]] = {}
-    for name in base:
-        apply = changes.get(name)
-        makers[name] = (
-            functools.partial(_changed, base, name, apply, config.path.parent)
-            if apply
-            else functools.partial(base.__getitem__, name)
-        )
-    made = Computed(makers)
-    return made if in_ours else layout.to_ours(made)
 
+    def changed(name: str) -> Tensor:
+        before = base[name]
+        try:
+            after = changes[name](before) if name in changes else before
+        except RuntimeError as error:
+            raise AdamergeError(f"{folder}: {name!r} cannot be merged ({error})") from error
+        if after.shape != before.shape:
+            raise AdamergeError(
+                f"{folder} adapts {name!r} with shape {list(after.shape)}, the tower has "
+                f"{list(before.shape)}: set suite.architecture to the model it was trained on"
+            )
+        return after
 
-_Change = Callable[[Tensor], Tensor]
-
-
-def _changed(base: Mapping[str, Tensor], name: str, apply: _Change, folder: Path) -> Tensor:
-    before = base[name]
-    try:
-        after = apply(before)
-    except RuntimeError as error:
-        raise AdamergeError(f"{folder}: {name!r} cannot be merged ({error})") from error
-    if after.shape != before.shape:
-        raise AdamergeError(
-            f"{folder} adapts {name!r} with shape {list(after.shape)}, the tower has "
-            f"{list(before.shape)}: set suite.architecture to the model it was trained on"
-        )
-    return after
+    expert = Computed({name: functools.partial(changed, name) for name in base})
+    return expert if in_ours else layout.to_ours(expert)
 
 
 def _changes(adapter: Mapping[str, Tensor], config: LoraConfig) -> dict[str, _Change]:
     """Tensor name of the tower -> what the adapter makes of that tensor."""
-    found: dict[str, _Change] = {}
+    changes: dict[str, _Change] = {}
     for key in adapter:
         name = None if ".original_module." in key else _tower_name(key)
         if name is None or ".lora_B." in f".{name}" or name.endswith("lora_embedding_B"):
             continue  # of the text tower, or replaced; or read together with its A
         if "lora_" not in name:
-            found[name] = functools.partial(_replace, adapter, key)
+            changes[name] = functools.partial(_replace, adapter, key)
             continue
         module, _, kind = name.partition(".lora_")
         other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
@@ -171,14 +154,13 @@ def _changes(adapter: Mapping[str, Tensor], config: LoraConfig) -> dict[str, _Ch
                 "plain LoRA tensors; save the adapter again"
             )
         target = f"{module}.in_proj_weight" if module.endswith(".attn") else f"{module}.weight"
-        embedding = kind.startswith("embedding")
-        found[target] = functools.partial(
-            _add, adapter, key, other, config, config.transposed or embedding
-        )
+        transposed = config.transposed or kind.startswith("embedding")
+        scale = config.scale(key, len(adapter[key]))
+        changes[target] = functools.partial(_add, adapter, key, other, scale, transposed)
         bias = other.replace(".weight", ".bias")
         if bias != other and bias in adapter:
-            found[f"{module}.bias"] = functools.partial(_add_bias, adapter, key, bias, config)
-    return found
+            changes[f"{module}.bias"] = functools.partial(_add_bias, adapter, bias, scale)
+    return changes
 
 
 def _tower_name(key: str) -> str | None:
@@ -199,24 +181,12 @@ def _replace(adapter: Mapping[str, Tensor], key: str, before: Tensor) -> Tensor:
 
 
 def _add(
-    adapter: Mapping[str, Tensor],
-    key_a: str,
-    key_b: str,
-    config: LoraConfig,
-    transposed: bool,
-    before: Tensor,
+    adapter: Mapping[str, Tensor], a: str, b: str, scale: float, transposed: bool, before: Tensor
 ) -> Tensor:
-    a, b = adapter[key_a].to(before.dtype), adapter[key_b].to(before.dtype)
-    times = 2 if _TWICE in key_a else 1
-    delta = (b.flatten(1) @ a.flatten(1)) * (times * config.scale(key_a, len(a)))
+    low, high = adapter[a].to(before.dtype), adapter[b].to(before.dtype)
+    delta = (high.flatten(1) @ low.flatten(1)) * (scale * (2 if _TWICE in a else 1))
     return before + (delta.T if transposed else delta).reshape(before.shape)
 
 
-def _add_bias(
-    adapter: Mapping[str, Tensor],
-    key_a: str,
-    key_bias: str,
-    config: LoraConfig,
-    before: Tensor,
-) -> Tensor:
-    return before + adapter[key_bias].to(before.dtype) * config.scale(key_a, len(adapter[key_a]))
+def _add_bias(adapter: Mapping[str, Tensor], bias: str, scale: float, before: Tensor) -> Tensor:
+    return before + adapter[bias].to(before.dtype) * scale

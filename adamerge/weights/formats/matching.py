@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,92 +60,76 @@ class Match:
     @property
     def extra(self) -> list[str]:
         """What the model does not have, but for constants."""
-        found = [name for name in self.names if name not in self.wanted]
-        return [name for name in found if name.rpartition(".")[2] not in _CONSTANTS]
+        unknown = [name for name in self.names if name not in self.wanted]
+        return [name for name in unknown if name.rpartition(".")[2] not in _CONSTANTS]
 
     def without_heads(self) -> Match:
         """This without classifiers that are attached to the model, of which a log line tells."""
-        left = heads_in(self.extra, self.wanted, renamed(self.tensors, self.names))
-        if not left:
-            return self
-        log.info("%s: %s left out: a head attached to the model", self.source, several(left))
-        names = {name: raw for name, raw in self.names.items() if name not in left}
-        return Match(self.source, self.tensors, self.wanted, names, self.layout)
-
-    def other_shapes(self) -> list[str]:
-        """The names under which the checkpoint has a tensor of another shape."""
-        return [
-            name
-            for name, tensor in self.wanted.items()
-            if name in self.names and self.tensors[self.names[name]].shape != tensor.shape
-        ]
+        heads = heads_in(self.extra, self.wanted, renamed(self.tensors, self.names))
+        if heads:
+            log.info("%s: %s left out: a head attached to the model", self.source, several(heads))
+        names = {name: raw for name, raw in self.names.items() if name not in heads}
+        return dataclasses.replace(self, names=names)
 
     def state(self) -> Computed:
         """The model's tensors under open_clip's names; its own where the checkpoint lacks them."""
-        makers: dict[str, Callable[[], Tensor]] = {
-            name: functools.partial(self.tensors.__getitem__, self.names[name])
-            if name in self.names
-            else functools.partial(self.wanted.__getitem__, name)
-            for name in self.wanted
-        }
-        found = Computed(makers)
-        return found if self.layout is None else self.layout.to_ours(found)
+        tensors = Computed(
+            {
+                name: functools.partial(self.tensors.__getitem__, self.names[name])
+                if name in self.names
+                else functools.partial(self.wanted.__getitem__, name)
+                for name in self.wanted
+            }
+        )
+        return tensors if self.layout is None else self.layout.to_ours(tensors)
 
 
-def match(source: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Match:
-    """Finds a model in a checkpoint by its names in either layout.
-
-    Args:
-        own: an image tower's tensors, or a whole CLIP's, under open_clip's names.
+def match(source: str, tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Match:
+    """Finds an image tower or a whole CLIP, `model` under open_clip's names, in a checkpoint of
+    either layout.
 
     Raises:
         AdamergeError: several such models.
     """
-    tensors, layout = unwrapped(tensors), Layout(own)
-    choices = ((own, None), (layout.names, layout))
+    tensors, layout = unwrapped(tensors), Layout(model)
+    choices = ((model, None), (layout.names, layout))
     fits = [(prefixes(tensors, names), names, used) for names, used in choices]
-    found, wanted, used = max(fits, key=lambda fit: max(fit[0].values(), default=0) / len(fit[1]))
-    prefix = _one(source, list(found))
-    names = {name[len(prefix) :]: name for name in tensors if name.startswith(prefix)}
-    if used is not None:  # transformers' projection lies beside its tower
-        beside = f"{prefix.removesuffix('vision_model.')}visual_projection.weight"
-        names |= {"visual_projection.weight": beside} if beside in tensors else {}
-    return Match(source, tensors, wanted, names if found else {}, used)
-
-
-def _one(source: str, found: Sequence[str]) -> str:
-    """The prefix of the one model."""
-    if len(found) > 1:
+    counts, wanted, used = max(fits, key=lambda fit: max(fit[0].values(), default=0) / len(fit[1]))
+    if len(counts) > 1:
         raise AdamergeError(
-            f"{source} holds {len(found)} image towers ({', '.join(found)}): save the one that is "
-            "meant as a state dict of its own"
+            f"{source} holds {len(counts)} image towers ({', '.join(counts)}): save the one that "
+            "is meant as a state dict of its own"
         )
-    return found[0] if found else ""
+    names: dict[str, str] = {}
+    for prefix in counts:
+        names = {name[len(prefix) :]: name for name in tensors if name.startswith(prefix)}
+        # transformers' projection lies beside its tower
+        beside = f"{prefix.removesuffix('vision_model.')}visual_projection.weight"
+        if used is not None and beside in tensors:
+            names["visual_projection.weight"] = beside
+    return Match(source, tensors, wanted, names, used)
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The same tensors without the words of wrappers in their names, where that leaves them
     apart."""
-    names = {_unwrapped(name): name for name in tensors}
+    names = {
+        ".".join(word for word in name.split(".") if word not in _WRAPPERS): name
+        for name in tensors
+    }
     return renamed(tensors, names) if len(names) == len(tensors) else tensors
 
 
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def prefixes(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, int]:
-    """What stands before a model's names in a checkpoint, and before how many of them.
+def prefixes(names: Iterable[str], model: Mapping[str, Tensor]) -> dict[str, int]:
+    """What stands before the names of a model's tensors, `model`, in a checkpoint, and before how
+    many of them.
 
     The one under which most of them are; several where that many are under each. Those of an
     image tower go before others, and a text tower, whose blocks are named alike, is none.
-
-    Args:
-        own: the model's tensors: an image tower's, or a whole CLIP's.
     """
     names = dict.fromkeys(names)  # a set that keeps the order
-    counts = Counter(prefix for name in names for prefix in _before(name, own))
-    if not any(name.startswith("visual.") for name in own):
+    counts = Counter(prefix for name in names for prefix in _before(name, model))
+    if not any(name.startswith("visual.") for name in model):
         text = {name[: -len(end)] for name in names for end in _TEXT if name.endswith(end)}
         text |= {prefix.removesuffix("embeddings.") for prefix in text}
         counts = Counter({prefix: count for prefix, count in counts.items() if prefix not in text})
@@ -152,50 +137,37 @@ def prefixes(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, int]:
         counts = Counter(visual) or counts
     most = max(counts.values(), default=0)
     near = {prefix: count for prefix, count in counts.items() if count >= _NEAR * most}
-    stems = [name for name in own if own[name].ndim == 4]  # only images are convolved
     if most < _FEW and len(near) > 1:  # a name or two that other models have as well
         return {}
+    stems = [name for name in model if model[name].ndim == 4]  # only images are convolved
     whole = {p: c for p, c in near.items() if any(f"{p}{stem}" in names for stem in stems)}
     return whole or {prefix: count for prefix, count in near.items() if count == most}
 
 
-def _before(name: str, own: Collection[str]) -> Iterable[str]:
-    place = 0
-    while True:
-        if name[place:] in own:
-            yield name[:place]
-        dot = name.find(".", place)
-        if dot < 0:
-            return
-        place = dot + 1
+def _before(name: str, model: Collection[str]) -> Iterable[str]:
+    """Every beginning of a name behind which one of the model's own names follows."""
+    words = name.split(".")
+    ends = (".".join(words[start:]) for start in range(len(words)))
+    return [name[: len(name) - len(end)] for end in ends if end in model]
 
 
 def heads_in(
-    extra: Sequence[str], own: Collection[str], tensors: Mapping[str, Tensor]
+    extra: Sequence[str], model: Collection[str], tensors: Mapping[str, Tensor]
 ) -> list[str]:
-    """Those of a model's unknown tensors that are a classifier attached to it.
-
-    That is a module of its own beside the model's, of matrices and vectors alone.
-
-    Args:
-        extra: names that the model does not have.
-        own: those it has.
-        tensors: gives the shapes of `extra`.
-    """
-    known = {name.partition(".")[0] for name in own}
-    found: dict[str, list[str]] = {}
+    """Those of the names that a model does not have (`extra`) that are a classifier attached to
+    it: a module of its own beside the model's (`model`), of matrices and vectors alone."""
+    known = {name.partition(".")[0] for name in model}
+    modules: dict[str, list[str]] = {}
     for name in extra:
-        if name.partition(".")[0] not in known:
-            found.setdefault(name.partition(".")[0], []).append(name)
-    return [name for part, names in found.items() if _is_head(part, names, tensors)
-            for name in names]  # fmt: skip
-
-
-def _is_head(part: str, names: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
-    if any(word in name.lower() for name in names for word in _NO_HEADS) or "." not in names[0]:
-        return False
-    dims = [tensors[name].ndim for name in names]
-    return max(dims) == 2
+        module, dot, _ = name.partition(".")
+        if dot and module not in known:
+            modules.setdefault(module, []).append(name)
+    heads: list[str] = []
+    for names in modules.values():
+        another = any(word in name.lower() for name in names for word in _NO_HEADS)
+        if not another and max(tensors[name].ndim for name in names) == 2:
+            heads += names
+    return heads
 
 
 def several(names: Sequence[str], count: int = 3) -> str:

@@ -27,7 +27,8 @@ _DANGEROUS = words(
 _BUILTINS = ("builtins", "__builtin__")
 _PLAIN_BUILTINS = words(
     "set frozenset list dict tuple slice complex bytearray bytes object int float str bool range "
-    "long unicode type property xrange reduce intern iter map filter zip enumerate reversed getattr"
+    "long unicode type property xrange reduce intern iter map filter zip enumerate reversed "
+    "getattr"
 )
 # Plain data of modules that are dangerous otherwise: type hints, namespaces.
 _PLAIN = words(
@@ -95,9 +96,19 @@ class TensorRef:
 class Refused(AdamergeError):
     """The pickle is not well formed, or not of weights."""
 
+    mend = (
+        "it is truncated, damaged, or holds objects other than weights, which are never executed; "
+        "download or save it again, best as a state dict in .safetensors"
+    )
+
 
 class Unsafe(Refused):
     """The pickle asks for a call, or names something to call, that no weights need."""
+
+    mend = (
+        "it holds more than weights, and nothing in it is ever executed; get the weights "
+        "elsewhere, best as a state dict in .safetensors"
+    )
 
 
 def named(module: Any, name: Any) -> Named:
@@ -119,7 +130,9 @@ def object_of(kind: Any, arguments: Any) -> Any:
     kind = _attribute(kind)
     if not isinstance(kind, Named) or not isinstance(arguments, tuple):
         raise Refused("an object of something that is no class")
-    return _container(kind.path, arguments, otherwise=lambda: Standin(kind.path, arguments))
+    if _is_container(kind.path):
+        return _container(kind.path, arguments)
+    return Standin(kind.path, arguments)
 
 
 def made(function: Any, arguments: Any) -> Any:
@@ -131,21 +144,13 @@ def made(function: Any, arguments: Any) -> Any:
     if not isinstance(function, Named) or not isinstance(arguments, tuple):
         raise Refused("a call of something that is no function")
     path = function.path
+    name = path.rpartition(".")[2]
     if path in _REBUILDS:
         return _REBUILDS[path](*arguments)
-    return _container(path, arguments, otherwise=lambda: _class_like(path, arguments))
-
-
-def _attribute(found: Any) -> Any:
-    """The name of what `getattr` was asked for, as old protocols write a class within a class."""
-    if isinstance(found, Standin) and found.path.endswith(".getattr") and len(found.arguments) == 2:
-        owner, name = found.arguments
-        return Named(f"{owner.path}.{name}")
-    return found
-
-
-def _class_like(path: str, arguments: tuple[Any, ...]) -> Standin:
-    name = path.rpartition(".")[2]
+    if path.startswith("torch.jit._pickle."):  # typed lists, and values with their types
+        return arguments[0]
+    if _is_container(path):
+        return _container(path, arguments)
     of_object = bool(arguments) and isinstance(arguments[0], Named | Standin)
     if name in _RUNNING or path == LOAD_STORAGE or (name == "getattr" and not of_object):
         raise Unsafe(f"a call of {path}")
@@ -153,23 +158,39 @@ def _class_like(path: str, arguments: tuple[Any, ...]) -> Standin:
     return Standin(path, arguments, called=not name.lstrip("_")[:1].isupper())
 
 
-def _container(path: str, arguments: tuple[Any, ...], otherwise: Callable[[], Any]) -> Any:
+def _attribute(value: Any) -> Any:
+    """The name of what `getattr` was asked for, as old protocols write a class within a class."""
+    if isinstance(value, Standin) and value.path.endswith(".getattr") and len(value.arguments) == 2:
+        owner, name = value.arguments
+        return Named(f"{owner.path}.{name}")
+    return value
+
+
+def _is_container(path: str) -> bool:
     module, _, name = path.rpartition(".")
-    if path in ("collections.OrderedDict", "collections.defaultdict"):
-        pairs = arguments[0] if arguments and isinstance(arguments[0], list) else []
-        made = {key_of(key): value for key, value in pairs}
+    known = ("collections.OrderedDict", "collections.defaultdict", "torch.Size")
+    return path in known or (module in _BUILTINS and name in ("set", "frozenset", "list", "tuple"))
+
+
+def _container(path: str, arguments: tuple[Any, ...]) -> Any:
+    items = arguments[0] if arguments else []
+    if path.startswith("collections."):
+        pairs = items if isinstance(items, list) else []
+        mapping = {key_of(key): value for key, value in pairs}
         pairs.clear()  # used once, so that no file can make many copies of one long list
-        return made
-    if path == "torch.Size" or (
-        module in _BUILTINS and name in ("set", "frozenset", "list", "tuple")
-    ):
-        items = arguments[0] if arguments else []
-        if not isinstance(items, list | tuple):
-            raise Refused(f"{path} of something that is no list")
-        if isinstance(items, list) and name in ("Size", "tuple") and len(items) > _LONGEST_COPY:
-            raise Refused(f"{path} of {len(items)} items")
-        return tuple(items) if name in ("Size", "tuple") else items
-    return otherwise()
+        return mapping
+    if not isinstance(items, list | tuple):
+        raise Refused(f"{path} of something that is no list")
+    if not path.endswith((".Size", ".tuple")):
+        return items
+    if isinstance(items, list) and len(items) > _LONGEST_COPY:
+        raise Refused(f"{path} of {len(items)} items")
+    return tuple(items)
+
+
+def is_count(number: Any) -> bool:
+    """Whether it is a size, offset or stride that a file could have."""
+    return type(number) is int and 0 <= number < 2**48
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRef:
@@ -183,31 +204,12 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: An
     return TensorRef(storage, offset, size, stride)
 
 
-def is_count(number: Any) -> bool:
-    """Whether it is a size, offset or stride that a file could have."""
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**48
-
-
-def _rebuild_tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRef:
-    made = _rebuild_tensor(storage, offset, size, stride)
+def _rebuild_untyped(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRef:
+    tensor = _rebuild_tensor(storage, offset, size, stride)
     kind = rest[2] if len(rest) > 2 else None  # requires_grad, hooks, dtype, metadata
     if not isinstance(kind, Named):
         raise Refused("an untyped tensor without a type")
-    return dataclasses.replace(made, dtype=kind.path.removeprefix("torch."))
-
-
-def _rebuild_parameter(data: Any, *rest: Any) -> TensorRef:
-    if not isinstance(data, TensorRef):
-        raise Refused("a parameter without a tensor")
-    return data
-
-
-def _rebuild_subclass(function: Any, kind: Any, arguments: Any, *state: Any) -> Any:
-    return made(function, arguments)
-
-
-def _reconstruct(kind: Any, *rest: Any) -> Any:
-    return object_of(kind, ())
+    return dataclasses.replace(tensor, dtype=kind.path.removeprefix("torch."))
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> str:
@@ -217,35 +219,25 @@ def _encode(text: Any, encoding: Any = "latin1") -> str:
     return text
 
 
-def _jit_list(items: Any) -> Any:
-    return items
-
-
 _REBUILDS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
-    "copyreg._reconstructor": _reconstruct,
-    "copy_reg._reconstructor": _reconstruct,
+    "torch._utils._rebuild_tensor_v3": _rebuild_untyped,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._tensor._rebuild_from_type_v2": lambda function, kind, given, *_: made(function, given),
+    "copyreg._reconstructor": lambda kind, *_: object_of(kind, ()),
+    "copy_reg._reconstructor": lambda kind, *_: object_of(kind, ()),
     "copyreg.__newobj__": lambda kind, *arguments: object_of(kind, arguments),
     "_codecs.encode": _encode,
-    "torch.jit._pickle.build_intlist": _jit_list,
-    "torch.jit._pickle.build_doublelist": _jit_list,
-    "torch.jit._pickle.build_boollist": _jit_list,
-    "torch.jit._pickle.build_tensorlist": _jit_list,
-    "torch.jit._pickle.restore_type_tag": lambda value, *kind: value,
 }
 
 
 def key_of(key: Any) -> Any:
     """Keys are compared and hashed: only flat ones are let through."""
     flat = (str, int, float, bytes, Named, type(None))
-    if isinstance(key, flat) or (
-        isinstance(key, tuple) and len(key) < 16 and all(isinstance(k, flat) for k in key)
-    ):
+    items = key if isinstance(key, tuple) else (key,)
+    if len(items) < 16 and all(isinstance(item, flat) for item in items):
         return key
     if isinstance(key, Standin):  # a date, a member of an enumeration: told apart, and no more
         return Named(f"{key.path} {id(key)}")

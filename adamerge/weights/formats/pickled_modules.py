@@ -45,22 +45,23 @@ def module_settings(module: Standin) -> dict[str, Any]:
     """
     parts = [(n, v) for n, v in _walk(module, "", itertools.count()) if isinstance(v, Standin)]
     blocks = [(name, part) for name, part in parts if ".resblocks." in f".{name}"]
-    own = [(n, p) for n, p in blocks if ".visual." in f".{n}"] or blocks
-    found: dict[str, set[Any]] = {}
-    for name, part in own:
+    visual = [(name, part) for name, part in blocks if ".visual." in f".{name}"]
+    stated: dict[str, list[Any]] = {}
+    for name, part in visual or blocks:
         kind, state = part.path.rpartition(".")[2], _mapping(part.state)
-        if name.rpartition(".")[2] in _ACTIVATIONS and kind in ("GELU", "QuickGELU"):
-            found.setdefault("quick_gelu", set()).add(kind == "QuickGELU")
-        elif name.rpartition(".")[2] in _ACTIVATIONS:
-            found.setdefault("activation", set()).add(kind)
+        if name.rpartition(".")[2] in _ACTIVATIONS:
+            gelu = kind in ("GELU", "QuickGELU")
+            key, value = ("quick_gelu", kind == "QuickGELU") if gelu else ("activation", kind)
+            stated.setdefault(key, []).append(value)
         elif kind == "MultiheadAttention":
-            found.setdefault("heads", set()).add(state.get("num_heads"))
+            stated.setdefault("heads", []).append(state.get("num_heads"))
         elif kind.startswith("LayerNorm"):
-            found.setdefault("layer_norm_eps", set()).add(state.get("eps"))
-    settings = {key: next(iter(values)) for key, values in found.items() if len(values) == 1}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    normalize = _mapping(module.state).get("normalize")
-    return settings | ({} if normalize is None else {"normalize": normalize})
+            stated.setdefault("layer_norm_eps", []).append(state.get("eps"))
+    settings = {
+        key: values[0] for key, values in stated.items() if values.count(values[0]) == len(values)
+    }
+    settings["normalize"] = _mapping(module.state).get("normalize")
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _walk(

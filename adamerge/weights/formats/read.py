@@ -16,9 +16,7 @@ from adamerge._base.files import joined, read_json, sha256
 from adamerge._base.kept import Digest
 from adamerge.weights.formats import hub
 from adamerge.weights.formats.files import open_weights
-from adamerge.weights.formats.fitting import (
-    check_tower,
-)
+from adamerge.weights.formats.fitting import check_tower
 from adamerge.weights.formats.layouts import Computed, renamed
 from adamerge.weights.formats.lora import LoraConfig, lora_expert
 from adamerge.weights.formats.matching import match
@@ -58,29 +56,29 @@ class Checkpoint:
         """
         settings = [self.lora.path] if self.lora is not None else []  # they decide the expert too
         digests = [_checked_sha256(path, digest) for path in (*self.files, *settings)]
-        found = {
+        record = {
             "path": str(self.path),
             "sha256": digests[0] if len(digests) == 1 else joined(digests),
         }
         if self.revision:
-            found |= {"source": self.source, "revision": self.revision}
-        return found
+            record |= {"source": self.source, "revision": self.revision}
+        return record
 
     def stated(self) -> dict[str, Any]:
         """What pickled modules, or transformers' `config.json` beside the weights, state of the
         image tower and its tensors' shapes do not show: `quick_gelu`, `heads`, `layer_norm_eps`,
         as far as they do; `activation` where it is no GELU.
         """
-        found = dict(getattr(self.tensors, "stated", {}))
+        stated = dict(getattr(self.tensors, "stated", {}))
         path = self.files[0].parent / "config.json"
         try:
             config = read_json(path)
             given = {**VISION, **(config.get("vision_config") or config)}
             kind = str(config.get("model_type"))
         except (AdamergeError, AttributeError, TypeError):  # it is not needed for reading
-            return found
-        if not kind.startswith("clip") or found:
-            return found
+            return stated
+        if not kind.startswith("clip") or stated:
+            return stated
         return {
             "quick_gelu": given["hidden_act"] == "quick_gelu",
             "heads": given["num_attention_heads"],
@@ -98,16 +96,14 @@ def read(source: str | Path) -> Checkpoint:
     Raises:
         AdamergeError: missing, damaged, of another format, or asking to execute something.
     """
-    source, revision = str(source), None
-    path = Path(source)
-    if hub.is_hub(source):
-        path, revision = (fetched := hub.fetch(source)).path, fetched.revision
-    files = _weight_files(path)
-    parts = [open_weights(file) for file in files]
-    tensors = parts[0] if len(parts) == 1 else _joined(files, parts)
+    source = str(source)
+    fetched = hub.fetch(source) if hub.is_hub(source) else hub.Fetched(Path(source), None)
+    path, files = fetched.path, _weight_files(fetched.path)
+    parts = {file: open_weights(file) for file in files}
+    tensors = parts[files[0]] if len(parts) == 1 else _joined(parts)
     config = files[0].parent / "adapter_config.json"
     lora = LoraConfig(config) if config.is_file() and "adapter" in files[0].name else None
-    return Checkpoint(source, path, files, tensors, lora, revision)
+    return Checkpoint(source, path, files, tensors, lora, fetched.revision)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
@@ -125,19 +121,19 @@ def _in_folder(folder: Path) -> Path:
     for name in hub.WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(p for p in folder.iterdir() if p.suffix in hub.SUFFIXES and p.is_file())
-    if len(found) != 1:
-        names = f"several: {', '.join(p.name for p in found[:5])}" if found else "none"
+    weights = sorted(p for p in folder.iterdir() if p.suffix in hub.SUFFIXES and p.is_file())
+    if len(weights) != 1:
+        names = f"several: {', '.join(p.name for p in weights[:5])}" if weights else "none"
         raise AdamergeError(
             f"folder {folder} holds no weights under a known name ({', '.join(hub.WEIGHTS[:5])} …) "
             f"and not exactly one weight file ({names}): name the file itself"
         )
-    return found[0]
+    return weights[0]
 
 
-def _joined(files: tuple[Path, ...], parts: list[Mapping[str, Tensor]]) -> Computed:
+def _joined(parts: Mapping[Path, Mapping[str, Tensor]]) -> Computed:
     makers: dict[str, Callable[[], Tensor]] = {}
-    for file, part in zip(files, parts, strict=True):
+    for file, part in parts.items():
         for name in part:
             if name in makers:
                 raise AdamergeError(f"{file} repeats tensor {name!r} of another shard: save again")
@@ -159,18 +155,18 @@ def tower_state(
     Raises:
         AdamergeError: no image tower in there, several, or one with missing or unknown tensors.
     """
-    own: dict[str, Tensor] = backbone.state_dict()
+    model: dict[str, Tensor] = backbone.state_dict()
     if checkpoint.lora is not None:
-        found: Mapping[str, Tensor] = lora_expert(checkpoint.tensors, checkpoint.lora, own)
+        tensors: Mapping[str, Tensor] = lora_expert(checkpoint.tensors, checkpoint.lora, model)
     else:
-        matched = match(checkpoint.source, checkpoint.tensors, own).without_heads()
+        matched = match(checkpoint.source, checkpoint.tensors, model).without_heads()
         missing = matched.missing
         if missing == ["visual_projection.weight"]:
             log.info("%s has no projection: the pretrained one is used", checkpoint.source)
         elif missing or matched.extra:
             check_tower(matched, fill)
-        found = matched.state()
-    return renamed(found, {name: name for name in own})
+        tensors = matched.state()
+    return renamed(tensors, {name: name for name in model})
 
 
 def read_head(source: str | Path) -> Tensor:
@@ -205,13 +201,13 @@ def read_head(source: str | Path) -> Tensor:
 
 def _checked_sha256(path: Path, digest: Digest) -> str:
     """The hub's cache names large files by their SHA-256: a damaged download is found by it."""
-    found, name = digest(path), path.resolve().name
-    if path.is_symlink() and len(name) == 64 and name != found:
+    sha, name = digest(path), path.resolve().name
+    if path.is_symlink() and len(name) == 64 and name != sha:
         raise AdamergeError(
-            f"{path} differs from what the hub has (sha256 {found[:12]}…, expected {name[:12]}…): "
+            f"{path} differs from what the hub has (sha256 {sha[:12]}…, expected {name[:12]}…): "
             "the download is damaged; delete that file from the cache and run again"
         )
-    return found
+    return sha
 
 
 # Defaults of transformers' CLIPVisionConfig and CLIPTextConfig, which its files may leave out.
