@@ -12,7 +12,6 @@ from adamerge.cli import main
 from adamerge.config.settings import load
 from adamerge.images import demo
 
-
 PIXELS = {  # CRC-32 of 40 training and 40 test images with their labels
     "digits": 0x89DEA1B1,
     "letters": 0x015F2904,

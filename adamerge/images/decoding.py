@@ -1,18 +1,29 @@
-"""One image, whatever it is kept in, as 8-bit pixels; within bounds, and nothing executed."""
+"""Images, whatever they are kept in, as 8-bit pixels; within bounds, and nothing executed."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import io
+import logging
+import os
 import stat
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from adamerge._base.errors import AdamergeError, one_line
+from adamerge.images.source import ImageSource
+
+log = logging.getLogger("adamerge")
+
+Transform = Callable[[Image.Image], np.ndarray]
 
 # What is opened, out of all that Pillow knows: its EPS reader starts Ghostscript.
 _FORMATS = (
@@ -27,6 +38,8 @@ _ENDINGS = (
 _LONGEST = 200  # times the short side: resizing by the short side multiplies what is too narrow
 _LARGE = 1 << 24  # pixels; larger images are decoded one at a time, so that memory is bounded
 _UP = 0x0112  # EXIF's orientation
+_CHUNK = 256  # images that are read at a time,
+_BYTES = 1 << 26  # or fewer, if those are larger than this
 _one_large = threading.Lock()
 
 
@@ -126,3 +139,60 @@ def pixels(value: Any) -> np.ndarray:
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
         raise ValueError(f"an array of shape {list(array.shape)}, expected [H, W] or [H, W, 3]")
     return np.ascontiguousarray(array)
+
+
+def cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def converted(
+    task: str, source: ImageSource, column: str, transform: Transform
+) -> Iterator[list[np.ndarray | str]]:
+    """The images in their order, some at a time; a text says why one could not be decoded."""
+    total, made = source.rows(column), functools.partial(convert, transform)
+    first = _read(task, source, column, 0, 1)[0]
+    first = first.get("bytes") if isinstance(first, dict) else first
+    size = first.nbytes if isinstance(first, np.ndarray) else len(first or b"")  # 0 of a path
+    step = max(1, min(_CHUNK, _BYTES // max(size, 1)))
+    began = said = time.monotonic()
+    ahead: Iterable[np.ndarray | str] = ()
+    with ThreadPoolExecutor(cores()) as pool:
+        for start in range(0, total + step, step):  # the next are read while these are written
+            ready, ahead = ahead, ()
+            if start < total:
+                ahead = pool.map(made, _read(task, source, column, start, start + step))
+            yield list(ready)
+            done, now = min(start, total), time.monotonic()
+            if now - said >= 10:
+                said, rate = now, done / (now - began)
+                log.info(
+                    "task %s: %d of %d images prepared, %.0f/s, %.0f s left",
+                    task, done, total, rate, (total - done) / max(rate, 1e-9),
+                )  # fmt: skip
+
+
+def _read(task: str, source: ImageSource, column: str, start: int, stop: int) -> Sequence[Any]:
+    try:
+        return source.images(column, start, stop)
+    except (AdamergeError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged file, of any library
+        raise AdamergeError(
+            f"rows {start} to {stop} of column {column!r} of task {task!r} cannot be read "
+            f"({type(error).__name__}: {one_line(error)}): the data is damaged; get it again"
+        ) from error
+
+
+def convert(transform: Transform, value: Any) -> np.ndarray | str:
+    """The preprocessed image, or why there is none."""
+    try:
+        found: np.ndarray = decode(value, transform)
+        return found
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return "not in an image format that is read"
+    except Exception as error:  # decoders raise anything on a broken file
+        return f"{type(error).__name__}: {one_line(error, 150)}"
