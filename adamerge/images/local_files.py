@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import hashlib
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,7 @@ from adamerge.images.path_lists import LISTS, as_dataset, described
 from adamerge.images.source import file_stats
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells a server what kind is read
-_SHARDS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".tar": "webdataset",
-}
+_SHARDS = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".tar": "webdataset"}
 _MAGIC = (b"PAR1", b"ARROW1", b"\x93NUMPY", b"PK")
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -53,6 +48,7 @@ def require_sound(file: Path) -> None:
     with file.open("rb") as opened:
         head = opened.read(512)
     text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
+    readable = text and "\ufffd" not in text and "".join(text.split()).isprintable()
     what = None
     if not head:
         what = "empty (0 bytes): get it again"
@@ -62,25 +58,10 @@ def require_sound(file: Path) -> None:
         what = "a web page saved under that name: the download failed (a login? a limit?)"
     elif not head.strip(b"\0") and file.suffix.lower() != ".tar":
         what = "zeros where its header should be: an interrupted download; get it again"
-    elif file.suffix.lower() not in LISTS and _is_text(text) and not head.startswith(_MAGIC):
+    elif readable and file.suffix.lower() not in LISTS and not head.startswith(_MAGIC):
         what = f"a text that begins {text[:40]!r}, no data: the download failed?"
     if what is not None:
         raise AdamergeError(f"path: {file} is {what}")
-
-
-def _is_text(text: str) -> bool:
-    return bool(text) and "\ufffd" not in text and "".join(text.split()).isprintable()
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """`datasets` prints a line of its own for what is raised, and told, anyway."""
-    before = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(before)
 
 
 def read_shards(kind: str, files: Sequence[Path]) -> datasets.Dataset:
@@ -94,17 +75,14 @@ def read_shards(kind: str, files: Sequence[Path]) -> datasets.Dataset:
     for file in files:
         require_sound(file)
     paths = [str(file.resolve()) for file in files]
-    stamp = hashlib.sha256(repr(file_stats(paths)).encode()).hexdigest()[:32]
-    with _silent():
-        loaded: datasets.Dataset = datasets.load_dataset(
-            kind, name=stamp, data_files=[_escaped(path) for path in paths], split="train"
-        )
-    return loaded
-
-
-def _escaped(path: str) -> str:
-    """`datasets` takes every path for a pattern."""
-    return re.sub(r"([*?\[\]])", r"[\1]", path)
+    name = hashlib.sha256(repr(file_stats(paths)).encode()).hexdigest()[:32]
+    patterns = [glob.escape(path) for path in paths]  # it takes every path for a pattern
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it raises is told anyway
+    try:
+        return datasets.load_dataset(kind, name=name, data_files=patterns, split="train")
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def split_names(split: str | None) -> list[str]:
@@ -120,8 +98,8 @@ def subfolder(folder: Path, split: str | None) -> Path:
     Raises:
         AdamergeError: subfolders that are splits, none of which is the one asked for.
     """
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    names = [name for name in names if not name.startswith(".")]
+    entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names = [name for name in entries if not name.startswith(".")]
     for wanted in split_names(split):
         same = [name for name in names if name.casefold() == wanted.casefold()]
         if same:
@@ -150,17 +128,15 @@ def shards_in(folder: Path, split: str | None) -> tuple[str, list[Path]] | None:
             f"path: {folder} holds {' and '.join(kinds)} files: expected one kind; give a glob"
         )
     wanted = split or "test"
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        by_split.setdefault(_split_of(file.relative_to(folder), wanted), []).append(file)
-    if wanted in by_split:
-        return kinds[0], by_split[wanted]
-    others = sorted(name for name in by_split if name)
-    if others or split:
+    splits = [_split_of(file.relative_to(folder), wanted) for file in files]
+    if wanted in splits:
+        files = [file for file, name in zip(files, splits, strict=True) if name == wanted]
+    elif split or any(splits):
+        others = ", ".join(sorted({*splits} - {""}))
         raise AdamergeError(
             f"split: no files of {wanted!r} in {folder}: "
-            f"{'it has ' + ', '.join(others) if others else 'their names tell no splits'}; mend "
-            "data.split or give a glob"
+            f"{f'it has {others}' if others else 'their names tell no splits'}; mend data.split or "
+            "give a glob"
         )
     return kinds[0], files
 
@@ -224,23 +200,15 @@ def _files(folder: Path) -> list[Path]:
     What lies in the folder itself comes before what links lead to.
     """
     found: list[Path] = []
-    seen = {_identity(parent) for parent in folder.resolve().parents}
-    waiting = [folder]
-    while waiting:
-        start = waiting.pop(0)
-        if _identity(start) in seen:
-            continue
+    seen, waiting = {*folder.resolve().parents}, [folder]
+    for start in waiting:  # which grows by the links
         for root, folders, names in os.walk(start):
-            inner = [Path(root, n) for n in sorted(folders) if not n.startswith((".", "__"))]
-            waiting += [path for path in inner if path.is_symlink()]
-            seen.add(_identity(Path(root)))
-            folders[:] = [
-                path.name for path in inner if not path.is_symlink() and _identity(path) not in seen
-            ]
+            place = Path(root).resolve()
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+            waiting += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
             found += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(found)
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    stat = folder.stat()
-    return stat.st_dev, stat.st_ino
