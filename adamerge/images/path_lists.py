@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge.images.decoding import is_image
 from adamerge.images.source import DatasetSource
 
@@ -46,12 +46,10 @@ def read_list(file: Path) -> Columns:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             return read(file, opened)
     except (ValueError, RecursionError, csv.Error) as error:
-        if isinstance(error, AdamergeError):
-            raise
-        reason = " ".join(str(error).split())[:200]
         raise AdamergeError(
-            f"path: {file} cannot be read as {file.suffix.lower()[1:]} in UTF-8 ({reason}): "
-            "expected one image file per line; mend that line or save the list again"
+            f"path: {file} cannot be read as {file.suffix.lower()[1:]} in UTF-8 "
+            f"({one_line(error)}): expected one image file per line; mend that line or save the "
+            "list again"
         ) from error
 
 
@@ -106,20 +104,12 @@ def _records(file: Path, opened: IO[str]) -> Columns:
 
 def as_dataset(columns: Mapping[str, Sequence[Any]], images: str | None = None) -> datasets.Dataset:
     """Columns as an unread data set, one of them perhaps paths of image files."""
-    arrays = {name: _array(values) for name, values in columns.items() if name != images}
-    if images is not None:
-        paths = pa.array(map(str, columns[images]), pa.string())
-        parts = [pa.nulls(len(paths), pa.binary()), paths]
-        arrays = {images: pa.StructArray.from_arrays(parts, ["bytes", "path"]), **arrays}
-    table = pa.table(arrays)
-    features = datasets.Features.from_arrow_schema(table.schema)
-    return _unread(table, features | ({} if images is None else {images: datasets.Image()}))
-
-
-def _unread(table: pa.Table, features: Mapping[str, Any]) -> datasets.Dataset:
-    """Straight from Arrow: `from_dict` would look at every file."""
-    schema = datasets.Features(features).arrow_schema
-    return datasets.Dataset(InMemoryTable(pa.table(table.columns, schema=schema)))
+    arrays = {
+        name: _array([str(path) for path in values] if name == images else values)
+        for name, values in columns.items()
+    }
+    data = datasets.Dataset(InMemoryTable(pa.table(arrays)))  # `from_dict` would look at every file
+    return data if images is None else data.cast_column(images, datasets.Image())
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
@@ -146,19 +136,19 @@ def with_images(
     if name is None:
         return data
     paths = [path or "" for path in data[name][:]]
-    looked = [path for path in paths if path][:_LOOKED_AT]
-    place = next((p for p in places if any((p / path).is_file() for path in looked)), None)
+    some = [path for path in paths if path][:_LOOKED_AT]
+    place = next((p for p in places if any((p / path).is_file() for path in some)), None)
     if place is None:
-        shown = repr(next(iter(looked), ""))[:100]
+        shown = repr(next(iter(some), ""))[:100]
         raise AdamergeError(
             f"image: column {name!r} of {where} holds texts such as {shown}, to which no image "
             f"file leads from {' or '.join(map(str, dict.fromkeys(places)))}: expected paths "
             "relative to the list, image files, or uint8 arrays"
         )
-    table = data.with_format("arrow")[:]
-    made = as_dataset({name: [place / path for path in paths]}, images=name).data.column(name)
-    table = table.set_column(table.column_names.index(name), name, made)
-    return _unread(table, {**data.features, name: datasets.Image()})
+    images = as_dataset({name: [place / path for path in paths]}, images=name)
+    others = [other for other in data.column_names if other != name]
+    parts = [images, data.select_columns(others)] if others else [images]
+    return datasets.concatenate_datasets(parts, axis=1)
 
 
 def _column_of_paths(data: datasets.Dataset, column: str) -> str | None:
@@ -171,31 +161,28 @@ def _column_of_paths(data: datasets.Dataset, column: str) -> str | None:
         return column if column in texts else None
     if column != "image" or DatasetSource(data).usual("image"):
         return None
-    found = [name for name in texts if _are_paths(data.select_columns([name])[:_LOOKED_AT][name])]
+    found = []
+    for name in texts:
+        given = [value for value in data.select_columns([name])[:_LOOKED_AT][name] if value]
+        found += [name] if given and all(map(is_image, given)) else []
     return found[0] if len(found) == 1 else None
 
 
-def _are_paths(values: Sequence[str | None]) -> bool:
-    given = [value for value in values if value]
-    return bool(given) and all(map(is_image, given))
-
-
-def described(files: Sequence[Path]) -> Columns | None:
+def described(files: Sequence[Path]) -> Columns:
     """What metadata files (`file_name` and other columns) tell of the images beside them.
 
-    None where none of them names image files.
+    Nothing where none of them names image files.
 
     Raises:
         AdamergeError: a file that cannot be read.
     """
-    found = [(file.parent, read_list(file)) for file in files]
-    found = [(place, columns) for place, columns in found if "file_name" in columns]
-    joined: Columns = {"image": []}
-    for name in dict.fromkeys(name for _, columns in found for name in columns):
-        joined[name] = []
-        for _, columns in found:
-            joined[name] += columns.get(name, [None] * len(columns["file_name"]))
-    names = joined.pop("file_name", [])
-    places = [place for place, columns in found for _ in columns["file_name"]]
-    joined["image"] = [place / str(name) for place, name in zip(places, names, strict=True)]
-    return joined if names else None
+    tables = []
+    for file in files:
+        columns = read_list(file)
+        images = [file.parent / str(name) for name in columns.pop("file_name", [])]
+        tables += [{**columns, "image": images}] if images else []
+    joined: Columns = {name: [] for table in tables for name in table}
+    for table in tables:
+        for name, values in joined.items():
+            values += table.get(name, [None] * len(table["image"]))
+    return joined
