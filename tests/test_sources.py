@@ -25,9 +25,10 @@ import yaml
 from PIL import Image
 
 from adamerge import AdamergeError
+from adamerge._base import files
 from adamerge.cli import main
 from adamerge.config import settings as config
-from adamerge.images import arrays, sources
+from adamerge.images import arrays
 from adamerge.images.arrays import ArraySource
 from adamerge.images.cache import TaskImages, cache_images
 from adamerge.images.sources import open_dataset
@@ -563,7 +564,7 @@ def test_damage_to_what_is_said_of_a_saved_data_set(
 ) -> None:
     saved(tmp_path)
     path = tmp_path / "saved" / name
-    monkeypatch.setattr(sources, "_LARGEST_JSON", 200_000)
+    monkeypatch.setattr(files, "_MOST_BYTES", 200_000)
     path.write_text(" " * 200_001 if content is None else content)
     with pytest.raises(AdamergeError, match=r"^suite\.tasks\.t\.data\.path: ") as told:
         open_dataset("t", {"path": str(tmp_path / "saved")})
