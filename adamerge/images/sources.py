@@ -8,7 +8,7 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 
@@ -113,11 +113,8 @@ def data_problems(where: str, data: Any) -> list[str]:
 
 
 def _function(where: str, data: Mapping[str, Any]) -> Callable[..., Any]:
-    kind, expected = (
-        function_to(datasets.Dataset),
-        "a function annotated to return a datasets.Dataset",
-    )
-    return cast(Callable[..., Any], find(str(data["_target_"]), where, kind, expected))
+    expected = "a function annotated to return a datasets.Dataset"
+    return find(str(data["_target_"]), where, function_to(datasets.Dataset), expected)
 
 
 def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,13 +131,13 @@ def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource
             return ArraySource(where, local, split or "test")
         if not here:
             return _from_hub(path, split, data)
-        places = [local] * local.is_dir() + [local.parent, Path()]
+        places = [local, local.parent, Path()] if local.is_dir() else [local.parent, Path()]
         places = [place.absolute() for place in places]
         return with_images(_local(path, split, data), data.get("image", "image"), places, path)
     except AdamergeError as error:
-        raise (
-            error if str(error).startswith(where) else AdamergeError(f"{where}.{error}")
-        ) from error
+        if str(error).startswith(where):
+            raise
+        raise AdamergeError(f"{where}.{error}") from error
     except Exception as error:  # `datasets` raises a dozen types for one thing: not readable
         root: BaseException = error
         while root.__cause__ or root.__context__:
