@@ -99,8 +99,7 @@ class ArraySource:
         what = f"array {column!r} of {self.path}"
         with self._reading(what, "the file is damaged; get it again"):
             if not self._packed:
-                mapped: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
-                return mapped[start:stop]
+                return np.load(self.path, mmap_mode="r", allow_pickle=False)[start:stop]
             rows = self._opened.pop(column, None)  # gone where reading fails
             if rows is None or start < rows.next:
                 rows = _PackedRows(self.path, column, what)

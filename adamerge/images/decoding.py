@@ -48,11 +48,7 @@ def is_image(file: str | Path) -> bool:
     return Path(file).suffix.lower() in _ENDINGS
 
 
-def _same(image: Image.Image) -> Any:
-    return image
-
-
-def decode(value: Any, then: Callable[[Image.Image], Any] = _same) -> Any:
+def decode(value: Any, then: Callable[[Image.Image], Any] = lambda image: image) -> Any:
     """An image of 8 bits per channel, upright if the file says how the camera was held.
 
     16 bits become 8 by their high byte, as Pillow itself reads 16-bit colours.
@@ -101,9 +97,9 @@ def _require_bounded(width: int, height: int) -> None:
 def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("mode F (floats), of which white is not known: save it with 8 or 16 bits")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        del image.info["transparency"]  # left out of RGB anyway, but with a warning
     if image.mode != "I" and not image.mode.startswith("I;"):
-        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-            del image.info["transparency"]  # left out of RGB anyway, but with a warning
         return image
     values = np.asarray(image)
     low, high = values.min(), values.max()
@@ -128,10 +124,9 @@ def pixels(value: Any) -> np.ndarray:
         ValueError: another shape, or values that are no whole numbers from 0 to 255.
     """
     array = np.asarray(value)
-    if array.dtype != np.uint8:
-        if array.dtype.kind not in "iu" or array.min(initial=0) < 0 or array.max(initial=0) > 255:
-            raise ValueError(f"an array of {array.dtype}, expected whole numbers from 0 to 255")
-        array = array.astype(np.uint8)
+    if array.dtype.kind not in "iu" or array.min(initial=0) < 0 or array.max(initial=0) > 255:
+        raise ValueError(f"an array of {array.dtype}, expected whole numbers from 0 to 255")
+    array = array.astype(np.uint8, copy=False)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -188,8 +183,7 @@ def _read(task: str, source: ImageSource, column: str, start: int, stop: int) ->
 def convert(transform: Transform, value: Any) -> np.ndarray | str:
     """The preprocessed image, or why there is none."""
     try:
-        found: np.ndarray = decode(value, transform)
-        return found
+        return decode(value, transform)
     except MemoryError:
         raise
     except UnidentifiedImageError:

@@ -75,8 +75,7 @@ class DatasetSource:
             elif isinstance(feature, (*_ARRAYS, *_LISTS)):
                 images = images.with_format("numpy")
             self._undecoded[column] = images
-        found: Sequence[Any] = self._undecoded[column][start:stop][column]
-        return found
+        return self._undecoded[column][start:stop][column]
 
     def labels(self, column: str) -> tuple[Sequence[Any], list[str] | None]:
         name, field = column, ""
