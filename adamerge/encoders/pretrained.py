@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
-from adamerge.encoders.clip import Clip
+from adamerge.encoders.clip import Clip, other_activation
 from adamerge.weights.formats.fitting import check_whole, lacks_text, other_shape, with_text_names
 from adamerge.weights.formats.matching import match
 from adamerge.weights.formats.read import Checkpoint, tower_state
@@ -115,12 +115,5 @@ def check_stated(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None:
             f"{architecture} has not, though all shapes fit: set suite.architecture to the model "
             "it was trained as"
         )
-    if stated.get("quick_gelu", built["quick_gelu"]) == built["quick_gelu"]:
-        return
-    gelu = stated["quick_gelu"]
-    name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if gelu else "")
-    mend = name if name in open_clip.list_models() else f"one with quick_gelu: {str(gelu).lower()}"
-    raise AdamergeError(
-        f"{checkpoint.source} was trained with another activation than {architecture} has "
-        f"(QuickGELU or not), which silently costs accuracy: set suite.architecture to {mend}"
-    )
+    if stated.get("quick_gelu", built["quick_gelu"]) != built["quick_gelu"]:
+        raise other_activation(checkpoint.source, architecture, stated["quick_gelu"])
