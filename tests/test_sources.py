@@ -655,16 +655,16 @@ def test_a_pointer_in_a_saved_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"path": ["a", "b"]}, r"path is \['a', 'b'\]: expected a path or a hub name$"),
-        ({"path": 5}, r"path is 5: expected a path or a hub name$"),
+        ({"path": ["a", "b"]}, r"path is \['a', 'b'\]: expected str$"),
+        ({"path": 5}, r"path is 5: expected str$"),
         ({"path": ""}, r"path is '': expected a path or a hub name$"),
-        ({"path": "x", "split": 5}, r"split is 5: expected a text or null$"),
-        ({"path": "x", "label": False}, r"label is False: expected a text or null$"),
-        ({"path": "x", "image": None}, r"image is None: expected a text$"),
-        ({"path": "x", "name": 3}, r"name is 3: expected a text or null$"),
-        ({"path": "x", "revision": 1.5}, r"revision is 1\.5: expected a text or null$"),
+        ({"path": "x", "split": 5}, r"split is 5: expected str or none$"),
+        ({"path": "x", "label": False}, r"label is False: expected str or none$"),
+        ({"path": "x", "image": None}, r"image is None: expected str$"),
+        ({"path": "x", "name": 3}, r"name is 3: expected str or none$"),
+        ({"path": "x", "revision": 1.5}, r"revision is 1\.5: expected str or none$"),
         ({"_target_": "adamerge.images.demo.dataset", "task": "digits", "split": "test",
-          "label": 3}, r"label is 3: expected a text or null$"),
+          "label": 3}, r"label is 3: expected str or none$"),
     ],
 )  # fmt: skip
 def test_mistyped_keys(data: Data, message: str) -> None:

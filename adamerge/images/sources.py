@@ -30,8 +30,6 @@ from adamerge.images.path_lists import LISTS, as_dataset, read_list, with_images
 from adamerge.images.source import ImageSource
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # told as what it is, not as unreadable data
-_KEYS = ("path", "name", "split", "revision", "image", "label")
-_NULLABLE = ("name", "split", "revision", "label")
 _ARRAYS = (".npy", ".npz")
 _NO_READER = (".json", ".txt", ".zip", ".gz", ".tgz", ".7z", ".h5", ".pt")
 _EXPECTED = (
@@ -63,7 +61,7 @@ def open_dataset(
     found = data_problems(where, data)
     if found:
         raise AdamergeError("; ".join(found))
-    return _made(where, data) if "_target_" in data else _read(where, data)
+    return _made(where, data) if "_target_" in data else _read(where, **data)
 
 
 def _made(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
@@ -93,23 +91,16 @@ def _made(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
 def data_problems(where: str, data: Any) -> list[str]:
     """What is wrong with a task's `data:`, before anything is read."""
     if not isinstance(data, Mapping):
-        return [f"{where} is {data!r}: expected {', '.join(_KEYS)}, or _target_"]
-    keys = ("image", "label") if "_target_" in data else _KEYS
-    if "_target_" in data:
-        try:
-            found = problems(_function(where, data), _arguments(data), where, ())
-        except AdamergeError as error:
-            found = [str(error)]
-    else:
-        unknown = [key for key in data if key not in _KEYS]
-        found = [f"{where}.{key} is unknown{nearest(str(key), _KEYS)}" for key in unknown]
-        found += [] if "path" in data else [f"{where}.path is missing"]
-    for key in (key for key in keys if key in data):
-        value, null = data[key], " or null" * (key in _NULLABLE)
-        if value == "" or not (isinstance(value, str) or (value is None and null)):
-            wanted = "a path or a hub name" if key == "path" else f"a text{null}"
-            found.append(f"{where}.{key} is {value!r}: expected {wanted}")
-    return found
+        return [f"{where} is {data!r}: expected path, or _target_, and other keys"]
+    if "_target_" not in data:
+        empty = [f"{where}.path is '': expected a path or a hub name"] * (data.get("path") == "")
+        return problems(_read, data, where, ("where",)) + empty
+    columns = {key: data[key] for key in ("image", "label") if key in data}
+    found = problems(_read, {"path": "-", **columns}, where, ("where",))
+    try:
+        return found + problems(_function(where, data), _arguments(data), where, ())
+    except AdamergeError as error:
+        return [*found, str(error)]
 
 
 def _function(where: str, data: Mapping[str, Any]) -> Callable[..., Any]:
@@ -121,8 +112,16 @@ def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in ("_target_", "image", "label")}
 
 
-def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource:
-    path, split = os.path.expanduser(data["path"]), data.get("split")
+def _read(
+    where: str,
+    path: str,
+    name: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    image: str = "image",
+    label: str | None = "label",
+) -> datasets.Dataset | ImageSource:
+    path = os.path.expanduser(path)
     local = Path(path)
     here = local.exists() or glob.has_magic(path)
     try:
@@ -130,10 +129,11 @@ def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource
             require_sound(local)
             return ArraySource(where, local, split or "test")
         if not here:
-            return _from_hub(path, split, data)
+            _require_a_hub_name(path)
+            return datasets.load_dataset(path, name, split=split or "test", revision=revision)
         places = [local, local.parent, Path()] if local.is_dir() else [local.parent, Path()]
         places = [place.absolute() for place in places]
-        return with_images(_local(path, split, data), data.get("image", "image"), places, path)
+        return with_images(_local(path, name, split, label == "label"), image, places, path)
     except AdamergeError as error:
         if str(error).startswith(where):
             raise
@@ -152,58 +152,49 @@ def _read(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource
         ) from error
 
 
-def _local(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dataset:
+def _local(path: str, name: str | None, split: str | None, labelled: bool) -> datasets.Dataset:
     """Whatever is at the path or fits the pattern; errors of ours name the key within `data`."""
     local = Path(path)
     if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
         return _saved(path, split)
     if not local.exists():
         return _globbed(path)
-    if local.suffix.lower() in LISTS and local.is_file():
-        require_sound(local)
-        return as_dataset(read_list(local))
-    kind = shard_kind(local)
-    if local.is_file() and kind is not None:
-        return read_shards(kind, [local])
-    if not local.is_dir():
-        what = "is of no kind that is read" if local.is_file() else "is neither a file nor a folder"
-        raise AdamergeError(f"path: {path} {what}: expected {_EXPECTED}")
-    if data.get("name"):  # `datasets` would follow what its README.md names
+    if local.is_dir() and name:  # `datasets` would follow what its README.md names
         raise AdamergeError(
             f"name: {path} is a folder here, and name chooses a part of a data set on the hub: "
             "leave it out, and give the path of that part"
         )
-    inner = subfolder(local, split)
-    shards = shards_in(inner, split if inner == local else None)
-    if shards is not None:
-        return read_shards(*shards)
-    return image_folder(inner, data.get("label", "label") == "label")
+    if local.is_dir():
+        inner = subfolder(local, split)
+        shards = shards_in(inner, split if inner == local else None)
+        return image_folder(inner, labelled) if shards is None else read_shards(*shards)
+    kind = shard_kind(local)
+    if not local.is_file() or (kind is None and local.suffix.lower() not in LISTS):
+        what = "of no kind that is read" if local.is_file() else "neither a file nor a folder"
+        raise AdamergeError(f"path: {path} is {what}: expected {_EXPECTED}")
+    if kind is not None:
+        return read_shards(kind, [local])
+    require_sound(local)
+    return as_dataset(read_list(local))
 
 
-def _from_hub(path: str, split: str | None, data: Mapping[str, Any]) -> datasets.Dataset:
+def _require_a_hub_name(path: str) -> None:
+    """Refuses a path that leads nowhere and cannot be meant for the hub."""
     local = Path(path)
-    if _means_a_file(path):
+    if (
+        path.startswith((".", "~", "/"))
+        or path.count("/") > 1
+        or shard_kind(local)
+        or is_image(local)
+        or local.suffix.lower() in (*_ARRAYS, *LISTS, *_NO_READER)
+        or ("/" in path and Path(local.parts[0]).is_dir())
+    ):
         beside = os.listdir(local.parent) if local.parent.is_dir() else []
         raise AdamergeError(
             f"path: no such file or folder {path!r}{nearest(local.name, beside)}: mend the path, "
             "which starts at the suite's file or the working folder; a data set of the hub is "
             "named `name` or `owner/name`"
         )
-    name, revision = data.get("name"), data.get("revision")
-    return datasets.load_dataset(path, name, split=split or "test", revision=revision)
-
-
-def _means_a_file(path: str) -> bool:
-    """Whether a path that leads nowhere cannot be meant for the hub."""
-    local = Path(path)
-    known = shard_kind(local) or is_image(local)
-    return bool(
-        path.startswith((".", "~", "/"))
-        or path.count("/") > 1
-        or known
-        or local.suffix.lower() in (*_ARRAYS, *LISTS, *_NO_READER)
-        or ("/" in path and Path(local.parts[0]).is_dir())
-    )
 
 
 def _saved(path: str, split: str | None) -> datasets.Dataset:
