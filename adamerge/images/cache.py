@@ -108,7 +108,16 @@ def cache_images(
     if source.rows(image) == 0:
         raise AdamergeError(f"data of task {task!r} is empty: expected at least one image")
     label = None if label is None else label_column(task, source, label, labelled)
-    labels = None if label is None else _labels(task, source, image, label, classes)
+    labels = None
+    if label is not None:
+        rows, count = source.rows(image), source.rows(label)
+        if count != rows:
+            raise AdamergeError(
+                f"data of task {task!r} has {rows} images in {image!r} but {count} labels in "
+                f"{label!r}: expected one for each; mend data.label"
+            )
+        values, names = source.labels(label)
+        labels = class_numbers(task, label, values, names, classes)
     transform = uint8_transform(preprocess)
     libraries = [version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
     parts = json.dumps([_FORMAT, source.key(image), repr(preprocess), libraries])
@@ -137,18 +146,6 @@ def cache_images(
         )  # fmt: skip
     kept = None if labels is None else np.delete(labels, sorted(bad))
     return TaskImages(images, kept, meta["sha256"], len(bad))
-
-
-def _labels(
-    task: str, source: ImageSource, image: str, label: str, classes: tuple[str, ...]
-) -> np.ndarray | None:
-    images, count = source.rows(image), source.rows(label)
-    if count != images:
-        raise AdamergeError(
-            f"data of task {task!r} has {images} images in {image!r} but {count} labels in "
-            f"{label!r}: expected one for each; mend data.label"
-        )
-    return class_numbers(task, label, *source.labels(label), classes)
 
 
 def write_folder(

@@ -70,8 +70,11 @@ def decode(value: Any, then: Callable[[Image.Image], Any] = lambda image: image)
         return then(Image.fromarray(array))
     if isinstance(value, str) and not stat.S_ISREG(Path(value).stat().st_mode):
         raise ValueError("not a regular file")
-    opened = io.BytesIO(value) if isinstance(value, bytes) else value
-    with Image.open(opened, formats=_known()) as image:
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    with Image.open(
+        io.BytesIO(value) if isinstance(value, bytes) else value, "r", formats
+    ) as image:
         _require_bounded(*image.size)
         large = image.width * image.height > _LARGE
         with _one_large if large else contextlib.nullcontext():
@@ -79,12 +82,6 @@ def decode(value: Any, then: Callable[[Image.Image], Any] = lambda image: image)
             shallow = _eight_bits(image)
             ImageOps.exif_transpose(shallow, in_place=True)
             return then(shallow)
-
-
-@functools.cache
-def _known() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _require_bounded(width: int, height: int) -> None:

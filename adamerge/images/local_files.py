@@ -173,25 +173,20 @@ def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
             "arrow or .tar files"
         )
     if labelled and "label" not in columns:
-        _require_one_depth(folder, columns["image"])
+        depths = Counter(len(file.parts) for file in columns["image"])
+        usual = depths.most_common(1)[0][0]
+        astray = [file for file in columns["image"] if len(file.parts) != usual]
+        if astray:
+            raise AdamergeError(
+                f"path: {folder} has {depths[usual]} images {usual - len(folder.parts) - 1} "
+                f"folders deep and {len(astray)} at another depth, such as "
+                f"{astray[0].relative_to(folder)}, so which folders are classes cannot be told: "
+                "move or remove those, or set label: null to use no labels"
+            )
         names = [file.parent.name for file in columns["image"]]
         if len({*names}) > 1:
             columns["label"] = names
     return as_dataset(columns, images="image")
-
-
-def _require_one_depth(folder: Path, files: Sequence[Path]) -> None:
-    depths = Counter(len(file.parts) for file in files)
-    usual = depths.most_common(1)[0][0]
-    astray = [file for file in files if len(file.parts) != usual]
-    if astray:
-        deep = usual - len(folder.parts) - 1
-        raise AdamergeError(
-            f"path: {folder} has {len(files) - len(astray)} images {deep} folders deep and "
-            f"{len(astray)} at another depth, such as {astray[0].relative_to(folder)}, so which "
-            "folders are classes cannot be told: move or remove those, or set label: null to use "
-            "no labels"
-        )
 
 
 def _files(folder: Path) -> list[Path]:
