@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 
+from adamerge._base.downloads import failed_download
 from adamerge._base.errors import AdamergeError
 from adamerge.images.decoding import is_image
 from adamerge.images.path_lists import LISTS, as_dataset, described
@@ -22,7 +23,6 @@ from adamerge.images.source import file_stats
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells a server what kind is read
 _SHARDS = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".tar": "webdataset"}
 _MAGIC = (b"PAR1", b"ARROW1", b"\x93NUMPY", b"PK")
-_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = {
     "train": ("train", "training"),
@@ -47,19 +47,8 @@ def require_sound(file: Path) -> None:
         raise AdamergeError(f"path: {file} is not a regular file: expected one that can be read")
     with file.open("rb") as opened:
         head = opened.read(512)
-    text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
-    readable = text and "\ufffd" not in text and "".join(text.split()).isprintable()
-    what = None
-    if not head:
-        what = "empty (0 bytes): get it again"
-    elif head.startswith(b"version https://git-lfs"):
-        what = "a Git LFS pointer, not the data: run `git lfs pull` there"
-    elif head.lstrip().lower().startswith(_PAGES):
-        what = "a web page saved under that name: the download failed (a login? a limit?)"
-    elif not head.strip(b"\0") and file.suffix.lower() != ".tar":
-        what = "zeros where its header should be: an interrupted download; get it again"
-    elif readable and file.suffix.lower() not in LISTS and not head.startswith(_MAGIC):
-        what = f"a text that begins {text[:40]!r}, no data: the download failed?"
+    is_data = head.startswith(_MAGIC) or file.suffix.lower() in LISTS
+    what = failed_download(head, "data", text=not is_data)
     if what is not None:
         raise AdamergeError(f"path: {file} is {what}")
 
