@@ -37,12 +37,7 @@ def shard_kind(file: Path) -> str | None:
 
 
 def require_sound(file: Path) -> None:
-    """Refuses what a failed download left under a data file's name.
-
-    Raises:
-        AdamergeError: a pipe or device, an empty file, zeros, a Git LFS pointer, a web page, or a
-            text that is no list.
-    """
+    """Raises AdamergeError for a pipe, a device, and what a failed download left of a file."""
     if not file.is_file():
         raise AdamergeError(f"path: {file} is not a regular file: expected one that can be read")
     with file.open("rb") as opened:
@@ -57,9 +52,6 @@ def read_shards(kind: str, files: Sequence[Path]) -> datasets.Dataset:
     """All rows of the files, in the files' order, by a reader that comes with `datasets`.
 
     It keeps an Arrow copy in its own cache, under a name made of the files' sizes and times.
-
-    Raises:
-        AdamergeError: a file that is no data at all; `datasets` raises its own for others.
     """
     for file in files:
         require_sound(file)
@@ -82,11 +74,7 @@ def split_names(split: str | None) -> list[str]:
 
 
 def subfolder(folder: Path, split: str | None) -> Path:
-    """The folder's subfolder for a split, if it has one.
-
-    Raises:
-        AdamergeError: subfolders that are splits, none of which is the one asked for.
-    """
+    """The folder's subfolder for a split; itself, unless its subfolders are other splits."""
     entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     names = [name for name in entries if not name.startswith(".")]
     for wanted in split_names(split):
@@ -103,11 +91,7 @@ def subfolder(folder: Path, split: str | None) -> Path:
 
 
 def shards_in(folder: Path, split: str | None) -> tuple[str, list[Path]] | None:
-    """The shards below a folder and their kind, those of one split if names tell; None if none.
-
-    Raises:
-        AdamergeError: shards of several kinds, or only of other splits.
-    """
+    """The shards below a folder and their kind, those of one split if names tell; None if none."""
     files = [file for file in _files(folder) if shard_kind(file) and file.name not in _METADATA]
     if not files:
         return None
@@ -141,15 +125,9 @@ def _split_of(file: Path, wanted: str) -> str:
 def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
     """The images of a folder, in the order of their paths, as an unread data set.
 
-    Class subfolders' names become labels if images lie in more than one folder. A metadata file
-    (`file_name` and other columns) tells which images count, and their labels if it has any.
-
-    Args:
-        labelled: false where no labels are asked for, and folders are only folders.
-
-    Raises:
-        AdamergeError: no image below the folder, or images at different depths, of which no
-            classes can be told.
+    Class subfolders' names become labels if images lie in more than one folder, all equally deep,
+    unless none are asked for (`labelled`). A metadata file (`file_name` and other columns) tells
+    which images count, and their labels if it has any.
     """
     files = _files(folder)
     metadata = [file for file in files if file.name in _METADATA]

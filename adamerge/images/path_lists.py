@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
 from adamerge._base.errors import AdamergeError, one_line
+from adamerge._base.files import parse_json
 from adamerge.images.decoding import is_image
 from adamerge.images.source import DatasetSource
 
@@ -30,9 +30,6 @@ def read_list(file: Path) -> Columns:
 
     A table without a header, which is one whose first line names an image, has the columns `image`
     and, if there are two, `label`. Integers are read as such.
-
-    Raises:
-        AdamergeError: no such table, or one too large.
     """
     if file.stat().st_size > _LARGEST:
         raise AdamergeError(
@@ -45,7 +42,7 @@ def read_list(file: Path) -> Columns:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             return read(file, opened)
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise AdamergeError(
             f"path: {file} cannot be read as {file.suffix.lower()[1:]} in UTF-8 "
             f"({one_line(error)}): expected one image file per line; mend that line or save the "
@@ -92,7 +89,7 @@ def _typed(values: Sequence[str]) -> list[Any]:
 
 def _records(file: Path, opened: IO[str]) -> Columns:
     """One JSON object per line; what is nested in it is left out."""
-    rows = [json.loads(line) for line in _lines(opened)]
+    rows = [parse_json(line) for line in _lines(opened)]
     astray = next((row for row in rows if not isinstance(row, dict)), None)
     if astray is not None or not rows:
         raise ValueError(f"{str(astray)[:80]!r} in place of an object")
@@ -128,9 +125,6 @@ def with_images(
         column: of the images; `image`, where no column has that name, is any.
         places: the folders that paths may start from; the first with such files is taken.
         where: what holds the paths, for messages.
-
-    Raises:
-        AdamergeError: paths that lead to no files.
     """
     name = _column_of_paths(data, column)
     if name is None:
@@ -169,13 +163,7 @@ def _column_of_paths(data: datasets.Dataset, column: str) -> str | None:
 
 
 def described(files: Sequence[Path]) -> Columns:
-    """What metadata files (`file_name` and other columns) tell of the images beside them.
-
-    Nothing where none of them names image files.
-
-    Raises:
-        AdamergeError: a file that cannot be read.
-    """
+    """What metadata files with a column `file_name` tell of the images beside them."""
     tables = []
     for file in files:
         columns = read_list(file)

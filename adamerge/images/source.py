@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -123,14 +124,12 @@ class DatasetSource:
 
 
 def file_stats(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
-    """Path, size and time (ns) of each file; a file that is not there counts as empty."""
+    """Path, size and time (ns) of each file that is there."""
     found = []
     for file in files:
-        try:
+        with contextlib.suppress(OSError):
             stat = os.stat(file)
             found.append((str(file), stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            found.append((str(file), 0, 0))
     return found
 
 
@@ -148,11 +147,7 @@ def _paths(values: pa.ChunkedArray) -> list[str]:
 
 
 def image_column(task: str, source: ImageSource, column: str) -> str:
-    """The column of a task's images: the named one, or for `image` the only one that has images.
-
-    Raises:
-        AdamergeError: there is none, or it holds no images.
-    """
+    """The column of a task's images: the named one, or for `image` the only one that has images."""
     column = _named_or_usual(task, source, "image", column, column != "image") or column
     if column not in source.columns:
         raise _no_column(task, source, "image", column, "set data.image")
@@ -167,18 +162,10 @@ def image_column(task: str, source: ImageSource, column: str) -> str:
 
 
 def label_column(task: str, source: ImageSource, column: str, asked: bool) -> str | None:
-    """The column of a task's labels: the named one, or the usual one where none is so named.
-
-    Args:
-        asked: the column was asked for by name.
-
-    Raises:
-        AdamergeError: a column that was asked for is not there.
-    """
+    """The column of a task's labels: the named one, or the usual one if that is not `asked` for."""
     found = _named_or_usual(task, source, "label", column, asked)
     if found is None and asked:
-        mend = "mend data.label, or leave it out"
-        raise _no_column(task, source, "label", column, mend)
+        raise _no_column(task, source, "label", column, "mend data.label, or leave it out")
     if found is None:
         columns = ", ".join(source.columns)
         log.info("task %s: no labels (columns: %s); data.label names a column", task, columns)
