@@ -76,9 +76,9 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     """
     config = _read_config(architecture, pretrained_tag)
     # A tokenizer's own files lie beside an open_clip config, or come with the built-in name.
-    own = (Path(architecture) / "open_clip_config.json").is_file()
+    with_files = (Path(architecture) / "open_clip_config.json").is_file()
     with _built(config, architecture) as (model, folder):
-        tokenizer = _tokenizer(architecture, config, architecture if own else folder)
+        tokenizer = _tokenizer(architecture, config, architecture if with_files else folder)
     weights = None
     if pretrained_tag is not None:
         weights = _download(architecture, pretrained_tag)
@@ -86,7 +86,7 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     model.eval().requires_grad_(False)
     size = getattr(model.visual, "image_size", None) or 224
     config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
-    extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES if own)
+    extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES if with_files)
     return Clip(model, config, tokenizer, weights, tuple(p for p in extras if p.is_file()))
 
 
@@ -243,12 +243,12 @@ class Normalizer(nn.Module):
 def with_other_activation(backbone: nn.Module) -> Tower | None:
     """The tower with QuickGELU for GELU, or GELU for QuickGELU; None where it has neither."""
     tower, quick = Tower(backbone), open_clip.transformer.QuickGELU
-    found = [
+    activations = [
         (module, name, child)
         for module in tower.skeleton.modules()
         for name, child in module.named_children()
         if isinstance(child, nn.GELU | quick)
     ]
-    for module, name, child in found:
+    for module, name, child in activations:
         setattr(module, name, quick() if isinstance(child, nn.GELU) else nn.GELU())
-    return tower if found else None
+    return tower if activations else None

@@ -64,15 +64,15 @@ def check_model_config(model: Any, where: str) -> None:
             "in JSON"
         )
     whole = {key: value for key, value in model.items() if key not in _PARTS}
-    found = list(_problems("model_cfg", whole, _MODEL))
+    wrong = list(_problems("model_cfg", whole, _MODEL))
     for name, kind in _PARTS.items():
         if name in model:
-            found += _problems(name, model[name], get_type_hints(kind))
-    found += [] if found else _too_large(model)
-    if found:
+            wrong += _problems(name, model[name], get_type_hints(kind))
+    wrong += [] if wrong else _too_large(model)
+    if wrong:
         raise AdamergeError(
             f"architecture {where!r} is not a model open_clip can build from a file "
-            f"({'; '.join(found)}): expected keys, types and sizes as in open_clip's own configs"
+            f"({'; '.join(wrong)}): expected keys, types and sizes as in open_clip's own configs"
         )
 
 
@@ -84,15 +84,15 @@ def check_preprocess_config(preprocess: Any, where: str) -> None:
     """
     if not isinstance(preprocess, Mapping):
         raise AdamergeError(f"{where}: preprocess_cfg is {preprocess!r}: expected keys and values")
-    found = []
+    wrong = []
     for key, value in preprocess.items():
         wanted, fits_it = _PREPROCESS.get(key, ("", None))
         if fits_it is None:
-            found.append(f"preprocess_cfg.{key} is unknown{nearest(str(key), _PREPROCESS)}")
+            wrong.append(f"preprocess_cfg.{key} is unknown{nearest(str(key), _PREPROCESS)}")
         elif not fits_it(value):
-            found.append(f"preprocess_cfg.{key} is {_short(value)}: expected {wanted}")
-    if found:
-        raise AdamergeError(f"{where}: {'; '.join(found)}; mend that file, or copy it again")
+            wrong.append(f"preprocess_cfg.{key} is {_short(value)}: expected {wanted}")
+    if wrong:
+        raise AdamergeError(f"{where}: {'; '.join(wrong)}; mend that file, or copy it again")
 
 
 def _is_size(value: Any) -> bool:

@@ -36,10 +36,10 @@ def load_pretrained(
         AdamergeError: names or shapes that do not fit the architecture; an image tower alone,
             where the heads come from the text tower.
     """
-    where, own = f"pretrained ({checkpoint.path})", clip.model.state_dict()
+    where, state = f"pretrained ({checkpoint.path})", clip.model.state_dict()
     if checkpoint.lora is not None:
         raise AdamergeError(f"{where} is a LoRA adapter: expected the whole CLIP it was trained on")
-    matched = with_text_names(match(checkpoint.source, checkpoint.tensors, own)).without_heads()
+    matched = with_text_names(match(checkpoint.source, checkpoint.tensors, state)).without_heads()
     if not text and lacks_text(matched):
         log.info("%s has no text tower, which the given heads do not need", where)
         tower = tower_state(checkpoint, clip.backbone)

@@ -103,9 +103,9 @@ class ArraySource:
             rows = self._opened.pop(column, None)  # gone where reading fails
             if rows is None or start < rows.next:
                 rows = _PackedRows(self.path, column, what)
-            found = rows.read(start, stop)
+            array = rows.read(start, stop)
             self._opened[column] = rows
-            return found
+            return array
 
     @contextlib.contextmanager
     def _reading(self, what: str, mend: str) -> Iterator[None]:

@@ -149,12 +149,12 @@ def converted(
     size = first.nbytes if isinstance(first, np.ndarray) else len(first or b"")  # 0 of a path
     step = max(1, min(_CHUNK, _BYTES // max(size, 1)))
     began = said = time.monotonic()
-    ahead: Iterable[np.ndarray | str] = ()
+    upcoming: Iterable[np.ndarray | str] = ()
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, total + step, step):  # the next are read while these are written
-            ready, ahead = ahead, ()
+            ready, upcoming = upcoming, ()
             if start < total:
-                ahead = pool.map(made, _read(task, source, column, start, start + step))
+                upcoming = pool.map(made, _read(task, source, column, start, start + step))
             yield list(ready)
             done, now = min(start, total), time.monotonic()
             if now - said >= 10:

@@ -62,7 +62,7 @@ def class_numbers(
 def _integers(task: str, column: str, values: Sequence[Any], count: int) -> np.ndarray:
     try:
         given = np.asarray(values)
-        with np.errstate(invalid="ignore"):  # of numbers too large, found out below
+        with np.errstate(invalid="ignore"):  # of numbers too large, refused below
             numbers = given.astype(np.int64)
         if given.ndim != 1 or given.dtype.kind not in "biuf" or not np.array_equal(numbers, given):
             raise ValueError("not whole numbers")
@@ -103,10 +103,10 @@ def _places(task: str, names: Sequence[str], classes: Sequence[str]) -> list[int
     plain = [_plain(name) for name in classes]
     places = {name: i for i, name in enumerate(plain) if name and plain.count(name) == 1}
     exact = {name: i for i, name in enumerate(classes)}
-    found = [exact.get(name, places.get(_plain(name))) for name in names]
+    matched = [exact.get(name, places.get(_plain(name))) for name in names]
     numbered = all(re.fullmatch("[0-9]{1,9}", name) for name in names)
-    if not numbered or any(place is not None for place in found):
-        return found
+    if not numbered or any(place is not None for place in matched):
+        return matched
     numbers, count = [int(name) for name in names], len(classes)
     if 0 in numbers and len({*numbers}) == len(numbers) and max(numbers) < count:
         return [*numbers]
@@ -117,7 +117,7 @@ def _places(task: str, names: Sequence[str], classes: Sequence[str]) -> list[int
             task, count, count,
         )  # fmt: skip
         return [number - 1 for number in numbers]
-    return found
+    return matched
 
 
 def _translation(task: str, names: Sequence[str], classes: Sequence[str]) -> np.ndarray | None:
@@ -139,12 +139,12 @@ def _translation(task: str, names: Sequence[str], classes: Sequence[str]) -> np.
             f"head of task {task!r} has {len(classes)} classes, but its data set has {len(names)} "
             f"({_shown(names)}): give the suite the data set's own class names, in its order"
         )
-    astray = [(i, place) for i, place in enumerate(places) if place is not None and place != i]
-    if not astray and len(names) <= _COMPARED:
+    elsewhere = [(i, place) for i, place in enumerate(places) if place is not None and place != i]
+    if not elsewhere and len(names) <= _COMPARED:
         close = [_closest(name, i, classes) for i, name in enumerate(names)]
-        astray = [(i, place) for i, place in enumerate(close) if place != i]
-    if astray:
-        number, place = astray[0]
+        elsewhere = [(i, place) for i, place in enumerate(close) if place != i]
+    if elsewhere:
+        number, place = elsewhere[0]
         log.warning(
             "task %s: the data set's class %d is %r, the suite's is %r, but %r is more like it: "
             "labels keep the data set's numbers; check that both lists have one order, or give the "
@@ -163,10 +163,10 @@ def _translation(task: str, names: Sequence[str], classes: Sequence[str]) -> np.
 def _closest(name: str, number: int, classes: Sequence[str]) -> int:
     """The place of the class most like a name: `number`, unless another is clearly more so."""
     plain = [_plain(one) for one in classes]
-    own = difflib.SequenceMatcher(None, plain[number], _plain(name)).ratio()
-    cutoff = min(max(0.75, own + 1e-3), 1.0)
+    alike = difflib.SequenceMatcher(None, plain[number], _plain(name)).ratio()
+    cutoff = min(max(0.75, alike + 1e-3), 1.0)
     close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
-    return plain.index(close[0]) if close and own < 1 else number
+    return plain.index(close[0]) if close and alike < 1 else number
 
 
 def _shown(texts: Sequence[str]) -> str:

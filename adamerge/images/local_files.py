@@ -142,12 +142,12 @@ def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
     if labelled and "label" not in columns:
         depths = Counter(len(file.parts) for file in columns["image"])
         usual = depths.most_common(1)[0][0]
-        astray = [file for file in columns["image"] if len(file.parts) != usual]
-        if astray:
+        others = [file for file in columns["image"] if len(file.parts) != usual]
+        if others:
             raise AdamergeError(
                 f"path: {folder} has {depths[usual]} images {usual - len(folder.parts) - 1} "
-                f"folders deep and {len(astray)} at another depth, such as "
-                f"{astray[0].relative_to(folder)}, so which folders are classes cannot be told: "
+                f"folders deep and {len(others)} at another depth, such as "
+                f"{others[0].relative_to(folder)}, so which folders are classes cannot be told: "
                 "move or remove those, or set label: null to use no labels"
             )
         names = [file.parent.name for file in columns["image"]]
@@ -161,7 +161,7 @@ def _files(folder: Path) -> list[Path]:
 
     What lies in the folder itself comes before what links lead to.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     seen, waiting = {*folder.resolve().parents}, [folder]
     for start in waiting:  # which grows by the links
         for root, folders, names in os.walk(start):
@@ -172,5 +172,5 @@ def _files(folder: Path) -> list[Path]:
             seen.add(place)
             folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
             waiting += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
-            found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+            files += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(files)

@@ -20,7 +20,7 @@ from adamerge.images.source import DatasetSource
 LISTS = (".csv", ".tsv", ".jsonl")
 _LARGEST = 1 << 28  # bytes of a list, which is read whole
 _LINE = 1 << 20  # characters
-_LOOKED_AT = 50  # rows that tell whether a column holds paths, and of what folder
+_SAMPLE = 50  # rows that tell whether a column holds paths, and of what folder
 
 Columns = dict[str, list[Any]]
 
@@ -72,9 +72,9 @@ def _table(file: Path, opened: IO[str]) -> Columns:
         header = ["image" if is_image(cell) else named[i] for i, cell in enumerate(header)]
     else:
         del rows[0]
-    astray = next((row for row in rows if len(row) != len(header)), None)
-    if astray is not None or len({*header}) < len(header):
-        raise ValueError(f"columns {header} and a line {astray}")
+    wrong = next((row for row in rows if len(row) != len(header)), None)
+    if wrong is not None or len({*header}) < len(header):
+        raise ValueError(f"columns {header} and a line {wrong}")
     columns = zip(*rows, strict=True) if rows else ([] for _ in header)
     return {name: _typed(values) for name, values in zip(header, columns, strict=True)}
 
@@ -90,9 +90,9 @@ def _typed(values: Sequence[str]) -> list[Any]:
 def _records(file: Path, opened: IO[str]) -> Columns:
     """One JSON object per line; what is nested in it is left out."""
     rows = [parse_json(line) for line in _lines(opened)]
-    astray = next((row for row in rows if not isinstance(row, dict)), None)
-    if astray is not None or not rows:
-        raise ValueError(f"{str(astray)[:80]!r} in place of an object")
+    wrong = next((row for row in rows if not isinstance(row, dict)), None)
+    if wrong is not None or not rows:
+        raise ValueError(f"{str(wrong)[:80]!r} in place of an object")
     return {
         name: [None if isinstance(row.get(name), list | dict) else row.get(name) for row in rows]
         for name in dict.fromkeys(name for row in rows for name in row)
@@ -130,7 +130,7 @@ def with_images(
     if name is None:
         return data
     paths = [path or "" for path in data[name][:]]
-    some = [path for path in paths if path][:_LOOKED_AT]
+    some = [path for path in paths if path][:_SAMPLE]
     place = next((p for p in places if any((p / path).is_file() for path in some)), None)
     if place is None:
         shown = repr(next(iter(some), ""))[:100]
@@ -155,11 +155,11 @@ def _column_of_paths(data: datasets.Dataset, column: str) -> str | None:
         return column if column in texts else None
     if column != "image" or DatasetSource(data).usual("image"):
         return None
-    found = []
+    fitting = []
     for name in texts:
-        given = [value for value in data.select_columns([name])[:_LOOKED_AT][name] if value]
-        found += [name] if given and all(map(is_image, given)) else []
-    return found[0] if len(found) == 1 else None
+        given = [value for value in data.select_columns([name])[:_SAMPLE][name] if value]
+        fitting += [name] if given and all(map(is_image, given)) else []
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def described(files: Sequence[Path]) -> Columns:

@@ -125,25 +125,25 @@ class DatasetSource:
 
 def file_stats(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
     """Path, size and time (ns) of each file that is there."""
-    found = []
+    stats = []
     for file in files:
         with contextlib.suppress(OSError):
             stat = os.stat(file)
-            found.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return found
+            stats.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return stats
 
 
 def _paths(values: pa.ChunkedArray) -> list[str]:
     """The paths of the images that are kept as paths alone; no pixels are read."""
     if not pa.types.is_struct(values.type) or values.type.get_field_index("path") < 0:
         return []
-    found: list[str] = []
+    kept: list[str] = []
     for chunk in values.chunks:
         paths = chunk.field("path")
         if chunk.type.get_field_index("bytes") >= 0:
             paths = paths.filter(chunk.field("bytes").is_null())
-        found += [path for path in paths.to_pylist() if path]
-    return found
+        kept += [path for path in paths.to_pylist() if path]
+    return kept
 
 
 def image_column(task: str, source: ImageSource, column: str) -> str:
@@ -163,13 +163,13 @@ def image_column(task: str, source: ImageSource, column: str) -> str:
 
 def label_column(task: str, source: ImageSource, column: str, asked: bool) -> str | None:
     """The column of a task's labels: the named one, or the usual one if that is not `asked` for."""
-    found = _named_or_usual(task, source, "label", column, asked)
-    if found is None and asked:
+    chosen = _named_or_usual(task, source, "label", column, asked)
+    if chosen is None and asked:
         raise _no_column(task, source, "label", column, "mend data.label, or leave it out")
-    if found is None:
+    if chosen is None:
         columns = ", ".join(source.columns)
         log.info("task %s: no labels (columns: %s); data.label names a column", task, columns)
-    return found
+    return chosen
 
 
 def _named_or_usual(

@@ -58,9 +58,9 @@ def open_dataset(
         OSError: no space for what `datasets` prepares.
     """
     where = f"suite.{part}.{task}.data"
-    found = data_problems(where, data)
-    if found:
-        raise AdamergeError("; ".join(found))
+    wrong = data_problems(where, data)
+    if wrong:
+        raise AdamergeError("; ".join(wrong))
     return _made(where, data) if "_target_" in data else _read(where, **data)
 
 
@@ -73,8 +73,8 @@ def _made(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
         raise AdamergeError(f"{where}: {error}") from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [one for one in frames if one.filename == function.__code__.co_filename]
-        at = (own or frames)[-1]
+        inside = [one for one in frames if one.filename == function.__code__.co_filename]
+        at = (inside or frames)[-1]
         raise AdamergeError(
             f"{where}: {data['_target_']} raised {type(error).__name__}: "
             f"{one_line(error, 300)} ({at.filename}, line {at.lineno}): mend the function or its "
@@ -96,11 +96,11 @@ def data_problems(where: str, data: Any) -> list[str]:
         empty = [f"{where}.path is '': expected a path or a hub name"] * (data.get("path") == "")
         return problems(_read, data, where, ("where",)) + empty
     columns = {key: data[key] for key in ("image", "label") if key in data}
-    found = problems(_read, {"path": "-", **columns}, where, ("where",))
+    wrong = problems(_read, {"path": "-", **columns}, where, ("where",))
     try:
-        return found + problems(_function(where, data), _arguments(data), where, ())
+        return wrong + problems(_function(where, data), _arguments(data), where, ())
     except AdamergeError as error:
-        return [*found, str(error)]
+        return [*wrong, str(error)]
 
 
 def _function(where: str, data: Mapping[str, Any]) -> Callable[..., Any]:
@@ -207,12 +207,12 @@ def _saved(path: str, split: str | None) -> datasets.Dataset:
             raise AdamergeError(f"path: {error}") from error
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.DatasetDict):
-        found = next((name for name in split_names(split) if name in loaded), None)
-        if found is None:
+        name = next((name for name in split_names(split) if name in loaded), None)
+        if name is None:
             raise AdamergeError(
                 f"split: no {split or 'test'!r} in {path}: it has {', '.join(loaded)}"
             )
-        loaded = loaded[found]
+        loaded = loaded[name]
     return loaded
 
 
