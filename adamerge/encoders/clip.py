@@ -1,4 +1,4 @@
-"""Encoders: anything called as `encoder(images [B, 3, H, W], task_ids [B]) -> features [B, D]`."""
+"""open_clip's models, built from a name, a folder or a file; checked before anything is made."""
 
 from __future__ import annotations
 

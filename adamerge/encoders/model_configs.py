@@ -142,8 +142,8 @@ def _part(
 
 def _siglip(config: Mapping[str, Any], processor: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The published architecture of open_clip's with the sizes of a SigLIP's `config.json`."""
-    vision = {**_SIGLIP_VISION, **(config.get("vision_config") or {})}
-    text = {**_SIGLIP_TEXT, **(config.get("text_config") or {})}
+    vision = _part(config, "vision_config", _SIGLIP_VISION, where)
+    text = _part(config, "text_config", _SIGLIP_TEXT, where)
     size = _SIGLIP_SIZES.get(vision["hidden_size"], "?")
     tower = f"vit_{size}_patch{vision['patch_size']}_siglip_{vision['image_size']}"
     wanted = {name: text[theirs] for name, theirs in _TEXT_SIZES.items()}
