@@ -36,7 +36,7 @@ from torch import Tensor
 from adamerge.encoders.clip import Normalizer
 from adamerge.images.batches import Stream
 from adamerge.images.cache import TaskImages, cache_images
-from adamerge.images.cache_files import _cores
+from adamerge.images.decoding import cores
 from adamerge.images.sources import open_dataset
 
 
@@ -140,8 +140,8 @@ def report(arguments: argparse.Namespace, scratch: Path) -> str:
     lines += [
         "",
         f"Building the cache ({images.images.nbytes / 1e6:,.0f} MB) takes {built:.1f} s of wall "
-        f"time with {_cores()} threads, {arguments.images / built:,.0f} images/s; opening it again "
-        f"takes {opened:.3f} s (load average of the {_cores()} cores meanwhile: "
+        f"time with {cores()} threads, {arguments.images / built:,.0f} images/s; opening it again "
+        f"takes {opened:.3f} s (load average of the {cores()} cores meanwhile: "
         f"{os.getloadavg()[0]:.1f}).",
     ]
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from adamerge.images import cache_files
+from adamerge.images import cache, decoding
 from adamerge.images.arrays import ArraySource
 
 
@@ -27,13 +27,13 @@ def build(folder: Path) -> dict[str, Any]:
     """Writes a cache folder from `x.npy`."""
     source = ArraySource("data", folder / "x.npy", "test")
     target = folder / "cache" / "k"
-    return cache_files.write_folder(target, "t", source, "image", channels_first)
+    return cache.write_folder(target, "t", source, "image", channels_first)
 
 
 def count_decodes(kill_at: int = 0) -> list[Any]:
     """What is decoded from now on, as it goes."""
     decoded: list[Any] = []
-    decode = cache_files.decode
+    decode = decoding.decode
 
     def counting(value: Any, *then: Any) -> Any:
         decoded.append(value)
@@ -41,12 +41,12 @@ def count_decodes(kill_at: int = 0) -> list[Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(value, *then)
 
-    cache_files.decode = counting
+    decoding.decode = counting
     return decoded
 
 
 if __name__ == "__main__":
-    cache_files._CHUNK = 16
+    decoding._CHUNK = 16
     count = count_decodes(int(sys.argv[2]))
     print("ready", flush=True)
     sys.stdin.readline()

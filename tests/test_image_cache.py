@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from adamerge import AdamergeError
-from adamerge.images import cache_files
+from adamerge.images import cache, decoding
 from adamerge.images.arrays import ArraySource
 from adamerge.images.cache import TaskImages, cache_images
 from tests.cache_child import build, count_decodes
@@ -62,8 +62,8 @@ def start(process: subprocess.Popen[str]) -> None:
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few images between two records; what `count_decodes` replaces comes back."""
-    monkeypatch.setattr(cache_files, "_CHUNK", 16)
-    monkeypatch.setattr(cache_files, "decode", cache_files.decode)
+    monkeypatch.setattr(decoding, "_CHUNK", 16)
+    monkeypatch.setattr(decoding, "decode", decoding.decode)
 
 
 def test_a_killed_build_is_made_again(tmp_path: Path, pictures: np.ndarray) -> None:
@@ -164,16 +164,16 @@ def test_a_changed_row_of_a_broken_image_is_seen(tmp_path: Path) -> None:
 def test_a_large_cache_is_checked_in_every_block(
     tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_files, "_BLOCK", 5000)
+    monkeypatch.setattr(cache, "_BLOCK", 5000)
     build(tmp_path)
     path = tmp_path / "cache" / "k" / "images.npy"
     content = path.read_bytes()
-    assert cache_files.complete(path.parent) is not None
+    assert cache.complete(path.parent) is not None
     for place in range(0, len(content), 4999):
         path.write_bytes(flipped(content, place))
-        assert cache_files.complete(path.parent) is None
+        assert cache.complete(path.parent) is None
     path.write_bytes(content)
-    assert cache_files.complete(path.parent) is not None
+    assert cache.complete(path.parent) is not None
 
 
 def test_a_complete_cache_is_used_where_nothing_can_be_written(
@@ -187,7 +187,7 @@ def test_a_complete_cache_is_used_where_nothing_can_be_written(
     with monkeypatch.context() as patch:
         for name in ("mkdir", "rename", "replace", "rmdir", "unlink"):
             patch.setattr(os, name, refused)
-        patch.setattr(cache_files, "locked", refused)
+        patch.setattr(cache, "locked", refused)
         assert cached(tmp_path).key == first.key
 
 
@@ -232,14 +232,14 @@ def test_a_broken_image_that_can_be_read_after_all(
 ) -> None:
     """A file of the same size and time, as when a disk was out of reach."""
     dataset = pictures_on_disk(tmp_path, a=png(0), b=png(1), c=png(2))
-    decode, failing = cache_files.decode, [True]
+    decode, failing = decoding.decode, [True]
 
     def sometimes(value: Any, *then: Any) -> Any:
         if failing[0] and value["path"].endswith("b.png"):
             raise OSError(5, "Input/output error")
         return decode(value, *then)
 
-    monkeypatch.setattr(cache_files, "decode", sometimes)
+    monkeypatch.setattr(decoding, "decode", sometimes)
     with pytest.raises(AdamergeError, match=r"image 1 of task 't' .*Input/output error"):
         cache_images("t", dataset, ("x", "y", "z"), CFG, tmp_path / "c")
     failing[0] = False
@@ -271,7 +271,7 @@ def test_large_images_are_read_a_few_at_a_time(
         return images(self, column, start, stop)
 
     monkeypatch.setattr(ArraySource, "images", counting)
-    monkeypatch.setattr(cache_files, "_BYTES", 5 * pictures[0].nbytes)
+    monkeypatch.setattr(decoding, "_BYTES", 5 * pictures[0].nbytes)
     build(tmp_path)
     assert max(read) == 5 and len(read) == 1 + COUNT // 5
 
@@ -308,7 +308,7 @@ def test_no_space_leaves_nothing_behind(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_files.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(cache.os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match=r"No space left on device: .*images\.npy"):
         cached(tmp_path)
     assert not list((tmp_path / "c" / "images").iterdir())
@@ -322,7 +322,7 @@ def test_long_builds_say_how_far_they_are(
 ) -> None:
     caplog.set_level(logging.INFO, "adamerge")
     clock = iter(range(0, 10**6, 4))
-    monkeypatch.setattr(cache_files.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(decoding.time, "monotonic", lambda: float(next(clock)))
     build(tmp_path)
     assert "of 150 images prepared, 4/s, " in caplog.text and " s left" in caplog.text
 

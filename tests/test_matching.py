@@ -329,3 +329,7 @@ def test_configs_of_siglip() -> None:
     config["vision_config"] = {"hidden_size": 64}
     with pytest.raises(AdamergeError, match=r"type 'siglip' with an image tower of width 64"):
         from_transformers(config, {}, "config.json")
+    for hostile in ([1], {"hidden_size": [64]}, {"patch_size": "16"}):
+        config["vision_config"] = hostile
+        with pytest.raises(AdamergeError, match=r"config\.json has vision_config\..*: expected a"):
+            from_transformers(config, {}, "config.json")

@@ -25,9 +25,10 @@ import yaml
 from PIL import Image
 
 from adamerge import AdamergeError
+from adamerge._base import files
 from adamerge.cli import main
 from adamerge.config import settings as config
-from adamerge.images import arrays, sources
+from adamerge.images import arrays
 from adamerge.images.arrays import ArraySource
 from adamerge.images.cache import TaskImages, cache_images
 from adamerge.images.sources import open_dataset
@@ -563,7 +564,7 @@ def test_damage_to_what_is_said_of_a_saved_data_set(
 ) -> None:
     saved(tmp_path)
     path = tmp_path / "saved" / name
-    monkeypatch.setattr(sources, "_LARGEST_JSON", 200_000)
+    monkeypatch.setattr(files, "_MOST_BYTES", 200_000)
     path.write_text(" " * 200_001 if content is None else content)
     with pytest.raises(AdamergeError, match=r"^suite\.tasks\.t\.data\.path: ") as told:
         open_dataset("t", {"path": str(tmp_path / "saved")})
@@ -654,16 +655,16 @@ def test_a_pointer_in_a_saved_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"path": ["a", "b"]}, r"path is \['a', 'b'\]: expected a path or a hub name$"),
-        ({"path": 5}, r"path is 5: expected a path or a hub name$"),
+        ({"path": ["a", "b"]}, r"path is \['a', 'b'\]: expected str$"),
+        ({"path": 5}, r"path is 5: expected str$"),
         ({"path": ""}, r"path is '': expected a path or a hub name$"),
-        ({"path": "x", "split": 5}, r"split is 5: expected a text or null$"),
-        ({"path": "x", "label": False}, r"label is False: expected a text or null$"),
-        ({"path": "x", "image": None}, r"image is None: expected a text$"),
-        ({"path": "x", "name": 3}, r"name is 3: expected a text or null$"),
-        ({"path": "x", "revision": 1.5}, r"revision is 1\.5: expected a text or null$"),
+        ({"path": "x", "split": 5}, r"split is 5: expected str or none$"),
+        ({"path": "x", "label": False}, r"label is False: expected str or none$"),
+        ({"path": "x", "image": None}, r"image is None: expected str$"),
+        ({"path": "x", "name": 3}, r"name is 3: expected str or none$"),
+        ({"path": "x", "revision": 1.5}, r"revision is 1\.5: expected str or none$"),
         ({"_target_": "adamerge.images.demo.dataset", "task": "digits", "split": "test",
-          "label": 3}, r"label is 3: expected a text or null$"),
+          "label": 3}, r"label is 3: expected str or none$"),
     ],
 )  # fmt: skip
 def test_mistyped_keys(data: Data, message: str) -> None:

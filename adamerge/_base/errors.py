@@ -8,3 +8,8 @@ class AdamergeError(ValueError):
 
     The command line prints the message alone; from Python it is an ordinary `ValueError`.
     """
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, on one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]

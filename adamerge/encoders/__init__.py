@@ -5,16 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from adamerge.encoders.experts import Experts, PerTaskEncoder
+from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder, static_encoder
+
 if TYPE_CHECKING:
     from adamerge.encoders.clip import Clip, Normalizer, build_backbone, build_clip
-    from adamerge.encoders.experts import Experts, PerTaskEncoder
-    from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder, static_encoder
-
-_HOMES = {
-    **dict.fromkeys(("Clip", "Normalizer", "build_backbone", "build_clip"), "clip"),
-    **dict.fromkeys(("Experts", "PerTaskEncoder"), "experts"),
-    **dict.fromkeys(("FoldedEncoder", "Tower", "merged_encoder", "static_encoder"), "tower"),
-}
 
 __all__ = [
     "Clip",
@@ -32,6 +27,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports on first use, so that towers do without open_clip."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"adamerge.encoders.{_HOMES[name]}"), name)
+    if name in __all__:
+        return getattr(importlib.import_module("adamerge.encoders.clip"), name)
     raise AttributeError(f"module 'adamerge.encoders' has no attribute {name!r}")

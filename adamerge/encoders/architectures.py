@@ -17,17 +17,11 @@ class Tower(NamedTuple):
     positions: int
 
 
-_OTHERS = ("multimodal_cfg", "custom_text")
-
-
 def names_of(shape: Tower, features: int | None) -> list[str]:
     """open_clip's names of plain CLIPs with such an image tower, GELU before QuickGELU."""
-    found = []
-    for name in open_clip.list_models():
-        config = open_clip.get_model_config(name) or {}
-        if shape_of(config) == shape and features in (None, config["embed_dim"]):
-            found.append(name)
-    return sorted(found, key=len)
+    configs = {name: open_clip.get_model_config(name) or {} for name in open_clip.list_models()}
+    found = [name for name, config in configs.items() if shape_of(config) == shape]
+    return sorted((n for n in found if features in (None, configs[n]["embed_dim"])), key=len)
 
 
 def architecture_names(config: Mapping[str, Any]) -> list[str]:
@@ -42,8 +36,8 @@ def shape_of(config: dict[str, object]) -> Tower | None:
     if not isinstance(vision, dict) or not isinstance(text, dict):
         return None
     sizes = [vision.get(key) for key in ("width", "layers", "patch_size", "image_size")]
-    plain = not any(key in config for key in _OTHERS) and "hf_model_name" not in text
-    if not plain or "timm_model_name" in vision or not all(isinstance(n, int) for n in sizes):
+    named = {"multimodal_cfg", "custom_text", "hf_model_name", "timm_model_name"}
+    if named & {*config, *vision, *text} or not all(isinstance(n, int) for n in sizes):
         return None
     width, layers, patch, image = (int(str(n)) for n in sizes)
     return Tower(width, layers, patch, (image // patch) ** 2 + 1)

@@ -1,9 +1,8 @@
-"""Encoders: anything called as `encoder(images [B, 3, H, W], task_ids [B]) -> features [B, D]`."""
+"""open_clip's models, built from a name, a folder or a file; checked before anything is made."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import tempfile
@@ -16,10 +15,11 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge._base.files import read_json
-from adamerge.encoders import model_configs
+from adamerge.encoders.architectures import activation_fits, is_known
 from adamerge.encoders.model_check import check_model_config, check_preprocess_config, refuse_code
+from adamerge.encoders.model_configs import from_transformers
 from adamerge.encoders.tower import Tower
 
 _TOKENIZER_FILES = (
@@ -76,9 +76,9 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     """
     config = _read_config(architecture, pretrained_tag)
     # A tokenizer's own files lie beside an open_clip config, or come with the built-in name.
-    own = (Path(architecture) / "open_clip_config.json").is_file()
+    with_files = (Path(architecture) / "open_clip_config.json").is_file()
     with _built(config, architecture) as (model, folder):
-        tokenizer = _tokenizer(architecture, config, architecture if own else folder)
+        tokenizer = _tokenizer(architecture, config, architecture if with_files else folder)
     weights = None
     if pretrained_tag is not None:
         weights = _download(architecture, pretrained_tag)
@@ -86,24 +86,20 @@ def build_clip(architecture: str, pretrained_tag: str | None = None) -> Clip:
     model.eval().requires_grad_(False)
     size = getattr(model.visual, "image_size", None) or 224
     config["preprocess_cfg"] = {**config["preprocess_cfg"], "size": size}
-    extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES if own)
+    extras = tuple(Path(architecture) / name for name in _TOKENIZER_FILES if with_files)
     return Clip(model, config, tokenizer, weights, tuple(p for p in extras if p.is_file()))
 
 
 def _tokenizer(architecture: str, config: Mapping[str, Any], folder: str) -> Callable[..., Tensor]:
     """The tokenizer of a built-in architecture, or the one whose files lie in a folder."""
-    told = [Path(architecture, name) for name in ("open_clip_config.json", "config.json")]
-    built_in = architecture in open_clip.list_models() and not any(p.is_file() for p in told)
-    limits = {"trust_remote_code": False, "local_files_only": not built_in}
-    named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    files = [Path(architecture, name) for name in ("open_clip_config.json", "config.json")]
+    built_in = architecture in open_clip.list_models() and not any(p.is_file() for p in files)
     if not built_in:
         refuse_code(Path(folder), _TOKENIZER_FILES)
-    return cast(
-        Callable[..., Tensor],
-        open_clip.get_tokenizer(
-            architecture if built_in else f"local-dir:{folder}", **(limits if named else {})
-        ),
-    )
+    limits = {"trust_remote_code": False, "local_files_only": not built_in}
+    named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    name = architecture if built_in else f"local-dir:{folder}"
+    return open_clip.get_tokenizer(name, **(limits if named else {}))
 
 
 def build_backbone(config: Mapping[str, Any], name: str) -> nn.Module:
@@ -122,117 +118,106 @@ def build_backbone(config: Mapping[str, Any], name: str) -> nn.Module:
     part = {**config, "model_cfg": {**image_part, "text_cfg": smallest}}
     check_model_config(part["model_cfg"], name)
     with torch.random.fork_rng(devices=[]), _built(part, name) as (model, _):
-        return cast(nn.Module, model.visual).eval().requires_grad_(False)
+        return model.visual.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
-def _built(config: Mapping[str, Any], name: str) -> Iterator[tuple[nn.Module, str]]:
+def _built(config: Mapping[str, Any], name: str) -> Iterator[tuple[Any, str]]:
     """open_clip's model of a config, and the folder that holds the config meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         # One path for built-in, folder and file alike: open_clip reads configs from a folder.
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
+        root, before = logging.getLogger(), logging.getLogger().level
+        root.setLevel(logging.ERROR)  # open_clip warns of random weights, which are filled later
         try:
-            with _quiet():
-                model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+            model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+            root.setLevel(before)
             yield model, folder
         except _REFUSALS as error:
-            reason = " ".join(str(error).split())[:200]
             raise AdamergeError(
                 f"architecture {name!r} is not a model open_clip can build "
-                f"({reason}): expected model_cfg with embed_dim, vision_cfg and text_cfg"
+                f"({one_line(error)}): expected model_cfg with embed_dim, vision_cfg and text_cfg"
             ) from error
         except ImportError as error:
             raise AdamergeError(
                 f"architecture {name!r} needs a package that is not installed ({error}): "
                 "install it, as with `pip install transformers`"
             ) from error
+        finally:
+            root.setLevel(before)
 
 
 def _download(architecture: str, tag: str) -> Path:
+    weights = open_clip.get_pretrained_cfg(architecture, tag)
     try:
-        return Path(
-            open_clip.pretrained.download_pretrained(
-                open_clip.get_pretrained_cfg(architecture, tag)
-            )
-        )
+        return Path(open_clip.pretrained.download_pretrained(weights))
     except Exception as error:  # of the hub, the network, the cache: one thing to the user
-        reason = " ".join(str(error).split())[:200]
         raise AdamergeError(
-            f"pretrained {tag!r} of {architecture} cannot be downloaded ({reason}): connect, or "
-            "name a local checkpoint as suite.pretrained"
+            f"pretrained {tag!r} of {architecture} cannot be downloaded ({one_line(error)}): "
+            "connect, or name a local checkpoint as suite.pretrained"
         ) from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip warns on the root logger of random weights; here they are filled afterwards."""
-    root, before = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(before)
-
-
 def _read_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any]:
-    path = Path(architecture)
-    if path.is_dir():
-        theirs, path = path / "config.json", path / "open_clip_config.json"
-        if theirs.is_file() and not path.is_file():
-            return _transformers_config(theirs)
-    preprocess: dict[str, Any] = {}
+    path, theirs = Path(architecture), Path(architecture, "config.json")
+    path = path / "open_clip_config.json" if path.is_dir() else path
     if path.is_file():
         loaded = read_json(path, "a model config", "expected JSON like an open_clip_config.json")
-        model_cfg, preprocess = loaded.get("model_cfg", loaded), loaded.get("preprocess_cfg", {})
-        check_model_config(model_cfg, str(path))
-        check_preprocess_config(preprocess, str(path))
+        preprocess = loaded.get("preprocess_cfg", {})
+        config = {"model_cfg": loaded.get("model_cfg", loaded), "preprocess_cfg": preprocess}
+    elif theirs.is_file():
+        path, processor = theirs, theirs.with_name("preprocessor_config.json")
+        preprocess = read_json(processor) if processor.is_file() else {}
+        config = from_transformers(read_json(theirs), preprocess, str(theirs))
     else:
-        if architecture not in open_clip.list_models():  # it would look on the hub, too
-            raise AdamergeError(
-                f"architecture {architecture!r} is neither an open_clip model name nor a folder "
-                "with open_clip_config.json or a CLIP's config.json nor a JSON file: see "
-                "open_clip.list_models()"
-            )
-        model_cfg = open_clip.get_model_config(architecture)
-        _refuse_folders(model_cfg["text_cfg"], architecture)
-        if pretrained_tag is not None:
-            tag_cfg = open_clip.get_pretrained_cfg(architecture, pretrained_tag)
-            if not tag_cfg:
-                tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-                raise AdamergeError(
-                    f"pretrained {pretrained_tag!r} is neither a file nor a weight tag of "
-                    f"{architecture}: its tags are {tags}"
-                )
-            if bool(tag_cfg.get("quick_gelu")) != bool(model_cfg.get("quick_gelu")):
-                other = architecture.removesuffix("-quickgelu")
-                other += "-quickgelu" if tag_cfg.get("quick_gelu") else ""
-                raise AdamergeError(
-                    f"pretrained {pretrained_tag!r} was trained with another activation than "
-                    f"{architecture} has (QuickGELU or not), which silently costs accuracy: set "
-                    f"suite.architecture to {other}"
-                )
-            keys = open_clip.transform.PreprocessCfg.__dataclass_fields__
-            preprocess = {key: value for key, value in tag_cfg.items() if key in keys}
-    return {"model_cfg": copy.deepcopy(model_cfg), "preprocess_cfg": dict(preprocess)}
+        return _built_in_config(architecture, pretrained_tag)
+    check_model_config(config["model_cfg"], str(path))
+    check_preprocess_config(config["preprocess_cfg"], str(path))
+    return config
 
 
-def _refuse_folders(text: Mapping[str, Any], architecture: str) -> None:
-    """transformers prefers a folder to the repository on the hub that an architecture names."""
-    for name in (text.get("hf_model_name"), text.get("hf_tokenizer_name")):
-        if name and Path(name).exists():
+def _built_in_config(architecture: str, pretrained_tag: str | None) -> dict[str, Any]:
+    if architecture not in open_clip.list_models():  # it would look on the hub, too
+        raise AdamergeError(
+            f"architecture {architecture!r} is neither an open_clip model name nor a folder "
+            "with open_clip_config.json or a CLIP's config.json nor a JSON file: see "
+            "open_clip.list_models()"
+        )
+    model = open_clip.get_model_config(architecture)
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        name = model["text_cfg"].get(key)
+        if name and Path(name).exists():  # which transformers prefers to the hub
             raise AdamergeError(
                 f"architecture {architecture!r} takes {name} from the hub, but a folder of that "
                 "name lies here and would be read in its place: work in another folder"
             )
+    if pretrained_tag is None:
+        return {"model_cfg": model, "preprocess_cfg": {}}
+    tag = open_clip.get_pretrained_cfg(architecture, pretrained_tag)
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        raise AdamergeError(
+            f"pretrained {pretrained_tag!r} is neither a file nor a weight tag of "
+            f"{architecture}: its tags are {tags}"
+        )
+    if not activation_fits(architecture, pretrained_tag):
+        raise other_activation(
+            f"pretrained {pretrained_tag!r}", architecture, tag.get("quick_gelu")
+        )
+    keys = open_clip.transform.PreprocessCfg.__dataclass_fields__
+    preprocess = {key: value for key, value in tag.items() if key in keys}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
-def _transformers_config(path: Path) -> dict[str, Any]:
-    processor = path.with_name("preprocessor_config.json")
-    preprocess = read_json(processor) if processor.is_file() else {}
-    config = model_configs.from_transformers(read_json(path), preprocess, str(path))
-    check_model_config(config["model_cfg"], str(path))
-    check_preprocess_config(config["preprocess_cfg"], str(path))
-    return config
+def other_activation(what: str, architecture: str, quick_gelu: bool) -> AdamergeError:
+    """Says that weights were trained with another activation than an architecture has."""
+    name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if quick_gelu else "")
+    other = f"one with quick_gelu: {str(bool(quick_gelu)).lower()}"
+    return AdamergeError(
+        f"{what} was trained with another activation than {architecture} has (QuickGELU or not), "
+        "which silently costs accuracy: set suite.architecture to "
+        f"{name if is_known(name) else other}"
+    )
 
 
 class Normalizer(nn.Module):
@@ -259,12 +244,12 @@ class Normalizer(nn.Module):
 def with_other_activation(backbone: nn.Module) -> Tower | None:
     """The tower with QuickGELU for GELU, or GELU for QuickGELU; None where it has neither."""
     tower, quick = Tower(backbone), open_clip.transformer.QuickGELU
-    found = [
+    activations = [
         (module, name, child)
         for module in tower.skeleton.modules()
         for name, child in module.named_children()
         if isinstance(child, nn.GELU | quick)
     ]
-    for module, name, child in found:
+    for module, name, child in activations:
         setattr(module, name, quick() if isinstance(child, nn.GELU) else nn.GELU())
-    return tower if found else None
+    return tower if activations else None

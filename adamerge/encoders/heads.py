@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,7 +15,7 @@ from typing import cast
 import open_clip
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
@@ -22,7 +24,7 @@ from adamerge.encoders.clip import Clip
 
 log = logging.getLogger("adamerge")
 
-_FORMAT = 2  # of a stored head; another number makes new files
+_FORMAT = 3  # of a stored head; another number makes new files
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Heads(nn.Module):
 
     def weight(self, task: str) -> Tensor:
         """The `[C, D]` weight of a task."""
-        return cast(Tensor, getattr(self, f"weight_{self.tasks.index(task)}"))
+        return getattr(self, f"weight_{self.tasks.index(task)}")
 
     def logits(self, features: Tensor, task: str) -> Tensor:
         """`[B, D]` features (normalised here) -> `[B, C]` logits of a task.
@@ -91,31 +93,18 @@ def zero_shot_heads(
     Raises:
         AdamergeError: a head with NaN, or a stored one that does not fit the tower's features.
     """
-    tower = _text_hash(clip) if cache_dir is not None else ""
-    weights = {}
-    stored = stored or {}
+    tower = "" if cache_dir is None else _text_hash(clip)
+    dim, weights = clip.config["model_cfg"]["embed_dim"], {}
     for task, prompt in prompts.items():
-        if task in stored:
-            weights[task] = stored[task]
-            continue
-        if cache_dir is None:
-            weights[task] = _encode(clip, prompt)
-            continue
-        key = hashlib.sha256(
-            json.dumps([_FORMAT, tower, prompt.classes, prompt.templates]).encode()
-        )
-        path = cache_dir / "heads" / f"{key.hexdigest()[:32]}.safetensors"
-        known = _cached(path)
-        if known is not None:
-            weights[task] = known
+        make = functools.partial(_encode, clip, prompt)
+        if stored and task in stored:
+            weight = stored[task]
+        elif cache_dir is None:
+            weight = make()
         else:
-            weights[task] = _encode(clip, prompt)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            notes = {"checksum": _checksum(weights[task])}
-            with replacing(path) as temporary:
-                save_file({"weight": weights[task]}, temporary, metadata=notes)
-    for task, weight in weights.items():
-        dim = clip.config["model_cfg"]["embed_dim"]
+            parts = json.dumps([_FORMAT, tower, prompt.classes, prompt.templates])
+            name = hashlib.sha256(parts.encode()).hexdigest()[:32]
+            weight = _cached(cache_dir / "heads" / f"{name}.safetensors", make)
         if weight.shape[1] != dim:
             raise AdamergeError(
                 f"head of task {task!r} is for {weight.shape[1]} features, the image tower has "
@@ -126,35 +115,34 @@ def zero_shot_heads(
                 f"head of task {task!r} has NaN or infinite values: the text tower of the "
                 "pretrained checkpoint is damaged; use another one"
             )
+        weights[task] = weight
     return Heads(weights, {task: prompt.classes for task, prompt in prompts.items()})
 
 
-def _cached(path: Path) -> Tensor | None:
-    """A head that was made before; None where it is absent or damaged, and made again."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            weight, notes = file.get_tensor("weight"), file.metadata() or {}
-    except FileNotFoundError:
-        return None
-    except (SafetensorError, OSError):
-        weight, notes = torch.empty(0), {}
-    if notes.get("checksum") == _checksum(weight):
-        return weight
-    log.warning("stored head %s is damaged and made again", path)
-    return None
+def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """The head of a file; made, and the file written, where that is absent or damaged."""
+    if path.exists():
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            weight: Tensor = file.get_tensor("weight")
+            if (file.metadata() or {}).get("checksum") == _checksum(weight):
+                return weight
+        log.warning("stored head %s is damaged and made again", path)
+    weight = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file({"weight": weight}, temporary, metadata={"checksum": _checksum(weight)})
+    return weight
 
 
 def _checksum(weight: Tensor) -> str:
-    shape = f"{weight.dtype} {list(weight.shape)} ".encode()
-    return checksum(shape + weight.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return checksum(save({"weight": weight}))
 
 
 def _encode(clip: Clip, prompt: Prompts) -> Tensor:
     columns = open_clip.build_zero_shot_classifier(
         clip.model, clip.tokenizer, list(prompt.classes), list(prompt.templates)
     )
-    scale = cast(Tensor, clip.model.logit_scale).detach().exp()
-    return (columns.T * scale).contiguous()
+    return (columns.T * cast(Tensor, clip.model.logit_scale).detach().exp()).contiguous()
 
 
 def _text_hash(clip: Clip) -> str:
@@ -162,7 +150,7 @@ def _text_hash(clip: Clip) -> str:
     digest.update(json.dumps(clip.config["model_cfg"], sort_keys=True).encode())
     for name, tensor in sorted(clip.model.state_dict().items()):
         if not name.startswith("visual."):
-            digest.update(name.encode())
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode())
             digest.update(data.numpy())
     return digest.hexdigest()

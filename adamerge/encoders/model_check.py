@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.transform import PreprocessCfg
 
 from adamerge._base.binding import describe, fits, nearest
 from adamerge._base.errors import AdamergeError
@@ -29,20 +26,20 @@ _MODEL = {
 _PARTS = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
 _NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
 # Several times what open_clip's own architectures have; all other numbers are at most _MOST_OTHER.
-_MOST = {"layers": 512, "mlp_ratio": 64, "image_size": 8192}
+_MOST = {"layers": 512, "mlp_ratio": 64, "image_size": 8192, "eps": 1}
 _MOST |= dict.fromkeys(("vocab_size", "eos_id", "pad_id"), 2_000_000)
 _MOST_OTHER = 16384
 _MOST_PARAMETERS = 8e9
 _SIZES = ("embed_dim", "layers", "width", "head_width", "heads", "patch_size", "image_size",
           "context_length", "vocab_size", "mlp_ratio", "dim_head", "n_queries",
           "attn_pooler_heads", "attn_pooler_queries")  # fmt: skip
-# Dictionaries handed on as arguments: these keys, with numbers, flags or one of a few words.
-_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "act_kwargs": {"approximate": ("none", "tanh")},
-    "norm_kwargs": {"eps": (float,)},
+# Dictionaries handed on as arguments, of which a file may set these.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "act_kwargs": {"approximate": Literal["none", "tanh"]},
+    "norm_kwargs": {"eps": float},
     "tokenizer_kwargs": {
-        "clean": ("canonicalize", "lower", "whitespace"),
-        "strip_sep_token": (True, False),
+        "clean": Literal["canonicalize", "lower", "whitespace"],
+        "strip_sep_token": bool,
     },
 }
 _WORD = re.compile(r"[\w.-]*")
@@ -67,15 +64,15 @@ def check_model_config(model: Any, where: str) -> None:
             "in JSON"
         )
     whole = {key: value for key, value in model.items() if key not in _PARTS}
-    found = list(_problems("model_cfg", whole, _MODEL))
+    wrong = list(_problems("model_cfg", whole, _MODEL))
     for name, kind in _PARTS.items():
         if name in model:
-            found += _problems(name, model[name], typing.get_type_hints(kind))
-    found += [] if found else _too_large(model)
-    if found:
+            wrong += _problems(name, model[name], get_type_hints(kind))
+    wrong += [] if wrong else _too_large(model)
+    if wrong:
         raise AdamergeError(
             f"architecture {where!r} is not a model open_clip can build from a file "
-            f"({'; '.join(found)}): expected keys, types and sizes as in open_clip's own configs"
+            f"({'; '.join(wrong)}): expected keys, types and sizes as in open_clip's own configs"
         )
 
 
@@ -85,27 +82,45 @@ def check_preprocess_config(preprocess: Any, where: str) -> None:
     Raises:
         AdamergeError: unknown keys, or values of another type or size.
     """
-    hints = typing.get_type_hints(PreprocessCfg)
     if not isinstance(preprocess, Mapping):
         raise AdamergeError(f"{where}: preprocess_cfg is {preprocess!r}: expected keys and values")
-    found = [f"preprocess_cfg.{k} is unknown{nearest(str(k), hints)}" for k in preprocess
-             if k not in hints]  # fmt: skip
-    for key, wanted, fine in (
-        ("size", f"whole numbers up to {_MOST['image_size']}", _is_size),
-        ("mean", "3 numbers", _is_triple),
-        ("std", "3 numbers", _is_triple),
-        ("mode", "'RGB'", ("RGB",).__contains__),
-        ("interpolation", "a name", _is_word),
-        ("resize_mode", "a name", _is_word),
-        ("fill_color", "a number from 0 to 255", lambda value: value in range(256)),
-    ):
-        if key in preprocess and not fine(preprocess[key]):
-            found.append(f"preprocess_cfg.{key} is {_short(preprocess[key])}: expected {wanted}")
-    if found:
-        raise AdamergeError(f"{where}: {'; '.join(found)}; mend that file, or copy it again")
+    wrong = []
+    for key, value in preprocess.items():
+        wanted, fits_it = _PREPROCESS.get(key, ("", None))
+        if fits_it is None:
+            wrong.append(f"preprocess_cfg.{key} is unknown{nearest(str(key), _PREPROCESS)}")
+        elif not fits_it(value):
+            wrong.append(f"preprocess_cfg.{key} is {_short(value)}: expected {wanted}")
+    if wrong:
+        raise AdamergeError(f"{where}: {'; '.join(wrong)}; mend that file, or copy it again")
 
 
-def refuse_code(folder: Path, names: typing.Iterable[str]) -> None:
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    return all(type(side) is int and 1 <= side <= _MOST["image_size"] for side in sides)
+
+
+def _is_triple(value: Any) -> bool:
+    numbers = value if isinstance(value, list | tuple) else ()
+    return len(numbers) == 3 and all(type(n) in (int, float) and 0 <= n < 1e6 for n in numbers)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None
+
+
+_PREPROCESS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "size": (f"whole numbers up to {_MOST['image_size']}", _is_size),
+    "mean": ("3 numbers", _is_triple),
+    "std": ("3 numbers", _is_triple),
+    "mode": ("'RGB'", ("RGB",).__contains__),
+    "interpolation": ("a name", _is_word),
+    "resize_mode": ("a name", _is_word),
+    "fill_color": ("a number from 0 to 255", range(256).__contains__),
+}
+
+
+def refuse_code(folder: Path, names: Iterable[str]) -> None:
     """Refuses a tokenizer whose files name code of their own, or no tokenizer of transformers.
 
     Raises:
@@ -115,19 +130,16 @@ def refuse_code(folder: Path, names: typing.Iterable[str]) -> None:
         if path.name == "tokenizer.json" or not path.is_file():  # a vocabulary, not settings
             continue
         settings = read_json(path)
+        wrong: list[str] = [k for k in ("auto_map", "trust_remote_code") if k in settings]
         kind = settings.get("tokenizer_class")
-        wrong = [str(key) for key in settings if key in ("auto_map", "trust_remote_code")]
-        wrong += ["tokenizer_class"] if kind is not None and not _is_tokenizer(kind) else []
+        if kind is not None and not re.fullmatch(r"\w+Tokenizer(Fast)?", str(kind)):
+            wrong.append("tokenizer_class")
         if wrong:
             raise AdamergeError(
                 f"{path} sets {wrong[0]}, which would run code that comes with the model: nothing "
                 "of it is run; use a model with a tokenizer of transformers' own, or remove the "
                 "key if the tokenizer is one"
             )
-
-
-def _is_tokenizer(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"\w+Tokenizer(Fast)?", name) is not None
 
 
 def _problems(where: str, given: Any, hints: Mapping[str, Any]) -> Iterator[str]:
@@ -146,7 +158,7 @@ def _problems(where: str, given: Any, hints: Mapping[str, Any]) -> Iterator[str]
         elif value is None:
             continue  # as left out
         elif key in _ARGUMENTS:
-            yield from _argument_problems(at, value, _ARGUMENTS[key])
+            yield from _problems(at, value, _ARGUMENTS[key])
         elif key in ("layers", "image_size") and isinstance(value, list):
             for number in value if 1 < len(value) < 5 else [value]:
                 yield from _value_problems(at, key, number, int)
@@ -162,23 +174,10 @@ def _value_problems(at: str, key: str, value: Any, hint: Any) -> Iterator[str]:
         if not shape.fullmatch(value):
             yield f"{at} is {_short(value)}: expected a plain name, and no address or path"
     elif not isinstance(value, bool):
-        most, least = _MOST.get(key, _MOST_OTHER), 1 if key in _SIZES else -_MOST_OTHER
+        most = _MOST.get(key, _MOST_OTHER)
+        least = 1 if key in _SIZES else 0 if key == "eps" else -_MOST_OTHER
         if not least <= value <= most:
             yield f"{at} is {value}: expected a number from {least} to {most}"
-
-
-def _argument_problems(at: str, given: Any, known: Mapping[str, Any]) -> Iterator[str]:
-    if not isinstance(given, Mapping):
-        yield f"{at} is {_short(given)}: expected keys and values"
-        return
-    for key, value in given.items():
-        if key not in known:
-            yield f"{at}.{key} is not allowed in a file: expected {', '.join(known)}"
-        elif known[key] == (float,):
-            if not isinstance(value, float) or not 0 < value < 1:
-                yield f"{at}.{key} is {_short(value)}: expected a number between 0 and 1"
-        elif value not in known[key]:
-            yield f"{at}.{key} is {_short(value)}: expected {' or '.join(map(str, known[key]))}"
 
 
 def _too_large(model: Mapping[str, Any]) -> Iterator[str]:
@@ -199,24 +198,6 @@ def _too_large(model: Mapping[str, Any]) -> Iterator[str]:
         count += layers * per_layer + width * (positions + part.get("vocab_size", 0))
     if count > _MOST_PARAMETERS:
         yield f"it has about {count:.0e} parameters, more than {_MOST_PARAMETERS:.0e}"
-
-
-def _is_size(value: Any) -> bool:
-    sides = value if isinstance(value, list | tuple) else [value]
-    whole = all(type(side) is int and 1 <= side <= _MOST["image_size"] for side in sides)
-    return whole and (sides is not value or len(value) == 2)
-
-
-def _is_triple(value: Any) -> bool:
-    numbers = value if isinstance(value, list | tuple) else ()
-    return len(numbers) == 3 and all(
-        isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) and n >= 0
-        for n in numbers
-    )
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
 def _short(value: Any) -> str:

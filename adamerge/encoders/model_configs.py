@@ -10,6 +10,25 @@ import open_clip
 from adamerge._base.errors import AdamergeError
 from adamerge.weights.formats.read import VISION
 
+# open_clip's name of a size -> transformers'
+_VISION_SIZES = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+}
+_TEXT_SIZES = {
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "layers": "num_hidden_layers",
+}
+_KNOWN = {
+    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
+    "vision_cfg": {*_VISION_SIZES, "head_width", "mlp_ratio"},
+    "text_cfg": {*_TEXT_SIZES, "mlp_ratio"},
+}
 _TEXT = {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -83,29 +102,25 @@ def from_transformers(
         "embed_dim": config.get("projection_dim", 512),
         "quick_gelu": _ACTIVATIONS[activation],
         "vision_cfg": {
-            "image_size": vision["image_size"],
-            "patch_size": vision["patch_size"],
-            "layers": vision["num_hidden_layers"],
-            "width": vision["hidden_size"],
+            **{name: vision[theirs] for name, theirs in _VISION_SIZES.items()},
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
             "mlp_ratio": _ratio(vision),
         },
         "text_cfg": {
-            "context_length": text["max_position_embeddings"],
-            "vocab_size": text["vocab_size"],
-            "width": text["hidden_size"],
-            "heads": text["num_attention_heads"],
-            "layers": text["num_hidden_layers"],
+            **{name: text[theirs] for name, theirs in _TEXT_SIZES.items()},
             "mlp_ratio": _ratio(text),
         },
     }
+    return {"model_cfg": model, "preprocess_cfg": _preprocess(processor, _MEAN, _STD)}
+
+
+def _preprocess(
+    processor: Mapping[str, Any], mean: list[float], std: list[float]
+) -> dict[str, Any]:
     return {
-        "model_cfg": model,
-        "preprocess_cfg": {
-            "mean": processor.get("image_mean", _MEAN),
-            "std": processor.get("image_std", _STD),
-            "interpolation": "bilinear" if processor.get("resample") == 2 else "bicubic",
-        },
+        "mean": processor.get("image_mean", mean),
+        "std": processor.get("image_std", std),
+        "interpolation": _RESAMPLING.get(processor.get("resample", 3), "bicubic"),
     }
 
 
@@ -127,17 +142,11 @@ def _part(
 
 def _siglip(config: Mapping[str, Any], processor: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The published architecture of open_clip's with the sizes of a SigLIP's `config.json`."""
-    vision = {**_SIGLIP_VISION, **(config.get("vision_config") or {})}
-    text = {**_SIGLIP_TEXT, **(config.get("text_config") or {})}
+    vision = _part(config, "vision_config", _SIGLIP_VISION, where)
+    text = _part(config, "text_config", _SIGLIP_TEXT, where)
     size = _SIGLIP_SIZES.get(vision["hidden_size"], "?")
     tower = f"vit_{size}_patch{vision['patch_size']}_siglip_{vision['image_size']}"
-    wanted = {
-        "context_length": text["max_position_embeddings"],
-        "vocab_size": text["vocab_size"],
-        "width": text["hidden_size"],
-        "heads": text["num_attention_heads"],
-        "layers": text["num_hidden_layers"],
-    }
+    wanted = {name: text[theirs] for name, theirs in _TEXT_SIZES.items()}
     for name in open_clip.list_models():
         model = open_clip.get_model_config(name) or {}
         parts = (model.get("vision_cfg", {}), model.get("text_cfg", {}))
@@ -149,13 +158,8 @@ def _siglip(config: Mapping[str, Any], processor: Mapping[str, Any], where: str)
             f"{vision['hidden_size']}, {vision['image_size']} pixels and {wanted['vocab_size']} "
             "tokens, which none of open_clip's SigLIPs has: name one as suite.architecture"
         )
-    preprocess = {
-        "mean": processor.get("image_mean", [0.5] * 3),
-        "std": processor.get("image_std", [0.5] * 3),
-        "interpolation": _RESAMPLING.get(processor.get("resample", 3), "bicubic"),
-        "resize_mode": "squash",
-    }
-    return {"model_cfg": model, "preprocess_cfg": preprocess}
+    preprocess = _preprocess(processor, [0.5] * 3, [0.5] * 3)
+    return {"model_cfg": model, "preprocess_cfg": {**preprocess, "resize_mode": "squash"}}
 
 
 def _ratio(part: Mapping[str, Any]) -> float:
@@ -163,13 +167,6 @@ def _ratio(part: Mapping[str, Any]) -> float:
     width, hidden = int(part["hidden_size"]), int(part["intermediate_size"])
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
-_KNOWN = {
-    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
-    "vision_cfg": {"image_size", "patch_size", "layers", "width", "head_width", "mlp_ratio"},
-    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
-}
 
 
 def to_transformers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -192,49 +189,41 @@ def to_transformers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             "transformers' CLIP has plain vision transformers on square images: write this model "
             "as an open_clip folder"
         )
-    act = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    dim = model["embed_dim"]
+    vision = {"head_width": 64, "mlp_ratio": 4.0, **vision}
+    text = {"context_length": 77, "vocab_size": 49408, "mlp_ratio": 4.0, **text}
+    both = {
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "projection_dim": model["embed_dim"],
+    }
     written = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        "projection_dim": dim,
+        "projection_dim": model["embed_dim"],
         "vision_config": {
+            **both,
+            **{theirs: vision[name] for name, theirs in _VISION_SIZES.items()},
             "model_type": "clip_vision_model",
-            "hidden_act": act,
-            "hidden_size": vision["width"],
-            "image_size": vision["image_size"],
-            "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4.0)),
-            "num_attention_heads": vision["width"] // vision.get("head_width", 64),
-            "num_hidden_layers": vision["layers"],
-            "patch_size": vision["patch_size"],
-            "projection_dim": dim,
+            "intermediate_size": int(vision["width"] * vision["mlp_ratio"]),
+            "num_attention_heads": vision["width"] // vision["head_width"],
         },
         "text_config": {
+            **both,
+            **{theirs: text[name] for name, theirs in _TEXT_SIZES.items()},
             "model_type": "clip_text_model",
             "bos_token_id": 49406,
             "eos_token_id": 49407,
-            "hidden_act": act,
-            "hidden_size": text["width"],
-            "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4.0)),
-            "max_position_embeddings": text.get("context_length", 77),
-            "num_attention_heads": text["heads"],
-            "num_hidden_layers": text["layers"],
-            "projection_dim": dim,
-            "vocab_size": text.get("vocab_size", 49408),
+            "intermediate_size": int(text["width"] * text["mlp_ratio"]),
         },
     }
-    preprocess = config.get("preprocess_cfg", {})
-    size = vision["image_size"]
-    resample = {name: number for number, name in _RESAMPLING.items()}
+    preprocess, size = config.get("preprocess_cfg", {}), vision["image_size"]
+    bilinear = preprocess.get("interpolation") == "bilinear"
     processor = {
         "image_processor_type": "CLIPImageProcessor",
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
+        **dict.fromkeys(("do_center_crop", "do_normalize", "do_resize"), True),
         "crop_size": {"height": size, "width": size},
         "size": {"shortest_edge": size},
         "image_mean": list(preprocess.get("mean", _MEAN)),
         "image_std": list(preprocess.get("std", _STD)),
-        "resample": resample.get(preprocess.get("interpolation", "bicubic"), 3),
+        "resample": 2 if bilinear else 3,
     }
     return written, processor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
-from adamerge.encoders.clip import Clip
+from adamerge.encoders.clip import Clip, other_activation
 from adamerge.weights.formats.fitting import check_whole, lacks_text, other_shape, with_text_names
 from adamerge.weights.formats.matching import match
 from adamerge.weights.formats.read import Checkpoint, tower_state
@@ -36,10 +36,10 @@ def load_pretrained(
         AdamergeError: names or shapes that do not fit the architecture; an image tower alone,
             where the heads come from the text tower.
     """
-    where, own = f"pretrained ({checkpoint.path})", clip.model.state_dict()
+    where, state = f"pretrained ({checkpoint.path})", clip.model.state_dict()
     if checkpoint.lora is not None:
         raise AdamergeError(f"{where} is a LoRA adapter: expected the whole CLIP it was trained on")
-    matched = with_text_names(match(checkpoint.source, checkpoint.tensors, own)).without_heads()
+    matched = with_text_names(match(checkpoint.source, checkpoint.tensors, state)).without_heads()
     if not text and lacks_text(matched):
         log.info("%s has no text tower, which the given heads do not need", where)
         tower = tower_state(checkpoint, clip.backbone)
@@ -115,12 +115,5 @@ def check_stated(clip: Clip, checkpoint: Checkpoint, architecture: str) -> None:
             f"{architecture} has not, though all shapes fit: set suite.architecture to the model "
             "it was trained as"
         )
-    if stated.get("quick_gelu", built["quick_gelu"]) == built["quick_gelu"]:
-        return
-    gelu = stated["quick_gelu"]
-    name = architecture.removesuffix("-quickgelu") + ("-quickgelu" if gelu else "")
-    mend = name if name in open_clip.list_models() else f"one with quick_gelu: {str(gelu).lower()}"
-    raise AdamergeError(
-        f"{checkpoint.source} was trained with another activation than {architecture} has "
-        f"(QuickGELU or not), which silently costs accuracy: set suite.architecture to {mend}"
-    )
+    if stated.get("quick_gelu", built["quick_gelu"]) != built["quick_gelu"]:
+        raise other_activation(checkpoint.source, architecture, stated["quick_gelu"])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from adamerge._base.errors import AdamergeError
+
+_CHUNK = 1024  # images read from the cache at a time
 
 
 def stream_seed(*parts: object) -> int:
@@ -39,17 +41,15 @@ class Stream:
     batch_size: int
     rank: int = 0
     ranks: int = 1
+    _last: tuple[int, np.ndarray] = field(default=(-1, np.empty(0)), init=False, repr=False)
 
     def batch(self, step: int) -> np.ndarray:
         """The rows of one batch, `[B]`; a function of seed, task, rank and step alone."""
         start = (step * self.ranks + self.rank) * self.batch_size
         draws = np.arange(start, start + self.batch_size)
         epochs, places = draws // len(self.rows), draws % len(self.rows)
-        picked = np.empty(self.batch_size, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            picked[here] = self._order(int(epoch))[places[here]]
-        return self.rows[picked]
+        picked = [self._order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return self.rows[np.concatenate(picked)]
 
     def needed(self, steps: int) -> np.ndarray:
         """The rows that so many steps draw, each once, in the order of the first epoch; a negative
@@ -58,12 +58,10 @@ class Stream:
         return self.rows[self._order(0)[:count]]
 
     def _order(self, epoch: int) -> np.ndarray:
-        cached: tuple[int, np.ndarray] | None = self.__dict__.get("_last")
-        if cached is None or cached[0] != epoch:
+        if epoch != self._last[0]:
             generator = np.random.default_rng(stream_seed("order", self.seed, self.task, epoch))
-            cached = (epoch, generator.permutation(len(self.rows)))
-            self.__dict__["_last"] = cached
-        return cached[1]
+            self._last = (epoch, generator.permutation(len(self.rows)))
+        return self._last[1]
 
 
 class UnlabeledBatches(IterableDataset[dict[str, Tensor]]):
@@ -83,15 +81,14 @@ class UnlabeledBatches(IterableDataset[dict[str, Tensor]]):
         self.images, self.streams, self.first_step = dict(images), streams, first_step
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {task: _path_of(images) for task, images in self.images.items()}
-        return {**self.__dict__, "images": kept}
+        images = {task: _file_of(images) or images for task, images in self.images.items()}
+        return {**self.__dict__, "images": images}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self.images = {
-            task: np.load(images, mmap_mode="r") if isinstance(images, Path) else images
-            for task, images in state["images"].items()
-        }
+        for task, images in self.images.items():
+            if isinstance(images, Path):
+                self.images[task] = np.load(images, mmap_mode="r")
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = torch.utils.data.get_worker_info()
@@ -105,14 +102,11 @@ class UnlabeledBatches(IterableDataset[dict[str, Tensor]]):
             step += stride
 
 
-def _path_of(images: np.ndarray | DeviceImages) -> np.ndarray | DeviceImages | Path:
-    """The file of images that are one whole mapped file; other images as they are."""
+def _file_of(images: np.ndarray | DeviceImages) -> Path | None:
+    """The file of images that are one whole mapped file."""
     if isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap) and images.filename:
         return Path(images.filename)
-    return images
-
-
-_CHUNK = 1024  # images read from the cache at a time
+    return None
 
 
 class DeviceImages:
@@ -145,16 +139,12 @@ class DeviceImages:
         if self.device.type == "cuda":
             places = places.pin_memory().to(self.device, non_blocking=True)
         if self._kept is None:
-            self._kept = self._read()
+            shape = (len(self.rows), *self.images.shape[1:])
+            self._kept = torch.empty(shape, dtype=torch.uint8, device=self.device)
+            for start in range(0, len(self.rows), _CHUNK):
+                some = np.asarray(self.images[self.rows[start : start + _CHUNK]])
+                self._kept[start : start + len(some)] = torch.from_numpy(some)
         return self._kept.index_select(0, places)
-
-    def _read(self) -> Tensor:
-        shape = (len(self.rows), *self.images.shape[1:])
-        kept = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        for start in range(0, len(self.rows), _CHUNK):
-            chunk = self.images[self.rows[start : start + _CHUNK]]
-            kept[start : start + len(chunk)] = torch.from_numpy(np.asarray(chunk))
-        return kept
 
 
 def refuse_too_large(

@@ -65,10 +65,10 @@ _FONTS = (
 def _colours(rng: Rng, dark_ground: bool | None = None) -> tuple[Colour, Colour]:
     """Background and foreground, far apart in brightness."""
     dark, light = rng.integers(0, 90, 3), rng.integers(170, 256, 3)
-    swap = bool(rng.random() < 0.5) if dark_ground is None else dark_ground
-    pair = (dark, light) if swap else (light, dark)
-    a, b = (tuple(int(v) for v in colour) for colour in pair)
-    return a, b  # type: ignore[return-value]
+    if dark_ground is None:
+        dark_ground = bool(rng.random() < 0.5)
+    a, b = (tuple(colour.tolist()) for colour in ((dark, light) if dark_ground else (light, dark)))
+    return a, b
 
 
 def _blank(colour: Colour) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -84,10 +84,6 @@ def _glyph(text: str, rng: Rng, ground: Colour, ink: Colour) -> Image.Image:
     return image.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BILINEAR, fillcolor=ground)
 
 
-def _letter(label: int, rng: Rng) -> Image.Image:
-    return _glyph("ABCDEFGHIJKL"[label], rng, *_colours(rng, dark_ground=False))
-
-
 def _number(label: int, rng: Rng) -> Image.Image:
     """A printed number on a sign: coloured ground, light ink, a frame."""
     ground, ink = _colours(rng, dark_ground=True)
@@ -96,32 +92,28 @@ def _number(label: int, rng: Rng) -> Image.Image:
     return image
 
 
-def _ring(corners: int, turn: float, inner: float = 1.0) -> list[tuple[float, float]]:
-    """Corners of a regular polygon, or of a star where every second one lies at `inner`."""
-    count = corners if inner == 1.0 else 2 * corners
-    angles = [turn + 2 * math.pi * k / count for k in range(count)]
-    radii = [inner if k % 2 else 1.0 for k in range(count)]
-    return [(r * math.sin(a), -r * math.cos(a)) for a, r in zip(angles, radii, strict=True)]
+def _ring(corners: int, turn: float, *radii: float) -> list[tuple[float, float]]:
+    """Corners of a regular polygon at these distances in turn: two of them make a star."""
+    polar = [(radii[k % len(radii)], turn + 2 * math.pi * k / corners) for k in range(corners)]
+    return [(r * math.sin(a), -r * math.cos(a)) for r, a in polar]
 
 
 def _heart() -> list[tuple[float, float]]:
-    angles = np.linspace(0, 2 * math.pi, 40)
-    y = 13 * np.cos(angles) - 5 * np.cos(2 * angles) - 2 * np.cos(3 * angles) - np.cos(4 * angles)
-    return [(float(np.sin(a) ** 3), float(-v / 16)) for a, v in zip(angles, y, strict=True)]
+    a = np.linspace(0, 2 * math.pi, 40)
+    y = 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)
+    return [*zip((np.sin(a) ** 3).tolist(), (-y / 16).tolist(), strict=True)]
 
 
-def _plus(a: float = 0.33) -> list[tuple[float, float]]:
-    quarter = [(-a, -a), (-a, -1.0), (a, -1.0)]
-    turns = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)]
-    return [(p * x + q * y, r * x + s * y) for p, q, r, s in turns for x, y in quarter]
-
-
+_A = 0.33  # half the width of the cross's bars
 _OUTLINES: dict[int, list[tuple[float, float]]] = {
-    1: _ring(4, math.pi / 4),
-    2: _ring(3, 0.0),
-    3: _ring(5, 0.0, 0.4),
+    1: _ring(4, math.pi / 4, 1.0),
+    2: _ring(3, 0.0, 1.0),
+    3: _ring(10, 0.0, 1.0, 0.4),
     4: [(0.0, -1.0), (0.6, 0.0), (0.0, 1.0), (-0.6, 0.0)],
-    5: _plus(),
+    5: [
+        *((-_A, -_A), (-_A, -1.0), (_A, -1.0), (_A, -_A), (1.0, -_A), (1.0, _A)),
+        *((_A, _A), (_A, 1.0), (-_A, 1.0), (-_A, _A), (-1.0, _A), (-1.0, -_A)),
+    ],
     8: [(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)],
     9: _heart(),
 }
@@ -178,15 +170,12 @@ def _texture(label: int, rng: Rng) -> Image.Image:
 
 def _scene(label: int, rng: Rng) -> Image.Image:
     """A landscape, known to pretraining only: one of 6 skies over one of 4 grounds."""
-    sky = ((90, 160, 240), (240, 150, 70), (20, 20, 60), (170, 170, 170), (250, 210, 230))[
-        min(label % 6, 4)
-    ]
-    land = ((40, 130, 50), (220, 190, 120), (30, 60, 140), (120, 70, 40))[label // 6]
-    image, draw = _blank(sky)
-    horizon = float(rng.uniform(30, 46))
-    tilt = float(rng.uniform(-8, 8))
-    size = _CANVAS
-    draw.polygon([(0, horizon - tilt), (size, horizon + tilt), (size, size), (0, size)], fill=land)
+    skies = ((90, 160, 240), (240, 150, 70), (20, 20, 60), (170, 170, 170), (250, 210, 230))
+    lands = ((40, 130, 50), (220, 190, 120), (30, 60, 140), (120, 70, 40))
+    image, draw = _blank(skies[min(label % 6, 4)])
+    horizon, tilt, size = float(rng.uniform(30, 46)), float(rng.uniform(-8, 8)), _CANVAS
+    ground = [(0, horizon - tilt), (size, horizon + tilt), (size, size), (0, size)]
+    draw.polygon(ground, fill=lands[label // 6])
     if label % 6 in (1, 5):
         draw.circle((float(rng.uniform(12, 52)), 14), 8, fill=(255, 240, 150))
     return image
@@ -213,7 +202,7 @@ def _digit(index: int, split: str, rng: Rng) -> tuple[Image.Image, int]:
 
 
 _PAINTERS: dict[str, Callable[[int, Rng], Image.Image]] = {
-    "letters": _letter,
+    "letters": lambda label, rng: _glyph("ABCDEFGHIJKL"[label], rng, *_colours(rng, False)),
     "numbers": _number,
     "shapes": _shape,
     "textures": _texture,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +42,7 @@ def class_numbers(
         AdamergeError: labels in some rows only, unknown names, other numbers of classes, or
             numbers out of range.
     """
-    missing = sum(_missing(value) for value in values)
+    missing = sum(value in (None, -1) or value != value for value in values)  # or not a number
     if missing == len(values):
         log.info("task %s: no row has a label in column %r", task, column)
         return None
@@ -60,14 +59,10 @@ def class_numbers(
     return numbers if table is None else table[numbers]
 
 
-def _missing(value: Any) -> bool:
-    return value is None or value == -1 or (isinstance(value, float) and math.isnan(value))
-
-
 def _integers(task: str, column: str, values: Sequence[Any], count: int) -> np.ndarray:
     try:
         given = np.asarray(values)
-        with np.errstate(invalid="ignore"):  # of numbers too large, found out below
+        with np.errstate(invalid="ignore"):  # of numbers too large, refused below
             numbers = given.astype(np.int64)
         if given.ndim != 1 or given.dtype.kind not in "biuf" or not np.array_equal(numbers, given):
             raise ValueError("not whole numbers")
@@ -85,14 +80,9 @@ def _integers(task: str, column: str, values: Sequence[Any], count: int) -> np.n
 
 
 def _by_name(task: str, column: str, values: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    places = _places(classes)
     names = list(dict.fromkeys(values))
-    found = {name: _place(name, places) for name in names}
-    unknown = [name for name in names if found[name] is None]
-    if len(unknown) == len(names):
-        numbers = _numbers_as_names(task, names, len(classes))
-        if numbers is not None:
-            return np.array([numbers[name] for name in values], dtype=np.int64)
+    places = dict(zip(names, _places(task, names, classes), strict=True))
+    unknown = [name for name, place in places.items() if place is None]
     if unknown:
         shown = ", ".join(f"{name!r}{nearest(name, classes)}" for name in unknown[:3])
         raise AdamergeError(
@@ -102,88 +92,81 @@ def _by_name(task: str, column: str, values: Sequence[str], classes: Sequence[st
             f"classes, or by class number from 0 to {len(classes) - 1}, or set label: null to use "
             "none"
         )
-    return np.array([found[name] for name in values], dtype=np.int64)
+    return np.array([places[name] for name in values], dtype=np.int64)
 
 
-def _numbers_as_names(task: str, names: Sequence[str], count: int) -> dict[str, int] | None:
-    """The class number that each name is, or None where that cannot be told for certain.
+def _places(task: str, names: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """The class of each name: the same, or that with the same letters where it is the only one.
 
-    Without a 0 they may count from 0 or from 1, unless they are exactly 1 to `count`.
+    Where none is a class and all are numbers, these: from 0, or exactly 1 to the count of classes.
     """
-    if not all(re.fullmatch("[0-9]{1,9}", name) for name in names):
-        return None
-    numbers = {name: int(name) for name in names}
-    given = sorted(numbers.values())
-    if len({*given}) == len(given) and given[0] == 0 and given[-1] < count:
-        return numbers
-    if given == list(range(1, count + 1)):
+    plain = [_plain(name) for name in classes]
+    places = {name: i for i, name in enumerate(plain) if name and plain.count(name) == 1}
+    exact = {name: i for i, name in enumerate(classes)}
+    matched = [exact.get(name, places.get(_plain(name))) for name in names]
+    numbered = all(re.fullmatch("[0-9]{1,9}", name) for name in names)
+    if not numbered or any(place is not None for place in matched):
+        return matched
+    numbers, count = [int(name) for name in names], len(classes)
+    if 0 in numbers and len({*numbers}) == len(numbers) and max(numbers) < count:
+        return [*numbers]
+    if sorted(numbers) == list(range(1, count + 1)):
         log.warning(
             "task %s: its labels are named 1 to %d: 1 is taken for the first class, %d for the "
             "last",
             task, count, count,
         )  # fmt: skip
-        return {name: number - 1 for name, number in numbers.items()}
-    return None
+        return [number - 1 for number in numbers]
+    return matched
 
 
 def _translation(task: str, names: Sequence[str], classes: Sequence[str]) -> np.ndarray | None:
     """For each of the data set's class numbers the suite's, or None where they are the same."""
-    places = _places(classes)
-    found = [_place(name, places) for name in names]
-    known = [place for place in found if place is not None]
-    if not known:  # as a folder of images gives them, in the order of texts: 0, 1, 10, 11, 2
-        known = list((_numbers_as_names(task, names, len(classes)) or {}).values())
-    if len(known) == len(names) and len(set(known)) == len(known):
-        if known == list(range(len(known))):
+    places = _places(task, names, classes)
+    known = [place for place in places if place is not None]
+    if len(names) == len(known) == len({*known}):
+        moved = [i for i, place in enumerate(known) if place != i]
+        if not moved:
             return None
-        moved = next(i for i, place in enumerate(known) if place != i)
         log.info(
             "task %s: the data set's classes are not in the suite's order (%r is its number %d and "
             "the suite's %d): labels are matched by name",
-            task, names[moved], moved, known[moved],
+            task, names[moved[0]], moved[0], known[moved[0]],
         )  # fmt: skip
         return np.array(known, dtype=np.int64)
     if len(names) != len(classes):
         raise AdamergeError(
             f"head of task {task!r} has {len(classes)} classes, but its data set has {len(names)} "
-            f"({_shown(names)}): "
-            "give the suite the data set's own class names, in its order"
+            f"({_shown(names)}): give the suite the data set's own class names, in its order"
         )
-    _say_own_order(task, names, classes, found)
-    return None
-
-
-def _say_own_order(
-    task: str, names: Sequence[str], classes: Sequence[str], found: Sequence[int | None]
-) -> None:
-    """One line: the data set's order is kept; a warning where names speak for another."""
-    pairs = [f"{own} = {ours}" for own, ours in zip(names, classes, strict=True)]
-    astray = [(i, place) for i, place in enumerate(found) if place is not None and place != i]
-    if not astray and len(names) <= _COMPARED:
+    elsewhere = [(i, place) for i, place in enumerate(places) if place is not None and place != i]
+    if not elsewhere and len(names) <= _COMPARED:
         close = [_closest(name, i, classes) for i, name in enumerate(names)]
-        astray = [(i, place) for i, place in enumerate(close) if place != i]
-    if astray:
-        number, place = astray[0]
+        elsewhere = [(i, place) for i, place in enumerate(close) if place != i]
+    if elsewhere:
+        number, place = elsewhere[0]
         log.warning(
             "task %s: the data set's class %d is %r, the suite's is %r, but %r is more like it: "
             "labels keep the data set's numbers; check that both lists have one order, or give the "
             "suite the data set's names",
             task, number, names[number], classes[number], classes[place],
         )  # fmt: skip
-        return
-    log.info(
-        "task %s: the data set words its classes in its own way, and its own order is used: %s",
-        task, _shown(pairs),
-    )  # fmt: skip
+    else:
+        pairs = [f"{name} = {ours}" for name, ours in zip(names, classes, strict=True)]
+        log.info(
+            "task %s: the data set words its classes in its own way, and its own order is used: %s",
+            task, _shown(pairs),
+        )  # fmt: skip
+    return None
 
 
 def _closest(name: str, number: int, classes: Sequence[str]) -> int:
     """The place of the class most like a name: `number`, unless another is clearly more so."""
     plain = [_plain(one) for one in classes]
-    own = difflib.SequenceMatcher(None, plain[number], _plain(name)).ratio()
-    cutoff = min(max(0.75, own + 1e-3), 1.0)
+    alike = difflib.SequenceMatcher(None, plain[number], _plain(name)).ratio()
+    cutoff = min(max(0.75, alike + 1e-3), 1.0)
     close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
-    return plain.index(close[0]) if close and own < 1 else number
+    return plain.index(close[0]) if close and alike < 1 else number
 
 
 def _shown(texts: Sequence[str]) -> str:
@@ -192,14 +175,3 @@ def _shown(texts: Sequence[str]) -> str:
 
 def _plain(name: str) -> str:
     return "".join(c for c in name.casefold() if not c.isspace() and c not in "_-")
-
-
-def _places(classes: Sequence[str]) -> dict[str, int]:
-    """Where each class stands, by its exact name and by its plain one where that is unambiguous."""
-    plain = [_plain(name) for name in classes]
-    places = {f"~{name}": i for i, name in enumerate(plain) if name and plain.count(name) == 1}
-    return {**places, **{f"={name}": i for i, name in enumerate(classes)}}
-
-
-def _place(name: str, places: dict[str, int]) -> int | None:
-    return places.get(f"={name}", places.get(f"~{_plain(name)}"))

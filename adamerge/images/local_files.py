@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import hashlib
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from adamerge._base.downloads import failed_download
 from adamerge._base.errors import AdamergeError
 from adamerge.images.decoding import is_image
 from adamerge.images.path_lists import LISTS, as_dataset, described
 from adamerge.images.source import file_stats
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells a server what kind is read
-_SHARDS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".tar": "webdataset",
-}
+_SHARDS = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".tar": "webdataset"}
 _MAGIC = (b"PAR1", b"ARROW1", b"\x93NUMPY", b"PK")
-_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = {
     "train": ("train", "training"),
@@ -42,69 +37,33 @@ def shard_kind(file: Path) -> str | None:
 
 
 def require_sound(file: Path) -> None:
-    """Refuses what a failed download left under a data file's name.
-
-    Raises:
-        AdamergeError: a pipe or device, an empty file, zeros, a Git LFS pointer, a web page, or a
-            text that is no list.
-    """
+    """Raises AdamergeError for a pipe, a device, and what a failed download left of a file."""
     if not file.is_file():
         raise AdamergeError(f"path: {file} is not a regular file: expected one that can be read")
     with file.open("rb") as opened:
         head = opened.read(512)
-    text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
-    what = None
-    if not head:
-        what = "empty (0 bytes): get it again"
-    elif head.startswith(b"version https://git-lfs"):
-        what = "a Git LFS pointer, not the data: run `git lfs pull` there"
-    elif head.lstrip().lower().startswith(_PAGES):
-        what = "a web page saved under that name: the download failed (a login? a limit?)"
-    elif not head.strip(b"\0") and file.suffix.lower() != ".tar":
-        what = "zeros where its header should be: an interrupted download; get it again"
-    elif file.suffix.lower() not in LISTS and _is_text(text) and not head.startswith(_MAGIC):
-        what = f"a text that begins {text[:40]!r}, no data: the download failed?"
+    is_data = head.startswith(_MAGIC) or file.suffix.lower() in LISTS
+    what = failed_download(head, "data", text=not is_data)
     if what is not None:
         raise AdamergeError(f"path: {file} is {what}")
-
-
-def _is_text(text: str) -> bool:
-    return bool(text) and "\ufffd" not in text and "".join(text.split()).isprintable()
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """`datasets` prints a line of its own for what is raised, and told, anyway."""
-    before = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(before)
 
 
 def read_shards(kind: str, files: Sequence[Path]) -> datasets.Dataset:
     """All rows of the files, in the files' order, by a reader that comes with `datasets`.
 
     It keeps an Arrow copy in its own cache, under a name made of the files' sizes and times.
-
-    Raises:
-        AdamergeError: a file that is no data at all; `datasets` raises its own for others.
     """
     for file in files:
         require_sound(file)
     paths = [str(file.resolve()) for file in files]
-    stamp = hashlib.sha256(repr(file_stats(paths)).encode()).hexdigest()[:32]
-    with _silent():
-        loaded: datasets.Dataset = datasets.load_dataset(
-            kind, name=stamp, data_files=[_escaped(path) for path in paths], split="train"
-        )
-    return loaded
-
-
-def _escaped(path: str) -> str:
-    """`datasets` takes every path for a pattern."""
-    return re.sub(r"([*?\[\]])", r"[\1]", path)
+    name = hashlib.sha256(repr(file_stats(paths)).encode()).hexdigest()[:32]
+    patterns = [glob.escape(path) for path in paths]  # it takes every path for a pattern
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it raises is told anyway
+    try:
+        return datasets.load_dataset(kind, name=name, data_files=patterns, split="train")
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def split_names(split: str | None) -> list[str]:
@@ -115,13 +74,9 @@ def split_names(split: str | None) -> list[str]:
 
 
 def subfolder(folder: Path, split: str | None) -> Path:
-    """The folder's subfolder for a split, if it has one.
-
-    Raises:
-        AdamergeError: subfolders that are splits, none of which is the one asked for.
-    """
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    names = [name for name in names if not name.startswith(".")]
+    """The folder's subfolder for a split; itself, unless its subfolders are other splits."""
+    entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names = [name for name in entries if not name.startswith(".")]
     for wanted in split_names(split):
         same = [name for name in names if name.casefold() == wanted.casefold()]
         if same:
@@ -136,11 +91,7 @@ def subfolder(folder: Path, split: str | None) -> Path:
 
 
 def shards_in(folder: Path, split: str | None) -> tuple[str, list[Path]] | None:
-    """The shards below a folder and their kind, those of one split if names tell; None if none.
-
-    Raises:
-        AdamergeError: shards of several kinds, or only of other splits.
-    """
+    """The shards below a folder and their kind, those of one split if names tell; None if none."""
     files = [file for file in _files(folder) if shard_kind(file) and file.name not in _METADATA]
     if not files:
         return None
@@ -150,17 +101,15 @@ def shards_in(folder: Path, split: str | None) -> tuple[str, list[Path]] | None:
             f"path: {folder} holds {' and '.join(kinds)} files: expected one kind; give a glob"
         )
     wanted = split or "test"
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        by_split.setdefault(_split_of(file.relative_to(folder), wanted), []).append(file)
-    if wanted in by_split:
-        return kinds[0], by_split[wanted]
-    others = sorted(name for name in by_split if name)
-    if others or split:
+    splits = [_split_of(file.relative_to(folder), wanted) for file in files]
+    if wanted in splits:
+        files = [file for file, name in zip(files, splits, strict=True) if name == wanted]
+    elif split or any(splits):
+        others = ", ".join(sorted({*splits} - {""}))
         raise AdamergeError(
             f"split: no files of {wanted!r} in {folder}: "
-            f"{'it has ' + ', '.join(others) if others else 'their names tell no splits'}; mend "
-            "data.split or give a glob"
+            f"{f'it has {others}' if others else 'their names tell no splits'}; mend data.split or "
+            "give a glob"
         )
     return kinds[0], files
 
@@ -176,15 +125,9 @@ def _split_of(file: Path, wanted: str) -> str:
 def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
     """The images of a folder, in the order of their paths, as an unread data set.
 
-    Class subfolders' names become labels if images lie in more than one folder. A metadata file
-    (`file_name` and other columns) tells which images count, and their labels if it has any.
-
-    Args:
-        labelled: false where no labels are asked for, and folders are only folders.
-
-    Raises:
-        AdamergeError: no image below the folder, or images at different depths, of which no
-            classes can be told.
+    Class subfolders' names become labels if images lie in more than one folder, all equally deep,
+    unless none are asked for (`labelled`). A metadata file (`file_name` and other columns) tells
+    which images count, and their labels if it has any.
     """
     files = _files(folder)
     metadata = [file for file in files if file.name in _METADATA]
@@ -197,25 +140,20 @@ def image_folder(folder: Path, labelled: bool = True) -> datasets.Dataset:
             "arrow or .tar files"
         )
     if labelled and "label" not in columns:
-        _require_one_depth(folder, columns["image"])
+        depths = Counter(len(file.parts) for file in columns["image"])
+        usual = depths.most_common(1)[0][0]
+        others = [file for file in columns["image"] if len(file.parts) != usual]
+        if others:
+            raise AdamergeError(
+                f"path: {folder} has {depths[usual]} images {usual - len(folder.parts) - 1} "
+                f"folders deep and {len(others)} at another depth, such as "
+                f"{others[0].relative_to(folder)}, so which folders are classes cannot be told: "
+                "move or remove those, or set label: null to use no labels"
+            )
         names = [file.parent.name for file in columns["image"]]
         if len({*names}) > 1:
             columns["label"] = names
     return as_dataset(columns, images="image")
-
-
-def _require_one_depth(folder: Path, files: Sequence[Path]) -> None:
-    depths = Counter(len(file.parts) for file in files)
-    usual = depths.most_common(1)[0][0]
-    astray = [file for file in files if len(file.parts) != usual]
-    if astray:
-        deep = usual - len(folder.parts) - 1
-        raise AdamergeError(
-            f"path: {folder} has {len(files) - len(astray)} images {deep} folders deep and "
-            f"{len(astray)} at another depth, such as {astray[0].relative_to(folder)}, so which "
-            "folders are classes cannot be told: move or remove those, or set label: null to use "
-            "no labels"
-        )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -223,24 +161,16 @@ def _files(folder: Path) -> list[Path]:
 
     What lies in the folder itself comes before what links lead to.
     """
-    found: list[Path] = []
-    seen = {_identity(parent) for parent in folder.resolve().parents}
-    waiting = [folder]
-    while waiting:
-        start = waiting.pop(0)
-        if _identity(start) in seen:
-            continue
+    files: list[Path] = []
+    seen, waiting = {*folder.resolve().parents}, [folder]
+    for start in waiting:  # which grows by the links
         for root, folders, names in os.walk(start):
-            inner = [Path(root, n) for n in sorted(folders) if not n.startswith((".", "__"))]
-            waiting += [path for path in inner if path.is_symlink()]
-            seen.add(_identity(Path(root)))
-            folders[:] = [
-                path.name for path in inner if not path.is_symlink() and _identity(path) not in seen
-            ]
-            found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    stat = folder.stat()
-    return stat.st_dev, stat.st_ino
+            place = Path(root).resolve()
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+            waiting += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+            files += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(files)

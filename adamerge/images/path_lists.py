@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -13,14 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
+from adamerge._base.files import parse_json
 from adamerge.images.decoding import is_image
 from adamerge.images.source import DatasetSource
 
 LISTS = (".csv", ".tsv", ".jsonl")
 _LARGEST = 1 << 28  # bytes of a list, which is read whole
 _LINE = 1 << 20  # characters
-_LOOKED_AT = 50  # rows that tell whether a column holds paths, and of what folder
+_SAMPLE = 50  # rows that tell whether a column holds paths, and of what folder
 
 Columns = dict[str, list[Any]]
 
@@ -30,9 +30,6 @@ def read_list(file: Path) -> Columns:
 
     A table without a header, which is one whose first line names an image, has the columns `image`
     and, if there are two, `label`. Integers are read as such.
-
-    Raises:
-        AdamergeError: no such table, or one too large.
     """
     if file.stat().st_size > _LARGEST:
         raise AdamergeError(
@@ -45,13 +42,11 @@ def read_list(file: Path) -> Columns:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             return read(file, opened)
-    except (ValueError, RecursionError, csv.Error) as error:
-        if isinstance(error, AdamergeError):
-            raise
-        reason = " ".join(str(error).split())[:200]
+    except (ValueError, csv.Error) as error:
         raise AdamergeError(
-            f"path: {file} cannot be read as {file.suffix.lower()[1:]} in UTF-8 ({reason}): "
-            "expected one image file per line; mend that line or save the list again"
+            f"path: {file} cannot be read as {file.suffix.lower()[1:]} in UTF-8 "
+            f"({one_line(error)}): expected one image file per line; mend that line or save the "
+            "list again"
         ) from error
 
 
@@ -77,9 +72,9 @@ def _table(file: Path, opened: IO[str]) -> Columns:
         header = ["image" if is_image(cell) else named[i] for i, cell in enumerate(header)]
     else:
         del rows[0]
-    astray = next((row for row in rows if len(row) != len(header)), None)
-    if astray is not None or len({*header}) < len(header):
-        raise ValueError(f"columns {header} and a line {astray}")
+    wrong = next((row for row in rows if len(row) != len(header)), None)
+    if wrong is not None or len({*header}) < len(header):
+        raise ValueError(f"columns {header} and a line {wrong}")
     columns = zip(*rows, strict=True) if rows else ([] for _ in header)
     return {name: _typed(values) for name, values in zip(header, columns, strict=True)}
 
@@ -94,10 +89,10 @@ def _typed(values: Sequence[str]) -> list[Any]:
 
 def _records(file: Path, opened: IO[str]) -> Columns:
     """One JSON object per line; what is nested in it is left out."""
-    rows = [json.loads(line) for line in _lines(opened)]
-    astray = next((row for row in rows if not isinstance(row, dict)), None)
-    if astray is not None or not rows:
-        raise ValueError(f"{str(astray)[:80]!r} in place of an object")
+    rows = [parse_json(line) for line in _lines(opened)]
+    wrong = next((row for row in rows if not isinstance(row, dict)), None)
+    if wrong is not None or not rows:
+        raise ValueError(f"{str(wrong)[:80]!r} in place of an object")
     return {
         name: [None if isinstance(row.get(name), list | dict) else row.get(name) for row in rows]
         for name in dict.fromkeys(name for row in rows for name in row)
@@ -106,20 +101,12 @@ def _records(file: Path, opened: IO[str]) -> Columns:
 
 def as_dataset(columns: Mapping[str, Sequence[Any]], images: str | None = None) -> datasets.Dataset:
     """Columns as an unread data set, one of them perhaps paths of image files."""
-    arrays = {name: _array(values) for name, values in columns.items() if name != images}
-    if images is not None:
-        paths = pa.array(map(str, columns[images]), pa.string())
-        parts = [pa.nulls(len(paths), pa.binary()), paths]
-        arrays = {images: pa.StructArray.from_arrays(parts, ["bytes", "path"]), **arrays}
-    table = pa.table(arrays)
-    features = datasets.Features.from_arrow_schema(table.schema)
-    return _unread(table, features | ({} if images is None else {images: datasets.Image()}))
-
-
-def _unread(table: pa.Table, features: Mapping[str, Any]) -> datasets.Dataset:
-    """Straight from Arrow: `from_dict` would look at every file."""
-    schema = datasets.Features(features).arrow_schema
-    return datasets.Dataset(InMemoryTable(pa.table(table.columns, schema=schema)))
+    arrays = {
+        name: _array([str(path) for path in values] if name == images else values)
+        for name, values in columns.items()
+    }
+    data = datasets.Dataset(InMemoryTable(pa.table(arrays)))  # `from_dict` would look at every file
+    return data if images is None else data.cast_column(images, datasets.Image())
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
@@ -138,27 +125,24 @@ def with_images(
         column: of the images; `image`, where no column has that name, is any.
         places: the folders that paths may start from; the first with such files is taken.
         where: what holds the paths, for messages.
-
-    Raises:
-        AdamergeError: paths that lead to no files.
     """
     name = _column_of_paths(data, column)
     if name is None:
         return data
     paths = [path or "" for path in data[name][:]]
-    looked = [path for path in paths if path][:_LOOKED_AT]
-    place = next((p for p in places if any((p / path).is_file() for path in looked)), None)
+    some = [path for path in paths if path][:_SAMPLE]
+    place = next((p for p in places if any((p / path).is_file() for path in some)), None)
     if place is None:
-        shown = repr(next(iter(looked), ""))[:100]
+        shown = repr(next(iter(some), ""))[:100]
         raise AdamergeError(
             f"image: column {name!r} of {where} holds texts such as {shown}, to which no image "
             f"file leads from {' or '.join(map(str, dict.fromkeys(places)))}: expected paths "
             "relative to the list, image files, or uint8 arrays"
         )
-    table = data.with_format("arrow")[:]
-    made = as_dataset({name: [place / path for path in paths]}, images=name).data.column(name)
-    table = table.set_column(table.column_names.index(name), name, made)
-    return _unread(table, {**data.features, name: datasets.Image()})
+    images = as_dataset({name: [place / path for path in paths]}, images=name)
+    others = [other for other in data.column_names if other != name]
+    parts = [images, data.select_columns(others)] if others else [images]
+    return datasets.concatenate_datasets(parts, axis=1)
 
 
 def _column_of_paths(data: datasets.Dataset, column: str) -> str | None:
@@ -171,31 +155,22 @@ def _column_of_paths(data: datasets.Dataset, column: str) -> str | None:
         return column if column in texts else None
     if column != "image" or DatasetSource(data).usual("image"):
         return None
-    found = [name for name in texts if _are_paths(data.select_columns([name])[:_LOOKED_AT][name])]
-    return found[0] if len(found) == 1 else None
+    fitting = []
+    for name in texts:
+        given = [value for value in data.select_columns([name])[:_SAMPLE][name] if value]
+        fitting += [name] if given and all(map(is_image, given)) else []
+    return fitting[0] if len(fitting) == 1 else None
 
 
-def _are_paths(values: Sequence[str | None]) -> bool:
-    given = [value for value in values if value]
-    return bool(given) and all(map(is_image, given))
-
-
-def described(files: Sequence[Path]) -> Columns | None:
-    """What metadata files (`file_name` and other columns) tell of the images beside them.
-
-    None where none of them names image files.
-
-    Raises:
-        AdamergeError: a file that cannot be read.
-    """
-    found = [(file.parent, read_list(file)) for file in files]
-    found = [(place, columns) for place, columns in found if "file_name" in columns]
-    joined: Columns = {"image": []}
-    for name in dict.fromkeys(name for _, columns in found for name in columns):
-        joined[name] = []
-        for _, columns in found:
-            joined[name] += columns.get(name, [None] * len(columns["file_name"]))
-    names = joined.pop("file_name", [])
-    places = [place for place, columns in found for _ in columns["file_name"]]
-    joined["image"] = [place / str(name) for place, name in zip(places, names, strict=True)]
-    return joined if names else None
+def described(files: Sequence[Path]) -> Columns:
+    """What metadata files with a column `file_name` tell of the images beside them."""
+    tables = []
+    for file in files:
+        columns = read_list(file)
+        images = [file.parent / str(name) for name in columns.pop("file_name", [])]
+        tables += [{**columns, "image": images}] if images else []
+    joined: Columns = {name: [] for table in tables for name in table}
+    for table in tables:
+        for name, values in joined.items():
+            values += table.get(name, [None] * len(table["image"]))
+    return joined

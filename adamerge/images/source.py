@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +14,12 @@ import datasets
 import pyarrow as pa
 
 from adamerge._base.compat import fingerprint
+from adamerge._base.errors import AdamergeError
 
-_ARRAYS = (datasets.Array2D, datasets.Array3D, datasets.List, datasets.LargeList)
+log = logging.getLogger("adamerge")
+
+_LISTS = (datasets.List, datasets.LargeList)
+_ARRAYS = (datasets.Array2D, datasets.Array3D)
 
 
 class ImageSource(Protocol):
@@ -42,53 +48,41 @@ class ImageSource(Protocol):
         """Whether the column can be read as images at all."""
 
 
-def as_source(data: datasets.Dataset | ImageSource) -> ImageSource:
-    """A data set of `datasets`, or what is a source already, as a source."""
-    return DatasetSource(data) if isinstance(data, datasets.Dataset) else data
-
-
 class DatasetSource:
     """A `datasets.Dataset`; a field of a structured column is named `column.field`."""
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset.with_format(None)
-        self._undecoded: datasets.Dataset | None = None
+        self._undecoded: dict[str, datasets.Dataset] = {}
 
     @property
     def columns(self) -> list[str]:
-        """Columns, and after them the fields of structured ones, such as webdataset's JSON."""
-        fields = [
-            f"{name}.{field}"
-            for name, feature in self.dataset.features.items()
-            if isinstance(feature, dict) and "bytes" not in feature
-            for field in feature
-        ]
-        return [*self.dataset.column_names, *fields]
+        """Columns, those of webdataset's JSON by their fields."""
+        names: list[str] = []
+        for name, feature in self.dataset.features.items():
+            structured = isinstance(feature, dict) and "bytes" not in feature
+            names += [f"{name}.{field}" for field in feature] if structured else [name]
+        return names
 
     def rows(self, column: str) -> int:
         return len(self.dataset)
 
     def images(self, column: str, start: int, stop: int) -> Sequence[Any]:
-        if self._undecoded is None or self._undecoded.column_names != [column]:
-            self._undecoded = self._only(column)
-        found: Sequence[Any] = self._undecoded[start:stop][column]
-        return found
-
-    def _only(self, column: str) -> datasets.Dataset:
-        images = self.dataset.select_columns([column])
-        feature = images.features[column]
-        if isinstance(feature, datasets.Image):
-            images = images.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, _ARRAYS):
-            images = images.with_format("numpy")
-        return images
+        if column not in self._undecoded:
+            images = self.dataset.select_columns([column])
+            feature = images.features[column]
+            if isinstance(feature, datasets.Image):
+                images = images.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(feature, (*_ARRAYS, *_LISTS)):
+                images = images.with_format("numpy")
+            self._undecoded[column] = images
+        return self._undecoded[column][start:stop][column]
 
     def labels(self, column: str) -> tuple[Sequence[Any], list[str] | None]:
         name, field = column, ""
         if column not in self.dataset.column_names:
             name, _, field = column.partition(".")
-        feature = self.dataset.features[name]
-        values = self.dataset[name][:]
+        feature, values = self.dataset.features[name], self.dataset[name][:]
         if field:
             feature, values = feature[field], [None if v is None else v[field] for v in values]
         return values, getattr(feature, "names", None)
@@ -107,8 +101,8 @@ class DatasetSource:
             return feature.dtype in ("binary", "large_binary")
         if isinstance(feature, dict):
             return "bytes" in feature
-        if isinstance(feature, datasets.List | datasets.LargeList):  # of rows of pixels
-            return isinstance(feature.feature, datasets.List | datasets.LargeList)
+        if isinstance(feature, _LISTS):  # of rows of pixels
+            return isinstance(feature.feature, _LISTS)
         return isinstance(feature, (datasets.Image, *_ARRAYS))
 
     def key(self, column: str) -> str:
@@ -117,53 +111,81 @@ class DatasetSource:
         A path in place of an image counts with the size and time of the file it leads to.
         """
         images = self.dataset.select_columns([column])
-        digest = hashlib.sha256(repr(images.features).encode())
-        on_disk = [Path(entry["filename"]) for entry in self.dataset.cache_files]
+        on_disk = [entry["filename"] for entry in self.dataset.cache_files]
+        files = file_stats([*on_disk, *_paths(self.dataset.data.column(column))])
+        digest = hashlib.sha256(repr((images.features, files)).encode())
         if on_disk:
-            digest.update(repr((fingerprint(self.dataset), column, file_stats(on_disk))).encode())
-            paths = _paths(self.dataset.data.column(column))
-            digest.update(repr(file_stats(paths)).encode())
+            digest.update(fingerprint(self.dataset).encode())
             return digest.hexdigest()
         for batch in images.with_format("arrow").iter(batch_size=1024):
-            values = batch.column(column)
-            _hash_values(digest, values)
-            digest.update(repr(file_stats(_paths(values))).encode())
+            for record in batch.combine_chunks().to_batches():
+                digest.update(record.serialize())
         return digest.hexdigest()
 
 
-def file_stats(files: Sequence[str | Path]) -> list[tuple[str, int, int]]:
-    """Path, size and time (ns) of each file; a file that is not there counts as empty."""
-    found = []
+def file_stats(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time (ns) of each file that is there."""
+    stats = []
     for file in files:
-        try:
+        with contextlib.suppress(OSError):
             stat = os.stat(file)
-            found.append((str(file), stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            found.append((str(file), 0, 0))
-    return found
-
-
-def _hash_values(digest: Any, values: pa.ChunkedArray) -> None:
-    if pa.types.is_struct(values.type) or pa.types.is_binary(values.type):
-        for value in values.to_pylist():
-            for part in value.values() if isinstance(value, dict) else (value,):
-                whole = part if isinstance(part, bytes) else repr(part).encode()
-                digest.update(f"{type(part).__name__} {len(whole)} ".encode())
-                digest.update(whole)
-        return
-    table = pa.table({"image": values}).combine_chunks()
-    for record in table.to_batches():
-        digest.update(record.serialize())
+            stats.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return stats
 
 
 def _paths(values: pa.ChunkedArray) -> list[str]:
     """The paths of the images that are kept as paths alone; no pixels are read."""
     if not pa.types.is_struct(values.type) or values.type.get_field_index("path") < 0:
         return []
-    found: list[str] = []
+    kept: list[str] = []
     for chunk in values.chunks:
         paths = chunk.field("path")
         if chunk.type.get_field_index("bytes") >= 0:
             paths = paths.filter(chunk.field("bytes").is_null())
-        found += [path for path in paths.to_pylist() if path]
-    return found
+        kept += [path for path in paths.to_pylist() if path]
+    return kept
+
+
+def image_column(task: str, source: ImageSource, column: str) -> str:
+    """The column of a task's images: the named one, or for `image` the only one that has images."""
+    column = _named_or_usual(task, source, "image", column, column != "image") or column
+    if column not in source.columns:
+        raise _no_column(task, source, "image", column, "set data.image")
+    if not source.holds_images(column):
+        first = next(iter(source.images(column, 0, 1)), None)
+        texts = f" but texts such as {first[:60]!r}" if isinstance(first, str) else ""
+        raise AdamergeError(
+            f"column {column!r} of task {task!r} holds no images{texts}: expected image files or "
+            f"uint8 arrays; its columns are {', '.join(source.columns)}; mend data.image"
+        )
+    return column
+
+
+def label_column(task: str, source: ImageSource, column: str, asked: bool) -> str | None:
+    """The column of a task's labels: the named one, or the usual one if that is not `asked` for."""
+    chosen = _named_or_usual(task, source, "label", column, asked)
+    if chosen is None and asked:
+        raise _no_column(task, source, "label", column, "mend data.label, or leave it out")
+    if chosen is None:
+        columns = ", ".join(source.columns)
+        log.info("task %s: no labels (columns: %s); data.label names a column", task, columns)
+    return chosen
+
+
+def _named_or_usual(
+    task: str, source: ImageSource, kind: str, column: str, asked: bool
+) -> str | None:
+    if column in source.columns:
+        return column
+    usual = [] if asked else source.usual(kind)
+    if len(usual) != 1:
+        return None
+    log.info("task %s: %ss from column %r", task, kind, usual[0])
+    return usual[0]
+
+
+def _no_column(task: str, source: ImageSource, kind: str, column: str, mend: str) -> AdamergeError:
+    return AdamergeError(
+        f"data of task {task!r} has no {kind} column {column!r}: its columns are "
+        f"{', '.join(source.columns)}; {mend}"
+    )

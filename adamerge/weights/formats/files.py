@@ -11,6 +11,7 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adamerge._base.downloads import failed_download
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import stamp
 from adamerge.weights.formats.layouts import Computed
@@ -29,7 +30,6 @@ _INNER = (
 _NO_WEIGHTS = ("optim", "sched", "scaler", "callbacks", "loops", "hyper", "rng", "config", "args")
 _LEVELS = 6  # of dictionaries within each other
 _SIGNATURES = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull` there"),
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
     (b"\xfd7zXZ", "compressed with xz: unpack it first"),
     (b"\x89HDF", "an HDF5 file (TensorFlow, Keras): save the weights from PyTorch"),
@@ -38,7 +38,6 @@ _SIGNATURES = (
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
     (b"\x80", "a pickle of an unknown protocol, and is not executed: save a state dict"),
 )
-_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _HEAD = 512
 _AT_HAND = 2**24  # bytes of a mapped file that are left in memory once they were read
 
@@ -102,24 +101,18 @@ def _is_safetensors(path: Path) -> bool:
     raw = head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
     if raw or head.startswith(b"PK\x03\x04"):
         return False
-    raise _damaged(path, _what(head, size))
+    raise _damaged(path, _what(head))
 
 
-def _what(head: bytes, size: int) -> str:
-    if size == 0:
-        return "empty (0 bytes): download or save it again"
+def _what(head: bytes) -> str:
     for start, what in _SIGNATURES:
         if head.startswith(start):
             return what
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
-        return "a web page saved under that name: the download failed (a login? a limit?)"
-    if not head.strip(b"\0"):
-        return "zeros where its header should be: an interrupted download; download it again"
+    failed = failed_download(head, "weights")
+    if failed is not None:
+        return failed
     if head[257:262] == b"ustar":
         return "a tar archive (also of torch before 0.4): unpack it, or save it again"
-    text = head.decode("utf-8", "replace").rstrip("\ufffd").strip()
-    if "\ufffd" not in text and text.replace("\n", "").replace("\r", "").isprintable():
-        return f"a text that begins {text[:40]!r}, not weights: the download failed?"
     return "of no known weight format, or damaged: expected .safetensors or a file of torch.save"
 
 
