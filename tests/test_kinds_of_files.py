@@ -279,6 +279,14 @@ def test_other_heads_are_refused(tmp_path: Path) -> None:
         load_clip({"architecture": str(path), "pretrained": str(tmp_path / "clip.pt")})
 
 
+def test_settings_of_any_type_are_read(tmp_path: Path) -> None:
+    module = golden.clip()
+    for block in module.backbone.transformer.resblocks:
+        block.ln_1.eps = block.ln_2.eps = [1e-5]
+    torch.save(module.backbone, tmp_path / "tower.pt")
+    assert read(tmp_path / "tower.pt").stated()["layer_norm_eps"] == [1e-5]
+
+
 class ClassificationHead(nn.Linear):
     def __init__(self, normalize: bool) -> None:
         super().__init__(16, 4, bias=False)

@@ -134,8 +134,13 @@ class TorchFile:
             AdamergeError: sizes that do not fit the file, an unknown type, a wrong checksum.
         """
         with _blaming(self.path):
-            dtype, claimed = _dtype(ref), ref.storage.numel * _item_size(ref.storage)
+            dtype = stored = _dtype(ref.storage)
+            if ref.dtype is not None:
+                if ref.dtype not in _DTYPES:
+                    raise Refused(f"tensors of the unknown type {ref.dtype}")
+                dtype = _DTYPES[ref.dtype]
             buffer, start, size = self._place(ref.storage.key)
+            claimed = ref.storage.numel * stored.itemsize
             if claimed != size or size % dtype.itemsize:
                 raise Refused(f"a tensor claims {claimed} bytes where the file has {size}")
             count = size // dtype.itemsize
@@ -170,7 +175,7 @@ def _open_legacy(
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refused("saved on a big-endian machine")
     root, keys = load(stream, storages=storages), load(stream)
-    sizes = {storage.key: _item_size(storage) for storage in storages}
+    sizes = {storage.key: _dtype(storage).itemsize for storage in storages}
     if not isinstance(keys, list) or len({*map(str, keys)}) != len(keys):
         raise Refused("its list of tensors is damaged")
     places: dict[str, _Place] = {}
@@ -197,19 +202,11 @@ def _blaming(path: Path) -> Iterator[None]:
         raise AdamergeError(f"{path} cannot be read safely ({error}): {error.mend}") from error
 
 
-def _item_size(storage: StorageRef) -> int:
+def _dtype(storage: StorageRef) -> torch.dtype:
     name = storage.kind.rpartition(".")[2]
     if name not in _KINDS:
         raise Refused(f"tensors of the unknown type {storage.kind}")
-    return _KINDS[name].itemsize
-
-
-def _dtype(ref: TensorRef) -> torch.dtype:
-    name = ref.storage.kind.rpartition(".")[2] if ref.dtype is None else ref.dtype
-    known = _KINDS if ref.dtype is None else _DTYPES
-    if name not in known:
-        raise Refused(f"tensors of the unknown type {name}")
-    return known[name]
+    return _KINDS[name]
 
 
 def _check_view(ref: TensorRef, count: int, dense: bool) -> None:
