@@ -23,29 +23,23 @@ _ARRAYS = (datasets.Array2D, datasets.Array3D)
 
 
 class ImageSource(Protocol):
-    """Rows of images, and perhaps labels, that are read piece by piece."""
+    """Rows of images, and perhaps labels, that are read piece by piece.
+
+    `columns` can be asked for by name. `images` gives undecoded ones: arrays, bytes, or
+    `{"bytes": …, "path": …}`. `labels` gives all of them, and the data set's own class names if it
+    has any. `key` is a hash that changes when the images may have changed, cheap for what lies on
+    a disk. `usual` names the columns that `image` or `label` can stand for where no column has that
+    name.
+    """
 
     @property
-    def columns(self) -> list[str]:
-        """What can be asked for, by name."""
-
-    def rows(self, column: str) -> int:
-        """How many images the column has."""
-
-    def images(self, column: str, start: int, stop: int) -> Sequence[Any]:
-        """Undecoded images: arrays, bytes, or `{"bytes": …, "path": …}`."""
-
-    def labels(self, column: str) -> tuple[Sequence[Any], list[str] | None]:
-        """All labels, and the data set's own class names if it has any."""
-
-    def key(self, column: str) -> str:
-        """A hash that changes when the images may have changed; cheap for what lies on a disk."""
-
-    def usual(self, kind: str) -> list[str]:
-        """The columns that `image` or `label` can stand for where no column has that name."""
-
-    def holds_images(self, column: str) -> bool:
-        """Whether the column can be read as images at all."""
+    def columns(self) -> list[str]: ...
+    def rows(self, column: str) -> int: ...
+    def images(self, column: str, start: int, stop: int) -> Sequence[Any]: ...
+    def labels(self, column: str) -> tuple[Sequence[Any], list[str] | None]: ...
+    def key(self, column: str) -> str: ...
+    def usual(self, kind: str) -> list[str]: ...
+    def holds_images(self, column: str) -> bool: ...
 
 
 class DatasetSource:
