@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
-from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder
+from adamerge.encoders.tower import FoldedEncoder, merged_encoder
 from adamerge.methods.base import MergeMethod
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -21,7 +20,7 @@ class AdaMerging(MergeMethod):
     is this with no step taken; AdaMerging++ is this on `sparse.ties(task_vectors)`.
 
     Args:
-        backbone: the image tower (`model.visual`), for its architecture only; left unchanged.
+        backbone: the network (of a CLIP `model.visual`), for its architecture only; left unchanged.
         task_vectors: T task vectors of L layers; frozen, moved with the module, never saved in a
             state dict.
         granularity: `task` learns λ `[T]`; `layer` learns `[T, L]`, a coefficient per parameter
@@ -33,6 +32,11 @@ class AdaMerging(MergeMethod):
     Attributes:
         coefficients: the learnable λ; float32, or float64 with float64 task vectors.
         groups: the names of the columns of λ.
+
+    >>> network, expert = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> method = AdaMerging(network, TaskVectors(network, {"a": expert}), granularity="task")
+    >>> network.load_state_dict(method.merged_state_dict())
+    <All keys matched successfully>
 
     Raises:
         AdamergeError: unknown granularity, or task vectors that do not fit the backbone.
@@ -48,12 +52,9 @@ class AdaMerging(MergeMethod):
         init: float = 0.3,
         clamp: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, task_vectors)
         self.groups, self._column = _group(task_vectors.names, granularity)
         self.granularity, self.clamp = granularity, clamp
-        self.task_vectors = task_vectors
-        self._tower = Tower(backbone)
-        self._tower.check(task_vectors)
         first = task_vectors.pretrained[task_vectors.names[0]]
         self._column = self._column.to(first.device)
         tasks = len(task_vectors.tasks)
@@ -71,37 +72,20 @@ class AdaMerging(MergeMethod):
 
     def weights(self) -> dict[str, Tensor]:
         """The merged weights, by layer; differentiable in `coefficients`."""
-        return {
-            **self.task_vectors.combine(self.layer_coefficients(), self._compute_type()),
-            **self.task_vectors.constants,
-        }
+        return self.task_vectors.combine(self.layer_coefficients(), self._compute_type())
 
     def _compute_type(self) -> torch.dtype | None:
         """That of autocast, where it is on: matrices are cast once, and so are their gradients."""
         device = self.coefficients.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-    def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
-        return self._tower(weights, images)
-
     def fold(self) -> FoldedEncoder:
-        """The merged tower as a static encoder, on the device of the task vectors."""
-        return merged_encoder(self._tower, self.task_vectors, self.layer_coefficients())
+        """The merged network as a static encoder, on the device of the task vectors."""
+        return merged_encoder(self.tower, self.task_vectors, self.layer_coefficients())
 
     def coefficient_table(self) -> tuple[list[str], Tensor]:
-        """Layer names and λ in effect, `[T, L]`, on the CPU."""
-        return list(self.task_vectors.names), self.layer_coefficients().detach().cpu()
-
-    def coefficients_in_effect(self) -> Tensor:
-        return self.layer_coefficients().detach()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaMerging:
-        """Takes the task vectors along when the module is moved; they are no buffers."""
-        super()._apply(fn, recurse)
-        self.task_vectors = self.task_vectors.apply(fn)
-        self._tower.apply_buffers(fn)
-        self._column = fn(self._column)
-        return self
+        """Layer names and λ in effect, `[T, L]`."""
+        return list(self.task_vectors.names), self.layer_coefficients().detach()
 
 
 def _group(names: tuple[str, ...], granularity: str) -> tuple[tuple[str, ...], Tensor]:
