@@ -27,8 +27,14 @@ from adamerge.config.settings import Config
 from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
 from adamerge.learn.blocks import compiled, recomputing
-from adamerge.learn.callbacks import Checkpoints, Progress, Sharding, StopOnSignal, Watch
-from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, check_fingerprint, read_checkpoint
+from adamerge.learn.callbacks import Progress, Sharding, StopOnSignal, Watch
+from adamerge.learn.resume import (
+    CHECKPOINT,
+    CheckpointFiles,
+    Checkpoints,
+    check_fingerprint,
+    read_checkpoint,
+)
 from adamerge.report import tables, tracking
 from adamerge.report.tracking import is_main_process
 
@@ -212,24 +218,24 @@ def _fit(
     settings, every = job.settings, job.settings["log_every"]
     stop = StopOnSignal(every)
 
-    def look(_: int) -> dict[str, float]:
+    def measure() -> dict[str, float]:
         tracking.log_pictures(wandb, results.draw_coefficients(job, run_dir))
-        found = job.scorer(job.module.device).accuracy(job.module.method.fold())
-        return {f"accuracy/{task}": value for task, value in found.items()}
+        scores = job.scorer(job.module.device).accuracy(job.module.method.fold())
+        return {f"accuracy/{task}": value for task, value in scores.items()}
 
     trainer = _trainer(
         settings,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
-            Progress(every),
-            Watch(settings["eval_every"], look),
+            Progress(),
+            Watch(settings["eval_every"], measure),
             stop,
             Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint()),
             *([Sharding()] if settings["task_vectors"]["shard"] else []),
         ],
         plugins=[CheckpointFiles()],
         log_every_n_steps=every,
-        default_root_dir=run_dir,
+        default_root_dir=os.devnull,  # where it looks for SLURM's checkpoints, taking :: for a URL
     )
     if 0 <= trainer.max_steps <= step:
         log.info("step %d of %d is reached already", step, trainer.max_steps)
