@@ -118,11 +118,11 @@ def _prepare(job: Job) -> None:
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
     folder = inputs.cache_root(settings) / "features"
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
-    made = precomputed.Stores(
+    store = precomputed.Store(
         job.module, job.data, job.suite.files, shape, folder, device, steps, ranks(trainer)
     )
-    precomputed.prepare(made, settings["store"], settings["online"])
-    drawn = not (settings["store"] and precomputed.stores_features(job.module))
+    precomputed.prepare(store, settings["store"], settings["online"])
+    drawn = not (settings["store"] and precomputed.learns_on_features(job.module))
     if settings["images_on_device"] and drawn:
         refuse_too_large(job.data.held(device), device, memory_available(device))
         job.data.on_device = True

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adamerge._base.memory import memory_available
 from adamerge.learn.adaptation import Adaptation
-from adamerge.learn.precomputed import stores_features, stores_targets
+from adamerge.learn.precomputed import learns_on_features, taught_by_experts
 from adamerge.learn.step import step_loss
 from adamerge.report.findings import Finding
 from adamerge.weights.task_vectors import TaskVectors
@@ -189,8 +189,8 @@ class _Probe:
         batch = module.normalizer(images.to(self.device))
         if not self.stored:
             return batch, None
-        targets = module.objective.targets(batch, ids) if stores_targets(module) else None
-        known = module.method.frozen_features(batch, ids) if stores_features(module) else None
+        targets = module.objective.targets(batch, ids) if taught_by_experts(module) else None
+        known = module.method.frozen_features(batch, ids) if learns_on_features(module) else None
         return (batch if known is None else known), targets
 
     def _synchronize(self) -> None:
