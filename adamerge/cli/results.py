@@ -23,11 +23,11 @@ from adamerge.config.inputs import Inputs
 from adamerge.config.settings import Config
 from adamerge.encoders.experts import Experts
 from adamerge.encoders.tower import Tower
-from adamerge.export import load, read, write
+from adamerge.export import folds, load, read, write
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Taught
 from adamerge.learn.resume import CHECKPOINT, check_fingerprint, read_checkpoint
-from adamerge.report import advice, evaluation, folds, pictures, preflight, tracking
+from adamerge.report import advice, evaluation, pictures, preflight, tracking
 from adamerge.report.evaluation import Row
 from adamerge.report.result_files import as_json, read_results, write_results
 
@@ -40,7 +40,7 @@ SIGNS = "signs.json"  # in a run's folder
 def look(job: Job, encoder: torch.nn.Module) -> advice.Signs:
     """Label-free signs of an encoder, on the images that the pre-flight looks at."""
     settings, suite, device = job.settings, job.suite, run_device(job.settings["trainer"])
-    chosen = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
+    chosen = preflight.choose(job.data, settings["preflight"]["images"])
     normalizer, heads = inputs.normalizer(suite.clip).to(device), suite.heads.to(device)
     images = {task: normalizer(pixels.to(device)) for task, pixels in chosen.pixels.items()}
     teacher = Experts(suite.clip.backbone, suite.task_vectors)
@@ -96,7 +96,7 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     rows = score(job, folded, name)
     if job.scorer(device).measures:
         found = folds.statistics(method, job.data, normalizer, device, size)
-        rows += folds.rows(method, name, found, job.scorer(device))
+        rows += evaluation.fold_rows(method, name, found, job.scorer(device))
     results = _results(job, rows, name) | _exported(job.settings)
     results |= _signs(job, folded, run_dir)
     table = write_results(results, run_dir)
@@ -139,7 +139,6 @@ def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
             Tower(job.suite.clip.backbone),
             job.suite.task_vectors,
             job.settings["evaluate"]["oracle"],
-            lambda what: log.info("scoring: %s", what),
             kept,
         )
         log.info("baselines are kept in %s", kept.path)

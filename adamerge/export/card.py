@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adamerge.encoders.heads import Heads
+from adamerge.export.folds import IMAGES
 from adamerge.export.read import ADAPTERS, HEADS, OWN_WEIGHTS, task_folder
 
 _WHAT = {
@@ -114,6 +115,3 @@ tokenizer = open_clip.get_tokenizer("local-dir:{place}")
 def _bytes(files: Mapping[str, int]) -> str:
     lines = [f"| `{name}` | {size:,} |" for name, size in files.items()]
     return "\n".join([*lines, f"| all | {sum(files.values()):,} |"])
-
-
-IMAGES = 512  # per task, at most, that a fold looks at

@@ -69,7 +69,7 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, Adaptation):
             pl_module.refuse_failure()
-        self._save(trainer)
+        self.save(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -81,9 +81,9 @@ class Checkpoints(Callback):
                 pl_module.refuse_failure()
         with contextlib.suppress(OSError):  # the exception under way is the one to report
             if trainer.world_size == 1 or refused:
-                self._save(trainer, again=refused)
+                self.save(trainer, again=refused)
 
-    def _save(self, trainer: pl.Trainer, again: bool = False) -> None:
+    def save(self, trainer: pl.Trainer, again: bool = False) -> None:
         """Saves, unless this step is saved already and nothing changed since."""
         if trainer.global_step != self._saved or again:
             trainer.save_checkpoint(self.path, weights_only=False)  # the main process alone writes

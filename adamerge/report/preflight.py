@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adamerge.encoders.clip import Normalizer
 from adamerge.encoders.heads import Heads
 from adamerge.encoders.tower import Tower, static_encoder
-from adamerge.images.batches import stream_seed
 from adamerge.learn.data import TaskData
 from adamerge.learn.features import content_key
 from adamerge.learn.losses import marginal_entropy, sample_entropy
-from adamerge.report.accuracy_matrix import Solving
 from adamerge.report.evaluation import machine
 from adamerge.weights.task_vectors import TaskVectors
+
+log = logging.getLogger("adamerge")
 
 _MEASURING = 1  # how it is measured; another number forgets what was measured before
 _BATCH = 64  # images encoded at a time
@@ -46,17 +47,14 @@ class Images:
         return Images({t: v[:count] for t, v in self.pixels.items()}, labels)
 
 
-def choose(data: TaskData, count: int, seed: int) -> Images:
+def choose(data: TaskData, count: int) -> Images:
     """At most `count` images per task out of those adapted on, always the same for a seed."""
-    pixels: dict[str, Tensor] = {}
-    labels: dict[str, Tensor | None] = {}
-    for task, rows in data.adapt_rows.items():
-        generator = np.random.default_rng(stream_seed("preflight", seed, task))
-        picked = rows[generator.permutation(len(rows))[:count]]
-        found = data.tasks[task]
-        pixels[task] = torch.from_numpy(found.images[picked])
-        labels[task] = None if found.labels is None else torch.from_numpy(found.labels[picked])
-    return Images(pixels, labels)
+    chosen = Images({}, {})
+    for task, images in data.tasks.items():
+        rows, labels = data.picked("preflight", task, count), images.labels
+        chosen.pixels[task] = torch.from_numpy(images.images[rows])
+        chosen.labels[task] = None if labels is None else torch.from_numpy(labels[rows])
+    return chosen
 
 
 def key(images: Images, heads: Heads, normalizer: Normalizer, device: torch.device) -> str:
@@ -80,6 +78,12 @@ def gram(task_vectors: TaskVectors) -> Tensor:
     return total
 
 
+def cosines(products: Tensor) -> Tensor:
+    """`[T, T]` cosines of the inner products that `gram` gives."""
+    norms = products.diagonal().sqrt()
+    return products / norms[:, None] / norms[None, :]
+
+
 def likeness(task_vectors: TaskVectors) -> Tensor:
     """Cosine of each expert's matrices with the pretrained ones, `[T]`, float64 on the CPU.
 
@@ -100,10 +104,44 @@ def likeness(task_vectors: TaskVectors) -> Tensor:
     return parts[1] / (parts[0] * parts[2]).sqrt()
 
 
-def cosines(products: Tensor) -> Tensor:
-    """`[T, T]` cosines of the inner products that `gram` gives."""
-    norms = products.diagonal().sqrt()
-    return products / norms[:, None] / norms[None, :]
+class Matrix:
+    """How the pretrained model (row 0) and the T experts (row 1 + t) do on every task's images.
+
+    Attributes:
+        tasks: the T names.
+        classes: number of classes C per task.
+        entropies: per task `[1 + T, n]`, of each image's prediction, divided by log C; float64.
+        marginal: entropy of the mean prediction divided by log C, `[1 + T, T]`; float64.
+        right: per task `[1 + T, n]`, whether each image is classified right; None without labels.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        classes: Sequence[int],
+        entropies: Sequence[Any],
+        marginal: Any,
+        right: Sequence[Any],
+    ) -> None:
+        self.tasks, self.classes = tuple(tasks), tuple(classes)
+        self.entropies = [torch.as_tensor(rows, dtype=torch.float64) for rows in entropies]
+        self.marginal = torch.as_tensor(marginal, dtype=torch.float64)
+        self.right = [None if rows is None else torch.as_tensor(rows) for rows in right]
+
+    def entropy(self) -> Tensor:
+        """Mean entropy over each task's images, `[1 + T, T]`, from 0 (certain) to 1 (log C)."""
+        return torch.stack([values.mean(1) for values in self.entropies], dim=1)
+
+    def accuracy(self) -> Tensor:
+        """Fraction right, `[1 + T, T]`; NaN in the column of a task without labels."""
+        nothing = torch.full((1 + len(self.tasks),), float("nan"), dtype=torch.float64)
+        columns = [nothing if r is None else r.double().mean(1) for r in self.right]
+        return torch.stack(columns, dim=1)
+
+    def information(self) -> Tensor:
+        """What predictions tell about the image, `[1 + T, T]`: entropy of their mean minus mean
+        entropy, divided by log C. Unlike low entropy it cannot be had by collapsing."""
+        return self.marginal - self.entropy()
 
 
 def measure(
@@ -113,9 +151,9 @@ def measure(
     normalizer: Normalizer,
     images: Images,
     device: torch.device,
-    say: Callable[[str], None] = lambda _: None,
-) -> Solving:
-    """How the pretrained model and every expert do on every task's images.
+) -> dict[str, Any]:
+    """How the pretrained model and every expert do on every task's images: the arguments of a
+    `Matrix`, in lists.
 
     `(T + 1) · T · n` images are encoded without gradients, one model at a time: one copy of the
     weights is in memory beside the task vectors.
@@ -123,33 +161,36 @@ def measure(
     Args:
         task_vectors: untransformed.
         device: where models run, one after another.
-        say: told how far it is, if it lasts.
     """
-    tasks = task_vectors.tasks
-    entropies: dict[str, list[Tensor]] = {task: [] for task in tasks}
-    right: dict[str, list[Tensor]] = {task: [] for task in tasks}
-    marginal: list[list[Tensor]] = []
-    spoken = time.perf_counter()
-    models = (static_encoder(tower, task_vectors, task) for task in (None, *tasks))
-    for row, encoder in enumerate(models):
+    tasks, spoken = task_vectors.tasks, time.perf_counter()
+    entropies: dict[str, list[Any]] = {task: [] for task in tasks}
+    right: dict[str, list[Any]] = {task: [] for task in tasks}
+    marginal: list[list[float]] = []
+    for row, model in enumerate((None, *tasks)):
         if time.perf_counter() - spoken > _QUIET:
             spoken = time.perf_counter()
-            say(f"pre-flight: {row} of {len(tasks) + 1} models looked at")
+            log.info("pre-flight: %d of %d models tried", row, len(tasks) + 1)
         marginal.append([])
+        encoder = static_encoder(tower, task_vectors, model)
         for task, logits in predictions(encoder, heads, normalizer, images, device):
+            entropies[task].append(_entropies(logits).tolist())
             scale = math.log(max(logits.shape[1], 2))
-            entropies[task].append(sample_entropy(logits).double() / scale)
-            marginal[-1].append(marginal_entropy(logits).double() / scale)
+            marginal[-1].append(float(marginal_entropy(logits).double() / scale))
             labels = images.labels[task]
             if labels is not None:
-                right[task].append(logits.argmax(1) == labels)
-    return Solving(
-        tasks,
-        tuple(len(heads.classes[task]) for task in tasks),
-        tuple(torch.stack(entropies[task]) for task in tasks),
-        torch.stack([torch.stack(values) for values in marginal]),
-        tuple(torch.stack(right[task]) if right[task] else None for task in tasks),
-    )
+                right[task].append((logits.argmax(1) == labels).tolist())
+    return {
+        "tasks": tasks,
+        "classes": [len(heads.classes[task]) for task in tasks],
+        "entropies": list(entropies.values()),
+        "marginal": marginal,
+        "right": [rows or None for rows in right.values()],
+    }
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """Of each prediction, divided by log C, `[n, C] -> [n]`, float64."""
+    return sample_entropy(logits).double() / math.log(max(logits.shape[1], 2))
 
 
 @torch.no_grad()
@@ -179,25 +220,24 @@ def activation_change(
     heads: Heads,
     normalizer: Normalizer,
     images: Images,
-    own: Solving,
+    matrix: Matrix,
     device: torch.device,
-) -> Tensor:
-    """By how much the other activation lowers each expert's entropy on its own task, `[T]`.
+) -> list[float]:
+    """By how much the other activation lowers each expert's entropy on its own task, for T tasks.
 
-    Mean over images, divided by log C, float64. The heads stay those of the text tower as it is
-    configured. `findings.of_activation` judges it.
+    Mean over images, divided by log C. The heads stay those of the text tower as it is configured.
+    `findings.of_activation` judges it.
 
     Args:
-        own: measured under the configured activation, on these images and maybe more after them.
+        matrix: measured under the configured activation, on these images and maybe more after them.
     """
     change = []
     for row, task in enumerate(task_vectors.tasks):
         encoder = static_encoder(other, task_vectors, task)
         ((_, logits),) = predictions(encoder, heads, normalizer, images, device, [task])
-        there = sample_entropy(logits).double() / math.log(max(logits.shape[1], 2))
-        here = own.entropies[row][1 + row, : len(there)]
-        change.append((here - there).mean())
-    return torch.stack(change)
+        there = _entropies(logits)
+        change.append(float((matrix.entropies[row][1 + row, : len(there)] - there).mean()))
+    return change
 
 
 def sources(files: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

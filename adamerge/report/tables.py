@@ -1,4 +1,4 @@
-"""What was found before training, as tables and files."""
+"""Tables in Markdown; what was found before training, as one and as files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,34 @@ from typing import Any
 from torch import Tensor
 
 from adamerge._base.files import replacing
-from adamerge.report.accuracy_matrix import Solving
 from adamerge.report.estimate import Estimate
 from adamerge.report.findings import Finding
+from adamerge.report.preflight import Matrix
 
 FILES = ("preflight.json", "preflight.md")
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose columns, but for the first, are numbers."""
+    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
+    widths[1:] = [max(width, 2) for width in widths[1:]]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in [head, rule, *body]
+    ]
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number in a table; a dash for None and NaN."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def write_both(path: Path, content: Mapping[str, Any], text: str) -> None:
+    """Writes `<path>.json` and `<path>.md`."""
+    for ending, written in ((".json", json.dumps(content, indent=2)), (".md", text)):
+        with replacing(path.with_name(path.name + ending)) as temporary:
+            temporary.write_text(written)
 
 
 @dataclass(frozen=True)
@@ -25,13 +48,13 @@ class Report:
 
     Attributes:
         suite: its name.
-        images: how many were looked at per task.
+        images: how many were tried per task.
         model: `layers`, `parameters`, `dtype`, and `promoted` (stored type -> inputs).
         files: `pretrained` or a task -> path and sha256.
         norms: of the task vectors, `[T]`.
         pretrained_norm: of the pretrained weights.
         cosines: between task vectors, `[T, T]`.
-        solving: who solves which task.
+        matrix: who solves which task.
         findings: what to look at, problems first.
         estimate: memory and time of the chosen method; None where it could not be tried.
     """
@@ -43,7 +66,7 @@ class Report:
     norms: Tensor
     pretrained_norm: float
     cosines: Tensor
-    solving: Solving
+    matrix: Matrix
     findings: Sequence[Finding]
     estimate: Estimate | None
 
@@ -62,7 +85,7 @@ class Report:
 
 def as_json(report: Report) -> dict[str, Any]:
     """The content of `preflight.json`; unmeasured accuracies are null."""
-    tasks, rows = report.solving.tasks, ["pretrained", *report.solving.tasks]
+    tasks, rows = report.matrix.tasks, ["pretrained", *report.matrix.tasks]
 
     def table(values: Tensor, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
         return {
@@ -79,16 +102,16 @@ def as_json(report: Report) -> dict[str, Any]:
         "pretrained_norm": report.pretrained_norm,
         "task_vector_norms": dict(zip(tasks, report.norms.tolist(), strict=True)),
         "task_vector_cosines": table(report.cosines, tasks),
-        "entropy": table(report.solving.entropy(), rows),
-        "marginal_entropy": table(report.solving.marginal, rows),
-        "accuracy": table(report.solving.accuracy(), rows),
+        "entropy": table(report.matrix.entropy(), rows),
+        "marginal_entropy": table(report.matrix.marginal, rows),
+        "accuracy": table(report.matrix.accuracy(), rows),
         "estimate": vars(report.estimate) if report.estimate else None,
     }
 
 
 def as_markdown(report: Report) -> str:
     """The same for reading: findings first, then tables."""
-    tasks, model = report.solving.tasks, report.model
+    tasks, model = report.matrix.tasks, report.model
     stored = "".join(f"; {kind}: {', '.join(who)}" for kind, who in model["promoted"].items())
     lines = [f"{report.summary()}.", ""]
     lines += [f"- **{finding.severity}**: {finding.text}" for finding in report.findings]
@@ -102,50 +125,32 @@ def as_markdown(report: Report) -> str:
         "",
         "Task vectors: length, relative to the pretrained weights, and cosines.",
         "",
-        *_table(["", "length", "relative", *tasks], _vectors(report)),
-        *(["", f"{report.estimate.text()}."] if report.estimate else []),
     ]  # fmt: skip
+    vectors = [
+        [task, f"{norm:.4g}", number(norm / report.pretrained_norm, 3), *_numbers(row, 3)]
+        for task, norm, row in zip(
+            tasks, report.norms.tolist(), report.cosines.tolist(), strict=True
+        )
+    ]
+    lines += markdown(["", "length", "relative", *tasks], vectors)
+    lines += ["", f"{report.estimate.text()}."] if report.estimate else []
     counts = sorted(set(report.images.values()))
     many = "–".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
-    matrices = [("Mean entropy, of log C", report.solving.entropy(), 1, 3)]
-    if any(right is not None for right in report.solving.right):
-        matrices.append(("Accuracy in %", report.solving.accuracy(), 100, 0))
-    for title, values, factor, digits in matrices:
-        body = [
-            [name, *(_number(value * factor, digits) for value in row)]
-            for name, row in zip(["pretrained", *tasks], values.tolist(), strict=True)
-        ]
+    matrices = [("Mean entropy, of log C", report.matrix.entropy(), 3)]
+    if any(right is not None for right in report.matrix.right):
+        matrices.append(("Accuracy in %", 100 * report.matrix.accuracy(), 0))
+    for title, values, digits in matrices:
+        rows = zip(["pretrained", *tasks], values.tolist(), strict=True)
         lines += ["", f"{title}; rows: models, columns: {many} images of each task.", ""]
-        lines += _table(["", *tasks], body)
+        lines += markdown(["", *tasks], [[name, *_numbers(row, digits)] for name, row in rows])
     return "\n".join(lines) + "\n"
+
+
+def _numbers(values: Sequence[float], digits: int) -> list[str]:
+    return [number(value, digits) for value in values]
 
 
 def write(report: Report, folder: Path) -> None:
     """Writes `preflight.json` and `preflight.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    contents = (json.dumps(as_json(report), indent=2), as_markdown(report))
-    for name, content in zip(FILES, contents, strict=True):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(content)
-
-
-def _vectors(report: Report) -> list[list[str]]:
-    return [
-        [task, f"{norm:.4g}", f"{norm / report.pretrained_norm:.3f}", *(f"{c:.3f}" for c in row)]
-        for task, norm, row in zip(
-            report.solving.tasks, report.norms.tolist(), report.cosines.tolist(), strict=True
-        )
-    ]
-
-
-def _number(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (max(width, 2) - 1) + ":" for width in widths[1:])]
-    return [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in [head, rule, *body]
-    ]
+    write_both(folder / "preflight", as_json(report), as_markdown(report))
