@@ -29,8 +29,6 @@ from adamerge.report.tables import Report
 
 log = logging.getLogger("adamerge")
 
-_FOR_ACTIVATION = 16  # images per task for which the other activation is tried
-
 
 def check(words: Sequence[str], to: Path | None = None) -> int:
     """Looks at everything that settings name and prints what it found (`adamerge check`).
@@ -73,7 +71,7 @@ def look(job: Job) -> Report:
     settings, suite = job.settings, job.suite
     device, normalizer = run_device(settings["trainer"]), inputs.normalizer(suite.clip)
     images = preflight.choose(job.data, settings["preflight"]["images"])
-    vectors, files = suite.task_vectors, preflight.sources(suite.files)
+    vectors, files = suite.task_vectors, {name: file["path"] for name, file in suite.files.items()}
     products = torch.tensor(
         job.kept("preflight")("products", lambda: preflight.gram(vectors).tolist()),
         dtype=torch.float64,
@@ -125,8 +123,8 @@ def _of_activation(
     other = with_other_activation(suite.clip.backbone)
     if other is None:
         return
-    few, normalizer = images.first(_FOR_ACTIVATION), inputs.normalizer(suite.clip)
-    given = (other, suite.task_vectors, suite.heads, normalizer, few, matrix, device)
+    normalizer = inputs.normalizer(suite.clip)
+    given = (other, suite.task_vectors, suite.heads, normalizer, images, matrix, device)
     change = kept("activation", lambda: preflight.activation_change(*given))
     yield from findings.of_activation(torch.tensor(change, dtype=torch.float64), _mend(job))
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from adamerge.encoders.clip import Normalizer
 from adamerge.encoders.heads import Heads
@@ -21,16 +19,14 @@ from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.report.evaluation import machine
 from adamerge.weights.task_vectors import TaskVectors
 
-log = logging.getLogger("adamerge")
-
 _MEASURING = 1  # how it is measured; another number forgets what was measured before
 _BATCH = 64  # images encoded at a time
 _CHUNK = 2**18  # numbers per task vector promoted to float64 at a time
-_QUIET = 5.0  # seconds without a line of progress
+_QUIET = 5.0  # seconds without a bar
+_FOR_ACTIVATION = 16  # images per task for which the other activation is tried
 
 
-@dataclass(frozen=True)
-class Images:
+class Images(NamedTuple):
     """A few images per task, in order of the tasks.
 
     Attributes:
@@ -40,11 +36,6 @@ class Images:
 
     pixels: dict[str, Tensor]
     labels: dict[str, Tensor | None]
-
-    def first(self, count: int) -> Images:
-        """The first few of every task."""
-        labels = {t: v if v is None else v[:count] for t, v in self.labels.items()}
-        return Images({t: v[:count] for t, v in self.pixels.items()}, labels)
 
 
 def choose(data: TaskData, count: int) -> Images:
@@ -162,17 +153,15 @@ def measure(
         task_vectors: untransformed.
         device: where models run, one after another.
     """
-    tasks, spoken = task_vectors.tasks, time.perf_counter()
+    tasks = task_vectors.tasks
     entropies: dict[str, list[Any]] = {task: [] for task in tasks}
     right: dict[str, list[Any]] = {task: [] for task in tasks}
     marginal: list[list[float]] = []
-    for row, model in enumerate((None, *tasks)):
-        if time.perf_counter() - spoken > _QUIET:
-            spoken = time.perf_counter()
-            log.info("pre-flight: %d of %d models tried", row, len(tasks) + 1)
+    models = tqdm((None, *tasks), "pre-flight", unit="model", delay=_QUIET, leave=False)
+    for model in models:
         marginal.append([])
         encoder = static_encoder(tower, task_vectors, model)
-        for task, logits in predictions(encoder, heads, normalizer, images, device):
+        for task, logits in predictions(encoder, heads, normalizer, images.pixels, device):
             entropies[task].append(_entropies(logits).tolist())
             scale = math.log(max(logits.shape[1], 2))
             marginal[-1].append(float(marginal_entropy(logits).double() / scale))
@@ -198,20 +187,18 @@ def predictions(
     encoder: nn.Module,
     heads: Heads,
     normalizer: Normalizer,
-    images: Images,
+    pixels: Mapping[str, Tensor],
     device: torch.device,
-    tasks: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each task's logits `[n, C]`, on the CPU, of one encoder (all tasks unless named)."""
+    """Each task's logits `[n, C]`, on the CPU, of one encoder, for the tasks with images."""
     encoder, heads, normalizer = encoder.to(device), heads.to(device), normalizer.to(device)
     for index, task in enumerate(heads.tasks):
-        if tasks is not None and task not in tasks:
-            continue
         parts = []
-        for batch in images.pixels[task].split(_BATCH):
+        for batch in pixels[task].split(_BATCH) if task in pixels else ():
             features = encoder(normalizer(batch.to(device)), torch.full((len(batch),), index))
             parts.append(heads.logits(features, task).cpu())
-        yield task, torch.cat(parts)
+        if parts:
+            yield task, torch.cat(parts)
 
 
 def activation_change(
@@ -225,21 +212,17 @@ def activation_change(
 ) -> list[float]:
     """By how much the other activation lowers each expert's entropy on its own task, for T tasks.
 
-    Mean over images, divided by log C. The heads stay those of the text tower as it is configured.
-    `findings.of_activation` judges it.
+    Mean over the first `_FOR_ACTIVATION` images, divided by log C. The heads stay those of the text
+    tower as it is configured. `findings.of_activation` judges it.
 
     Args:
-        matrix: measured under the configured activation, on these images and maybe more after them.
+        matrix: measured under the configured activation, on these images.
     """
     change = []
     for row, task in enumerate(task_vectors.tasks):
+        pixels = {task: images.pixels[task][:_FOR_ACTIVATION]}
         encoder = static_encoder(other, task_vectors, task)
-        ((_, logits),) = predictions(encoder, heads, normalizer, images, device, [task])
+        ((_, logits),) = predictions(encoder, heads, normalizer, pixels, device)
         there = _entropies(logits)
         change.append(float((matrix.entropies[row][1 + row, : len(there)] - there).mean()))
     return change
-
-
-def sources(files: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Where each input came from: `pretrained` or a task -> path."""
-    return {name: file["path"] for name, file in files.items()}
