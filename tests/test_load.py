@@ -550,7 +550,7 @@ def test_adapters_on_a_dynamic_encoder(trained: Run, tmp_path: Path) -> None:
         tmp_path / "x", method.fold(), method, job.suite.clip, job.suite.heads, (images, ids), {}
     )
     model = adamerge.load(tmp_path / "x")
-    assert done.kind == model.kind == "adapters" and model.record["base"] == "dynamic"
+    assert done["kind"] == model.kind == "adapters" and model.record["base"] == "dynamic"
     torch.testing.assert_close(model.encoder(images, ids), method(images, ids).detach())
     with pytest.raises(adamerge.AdamergeError, match=r"a AdaMerging cannot be exported: expected"):
         wrong: Any = methods.AdaMerging(job.suite.clip.backbone, job.suite.task_vectors)

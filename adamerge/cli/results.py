@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,10 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
         drawn["accuracy"] = run_dir / "accuracy.png"
         pictures.save(pictures.accuracy_figure(results), drawn["accuracy"])
     done = export_merged(job, run_dir / "merged", results, table, found)
-    artifact = done.folder if job.settings["wandb"]["artifact"] else None
+    artifact = run_dir / "merged" if job.settings["wandb"]["artifact"] else None
     tracking.log_results(wandb, results, drawn, artifact)
     print(f"\n{table}")
-    _say_exported(done)
+    _say_exported(run_dir / "merged", done)
 
 
 def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
@@ -160,7 +160,7 @@ def _exported(settings: Config) -> dict[str, str]:
 
 def export_merged(
     job: Job, folder: Path, results: dict[str, Any], table: str, found: Any = None
-) -> write.Exported:
+) -> dict[str, Any]:
     """Writes the merged folder with its provenance; features are compared on real images.
 
     Args:
@@ -201,9 +201,10 @@ def _images(data: TaskData) -> dict[str, dict[str, Any]]:
     }
 
 
-def _say_exported(done: write.Exported) -> None:
-    print(f"merged model: {done.folder} ({done.kind}, {done.bytes:,} bytes of weights)")
-    print(f"largest relative difference after reloading: {done.difference:.1e}")
+def _say_exported(folder: Path, record: Mapping[str, Any]) -> None:
+    size, difference = sum(record["bytes"].values()), record["largest_relative_difference"]
+    print(f"merged model: {folder} ({record['kind']}, {size:,} bytes of weights)")
+    print(f"largest relative difference after reloading: {difference:.1e}")
 
 
 def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) -> int:
@@ -216,7 +217,8 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     job.module.load_state_dict(saved["state_dict"])
     found, which = run_dir / "results.json", _exported(settings)
     results, table = read_results(found, which) if found.is_file() else ({}, "")
-    _say_exported(export_merged(job, folder or run_dir / "merged", results, table))
+    folder = folder or run_dir / "merged"
+    _say_exported(folder, export_merged(job, folder, results, table))
     return 0
 
 

@@ -147,10 +147,10 @@ def baseline_rows(
         kept: gives what it keeps under a name, or else makes it; see `kept.Kept`.
     """
 
-    def row(name: str, key: Any, said: str, encoder: Callable[[], nn.Module], *own: str) -> Row:
+    def row(name: str, key: Any, said: str, encoder: Callable[[], nn.Module], *tasks: str) -> Row:
         def score() -> dict[str, Any]:
             log.info("scoring: %s", said)
-            return dataclasses.asdict(scorer.row(name, encoder(), own or None))
+            return dataclasses.asdict(scorer.row(name, encoder(), tasks or None))
 
         return Row(**{**kept(json.dumps(key), score), "name": name})
 
@@ -160,8 +160,8 @@ def baseline_rows(
 
     def given(name: str, task: str | None = None) -> Row:
         encoder = functools.partial(static_encoder, tower, task_vectors, task)
-        own = [] if task is None else [task]
-        return row(name, [name, task], " ".join([name, *own]), encoder, *own)
+        tasks = [] if task is None else [task]
+        return row(name, [name, task], " ".join([name, *tasks]), encoder, *tasks)
 
     pretrained = given("pretrained")
     experts = Row("expert", {}, None if pretrained.adapted is None else {})

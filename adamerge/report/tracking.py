@@ -149,8 +149,8 @@ def wandb_logger(
 
 def _known_id(path: Path) -> str | None:
     """The id in a run's folder; None where there is none, or the file is damaged."""
-    found = path.read_text(errors="replace").strip() if path.is_file() else ""
-    return found if re.fullmatch(r"[0-9A-Za-z_-]{1,64}", found, re.ASCII) else None
+    text = path.read_text(errors="replace").strip() if path.is_file() else ""
+    return text if re.fullmatch(r"[0-9A-Za-z_-]{1,64}", text, re.ASCII) else None
 
 
 def _logged_in() -> bool:
