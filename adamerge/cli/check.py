@@ -25,7 +25,6 @@ from adamerge.report import findings, preflight, tables
 from adamerge.report.estimate import Estimate, estimate
 from adamerge.report.findings import Finding
 from adamerge.report.preflight import Images, Matrix
-from adamerge.report.tables import Report
 
 log = logging.getLogger("adamerge")
 
@@ -47,7 +46,7 @@ def check(words: Sequence[str], to: Path | None = None) -> int:
     if to is not None:
         tables.write(report, to)
     print(tables.as_markdown(report), end="")
-    return 1 if report.problems else 0
+    return 1 if tables.problems(report) else 0
 
 
 def before_training(job: Job, run_dir: Path) -> None:
@@ -59,61 +58,45 @@ def before_training(job: Job, run_dir: Path) -> None:
         return
     report = look(job)
     tables.write(report, run_dir)
-    log.info("%s (%s)", report.summary(), run_dir / tables.FILES[1])
-    for finding in report.findings:
-        log.warning("%s: %s", finding.severity, finding.text)
-    if report.estimate is not None:
-        log.info("%s", report.estimate.text())
+    log.info("%s (%s)", tables.summary(report), run_dir / tables.FILES[1])
+    for finding in report["findings"]:
+        log.warning("%s: %s", finding["severity"], finding["text"])
+    if report["estimate"] is not None:
+        log.info("%s", Estimate(**report["estimate"]).text())
 
 
-def look(job: Job) -> Report:
+def look(job: Job) -> dict[str, Any]:
     """All measurements of a job on a few unlabeled images per task, and what they say."""
     settings, suite = job.settings, job.suite
     device, normalizer = run_device(settings["trainer"]), inputs.normalizer(suite.clip)
     images = preflight.choose(job.data, settings["preflight"]["images"])
-    vectors, files = suite.task_vectors, {name: file["path"] for name, file in suite.files.items()}
-    products = torch.tensor(
-        job.kept("preflight")("products", lambda: preflight.gram(vectors).tolist()),
-        dtype=torch.float64,
-    )
-    cosines, norms = preflight.cosines(products), products.diagonal().sqrt()
+    vectors, files = suite.task_vectors, {n: file["path"] for n, file in suite.files.items()}
+    kept = job.kept("preflight")("gram", lambda: preflight.gram(vectors).tolist())
+    products = torch.tensor(kept, dtype=torch.float64)
+    norms, cosines = products[0].diagonal().sqrt(), preflight.cosines(products[0, 1:, 1:])
     kept = job.kept("preflight", preflight.key(images, suite.heads, normalizer, device))
-    given = (vectors, suite.heads, normalizer)
+    models = (Tower(suite.clip.backbone), vectors, suite.heads, normalizer)
     with isolate_rng():
-        measured = kept(
-            "solving",
-            lambda: preflight.measure(Tower(suite.clip.backbone), *given, images, device),
-        )
-        matrix = Matrix(**measured)
+        matrix = Matrix(**kept("solving", lambda: preflight.measure(*models, images, device)))
         doubts = list(_of_activation(job, images, matrix, device, kept))
         cost = _estimate(job, images, device)
-    squares = [float(tensor.double().square().sum()) for tensor in vectors.pretrained.values()]
-    length = sum(squares) ** 0.5
+    model = {
+        "layers": len(vectors.names),
+        "parameters": vectors.numel(),
+        "dtype": str(vectors.pretrained[vectors.names[0]].dtype).removeprefix("torch."),
+        "promoted": vectors.promoted,
+    }
     all_findings = [
-        *findings.of_bases(vectors.tasks, norms / length, preflight.likeness(vectors)),
+        *findings.of_bases(vectors.tasks, norms[1:] / norms[0], preflight.likeness(products)),
         *findings.of_directions(vectors.tasks, cosines),
         *findings.of_experts(matrix, files),
         *doubts,
-        *findings.of_lengths(vectors.tasks, norms),
+        *findings.of_lengths(vectors.tasks, norms[1:]),
         *findings.of_memory(cost),
     ]
-    return Report(
-        suite=settings["suite"]["name"],
-        images={task: len(pixels) for task, pixels in images.pixels.items()},
-        model={
-            "layers": len(vectors.names),
-            "parameters": vectors.numel(),
-            "dtype": str(vectors.pretrained[vectors.names[0]].dtype).removeprefix("torch."),
-            "promoted": vectors.promoted,
-        },
-        files=suite.files,
-        norms=norms,
-        pretrained_norm=length,
-        cosines=cosines,
-        matrix=matrix,
-        findings=sorted(all_findings, key=lambda finding: finding.severity != "problem"),
-        estimate=cost,
-    )
+    counts = {task: len(pixels) for task, pixels in images.pixels.items()}
+    name = settings["suite"]["name"]
+    return tables.as_json(name, counts, model, suite.files, products, matrix, all_findings, cost)
 
 
 def _of_activation(

@@ -57,42 +57,36 @@ def key(images: Images, heads: Heads, normalizer: Normalizer, device: torch.devi
 
 
 def gram(task_vectors: TaskVectors) -> Tensor:
-    """Inner products of all pairs of task vectors over all layers, `[T, T]`, float64 on the CPU.
+    """Inner products of the pretrained weights (row 0) and all task vectors (row 1 + t), over all
+    layers and over matrices alone, `[2, 1 + T, 1 + T]`, float64 on the CPU.
 
     Summed in float64 piece by piece; nothing the size of a layer is copied.
     """
-    total = torch.zeros((len(task_vectors.tasks),) * 2, dtype=torch.float64)
-    for delta in task_vectors.deltas.values():
-        for piece in delta.view(len(delta), -1).split(_CHUNK, dim=1):
-            wide = piece.double()
-            total += (wide @ wide.T).cpu()
+    size = 1 + len(task_vectors.tasks)
+    total = torch.zeros(2, size, size, dtype=torch.float64)
+    for name, base in task_vectors.pretrained.items():
+        deltas = task_vectors.deltas[name].flatten(1)
+        pieces = zip(base.flatten().split(_CHUNK), deltas.split(_CHUNK, dim=1), strict=True)
+        for piece, delta in pieces:
+            rows = torch.cat([piece[None].double(), delta.double()])
+            products = (rows @ rows.T).cpu()
+            total[: 2 if base.ndim > 1 else 1] += products
     return total
 
 
 def cosines(products: Tensor) -> Tensor:
-    """`[T, T]` cosines of the inner products that `gram` gives."""
+    """Cosines of all pairs, of their inner products `[n, n]`."""
     norms = products.diagonal().sqrt()
     return products / norms[:, None] / norms[None, :]
 
 
-def likeness(task_vectors: TaskVectors) -> Tensor:
-    """Cosine of each expert's matrices with the pretrained ones, `[T]`, float64 on the CPU.
+def likeness(products: Tensor) -> Tensor:
+    """Cosine of each expert's matrices with the pretrained ones, `[T]`, by what `gram` gives.
 
     Of matrices alone: normalisations are near one in any model.
     """
-    parts = torch.zeros(3, len(task_vectors.tasks), dtype=torch.float64)  # θ0·θ0, θ0·θ, θ·θ
-    for name, base in task_vectors.pretrained.items():
-        if base.ndim < 2:
-            continue
-        deltas = task_vectors.deltas[name].flatten(1)
-        for piece, delta in zip(
-            base.flatten().split(_CHUNK), deltas.split(_CHUNK, dim=1), strict=True
-        ):
-            wide = piece.double()
-            expert = wide + delta.double()
-            rows = (wide.square().sum().expand(len(delta)), expert @ wide, expert.square().sum(1))
-            parts += torch.stack(rows).cpu()
-    return parts[1] / (parts[0] * parts[2]).sqrt()
+    base, mixed, vectors = products[1, 0, 0], products[1, 0, 1:], products[1].diagonal()[1:]
+    return (base + mixed) / (base * (base + 2 * mixed + vectors)).sqrt()
 
 
 class Matrix:
