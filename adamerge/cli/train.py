@@ -28,6 +28,7 @@ from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
 from adamerge.learn.blocks import compiled, recomputing
 from adamerge.learn.callbacks import Progress, Sharding, StopOnSignal, Watch
+from adamerge.learn.features import online_steps
 from adamerge.learn.resume import (
     CHECKPOINT,
     CheckpointFiles,
@@ -91,7 +92,8 @@ def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
         _finish(job, run_dir, wandb)
     else:
         log.info("stopped; go on with: python train.py resume=%s", run_dir)
-    tracking.finish(wandb)
+    if wandb is not None:
+        wandb.experiment.finish()
     return 0 if stopped_by is None else 128 + stopped_by
 
 
@@ -114,7 +116,7 @@ def _prepare(job: Job) -> None:
     settings, trainer = job.settings, job.settings["trainer"]
     device = run_device(trainer)
     if settings["online"]:
-        trainer["max_steps"] = precomputed.steps_online(job.data)
+        trainer["max_steps"] = online_steps(job.data.batches().streams)
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
     folder = inputs.cache_root(settings) / "features"
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)

@@ -135,8 +135,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Merged:
     layout = read_layout(where)
     check_files(where, layout)
     encoder, config = read_encoder(where, layout)
-    heads = read_heads(where)
-    tasks = layout.of(heads.tasks, where).tasks
+    heads = read_heads(where, layout)
+    tasks = layout.tasks or heads.tasks
     cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
     height, width = (cfg.size, cfg.size) if isinstance(cfg.size, int) else cfg.size
     cfg.size = cfg.size if isinstance(cfg.size, int) else (height, width)  # not a list

@@ -50,19 +50,6 @@ class Layout:
         """Whether the encoder asks for the task of an image."""
         return self.kind in ("per_task", "adapters")
 
-    def of(self, tasks: tuple[str, ...], folder: Path) -> Layout:
-        """With the tasks of the heads.
-
-        Raises:
-            AdamergeError: they are not those of the encoder.
-        """
-        if self.tasks and set(self.tasks) != set(tasks):
-            raise AdamergeError(
-                f"{folder / HEADS} has heads for {', '.join(tasks)}, {RECORD} names "
-                f"{', '.join(self.tasks)}: files of different exports are mixed; export it again"
-            )
-        return dataclasses.replace(self, tasks=self.tasks or tasks)
-
 
 def find_export(folder: Path) -> Path:
     """The exported folder: `folder`, or that of a run.
@@ -141,18 +128,24 @@ def read_encoder(folder: Path, layout: Layout) -> tuple[nn.Module, dict[str, Any
     return _static(folder)
 
 
-def read_heads(folder: Path) -> Heads:
-    """The classifiers of an exported folder, in the order of its tasks.
+def read_heads(folder: Path, layout: Layout) -> Heads:
+    """The classifiers of an exported folder, held against its tasks.
 
     Raises:
-        AdamergeError: the file is missing or damaged.
+        AdamergeError: the file is missing or damaged, or has heads of other tasks.
     """
     weights, notes = _tensors(folder / HEADS)
     try:
         classes = dict(parse_json(notes["classes"]))
-        return Heads({task: weights[task] for task in classes}, classes)
+        heads = Heads({task: weights[task] for task in classes}, classes)
     except (KeyError, ValueError, TypeError) as error:
         raise _damaged(folder / HEADS, f"class names or heads are missing: {error}") from error
+    if layout.tasks and set(layout.tasks) != set(heads.tasks):
+        raise AdamergeError(
+            f"{folder / HEADS} has heads for {', '.join(heads.tasks)}, {RECORD} names "
+            f"{', '.join(layout.tasks)}: files of different exports are mixed; export it again"
+        )
+    return heads
 
 
 def task_folder(task: str) -> str:

@@ -16,7 +16,7 @@ from adamerge.encoders.experts import Experts
 from adamerge.images.batches import Stream
 from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.data import TaskData
-from adamerge.learn.features import StoredBatches, content_key, online_steps, stored_features
+from adamerge.learn.features import StoredBatches, content_key, stored_features
 from adamerge.learn.objectives import Taught
 
 # normalised images [B, 3, H, W], task ids [B] -> [B, F]
@@ -125,8 +125,3 @@ def prepare(store: Store, keep: bool, online: bool) -> None:
         data.wrap = functools.partial(
             StoredBatches, targets=targets, features=features, online=online
         )
-
-
-def steps_online(data: TaskData) -> int:
-    """The steps it takes to see every image once."""
-    return online_steps(data.batches().streams)

@@ -207,9 +207,3 @@ def log_pictures(logger: WandbLogger | None, pictures: Mapping[str, Path]) -> No
     if logger is not None:
         for key, path in pictures.items():
             logger.log_image(key, [str(path)])
-
-
-def finish(logger: WandbLogger | None) -> None:
-    """Ends the Weights & Biases run, writing what is left."""
-    if logger is not None:
-        logger.experiment.finish()
