@@ -94,7 +94,7 @@ def test_methods_that_look_inside_are_refused(
 ) -> None:
     assert main(["train", *base, *words, "compile=true", f"run_dir={tmp_path / 'run'}"]) == 2
     error = capsys.readouterr().err
-    assert "error: compile=true leaves nothing to look at inside the tower" in error
+    assert "error: compile=true changes how the tower's blocks run" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -23,6 +23,7 @@ from adamerge._base import files
 from adamerge.cli import main, results, train
 from adamerge.encoders import heads
 from adamerge.learn import features, resume
+from adamerge.learn.callbacks import Progress
 from adamerge.learn.features import stored_features
 from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, read_checkpoint
 from adamerge.report.result_files import read_results
@@ -78,6 +79,30 @@ def test_sigterm_before_and_after_training(
         assert main(["export", str(run)]) == 0
         assert main(["train", f"resume={run}"]) == 0
         assert (run / "merged" / "merge.json").is_file() and (run / "results.json").is_file()
+
+
+def test_slurm_with_a_folder_named_like_a_url(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint in what Lightning would take for the folder; then SLURM's signal."""
+    named = {"JOB_NAME": "merge", "JOB_ID": 7, "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    for name, value in named.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "hpc_ckpt_3.ckpt").write_text("another run's")
+    run, end = tmp_path / "a::b" / "run", Progress.on_train_batch_end
+
+    def signalled(self: Progress, *args: Any) -> None:
+        end(self, *args)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_train_batch_end", signalled)
+        assert main([*words, f"run_dir={run}"]) == 128 + signal.SIGUSR1
+    assert read_checkpoint(run / CHECKPOINT)["global_step"] == 1
+    assert main(["train", f"resume={run}"]) == 0
+    assert read_checkpoint(run / CHECKPOINT)["global_step"] == 2
+    assert [path.name for path in tmp_path.rglob("*hpc*")] == ["hpc_ckpt_3.ckpt"]
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(

@@ -129,13 +129,15 @@ def test_a_file_just_written_is_not_remembered(
     assert len(read) == 2
 
 
-def test_baselines_are_scored_once(base: list[str]) -> None:
+def test_baselines_are_scored_once(base: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "adamerge")
     job = inputs.load(config.load(base))
     scorer, tower = job.scorer(CPU), Tower(job.suite.clip.backbone)
 
     def rows(*kept: Kept) -> tuple[list[Row], list[str]]:
-        said: list[str] = []
-        return baseline_rows(scorer, tower, job.suite.task_vectors, True, said.append, *kept), said
+        caplog.clear()
+        made = baseline_rows(scorer, tower, job.suite.task_vectors, True, *kept)
+        return made, [line for line in caplog.messages if line.startswith("scoring: ")]
 
     first, scored = rows(job.kept("scores", scorer.key()))
     assert len(scored) == 5 + 8
@@ -199,10 +201,7 @@ def test_a_second_look_measures_nothing(base: list[str], monkeypatch: pytest.Mon
     for name in ("measure", "gram"):
         monkeypatch.setattr(preflight, name, lambda *_: refuse())
     second = check.look(load_job(config.load(words)))
-    assert second.findings == first.findings
-    for name in ("norms", "cosines"):
-        assert torch.equal(getattr(first, name), getattr(second, name))
-    assert str(first.solving) == str(second.solving)
+    assert {**second, "estimate": 0} == {**first, "estimate": 0}
     with pytest.raises(AssertionError, match="must not be made again"):
         check.look(load_job(config.load([*words, "seed=7"])))
 

@@ -334,7 +334,7 @@ def test_an_expert_of_another_base() -> None:
     tuned = {name: t + 0.2 * t.std(correction=0) * torch.randn_like(t) for name, t in own.items()}
     other = {name: t.std(correction=0) * torch.randn_like(t) for name, t in own.items()}
     vectors = TaskVectors(own, {"tuned": tuned, "other": other})
-    likeness = preflight.likeness(vectors)
+    likeness = preflight.likeness(preflight.gram(vectors))
     assert likeness[0] > 0.9 and abs(likeness[1]) < 0.2
     (found,) = of_bases(vectors.tasks, torch.tensor([0.2, 1.4]), likeness)
     assert (found.severity, found.kind, found.tasks) == ("problem", "another-base", ("other",))

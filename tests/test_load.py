@@ -26,10 +26,9 @@ from adamerge.cli import main
 from adamerge.cli.job import Job, load_job
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
-from adamerge.export import kinds, load, read, write
+from adamerge.export import folds, kinds, load, read, write
 from adamerge.learn.resume import read_checkpoint
 from adamerge.methods.mixtures import DynamicEncoder
-from adamerge.report import folds
 from tests import tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -266,12 +265,17 @@ def test_the_report_says_what_folding_costs(trained: Run, capsys: Capture) -> No
 def test_folds_look_at_a_bounded_number_of_the_images_adapted_on(
     trained: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    settings = config.load([*words, "protocol=heldout", "seed=3"])
+    settings = config.load([*words, "method=wemoe", "protocol=heldout", "seed=3"])
     job = load_job(settings)
     monkeypatch.setattr(folds, "IMAGES", 7)
-    normalizer, seen = inputs.normalizer(job.suite.clip), []
+    method, normalizer, seen = (
+        build.build_method(settings, job.suite),
+        inputs.normalizer(job.suite.clip),
+        [],
+    )
+    monkeypatch.setattr(type(method), "statistics", lambda _, batches: list(batches))
     for _ in range(2):
-        batches = list(folds._batches(job.data, normalizer, torch.device("cpu"), 5))
+        batches = folds.statistics(method, job.data, normalizer, torch.device("cpu"), 5)
         seen.append(torch.cat([images for images, _ in batches]))
         assert torch.cat([ids for _, ids in batches]).tolist() == [0] * 7 + [1] * 7
     assert torch.equal(seen[0], seen[1])
@@ -548,7 +552,7 @@ def test_adapters_on_a_dynamic_encoder(trained: Run, tmp_path: Path) -> None:
         tmp_path / "x", method.fold(), method, job.suite.clip, job.suite.heads, (images, ids), {}
     )
     model = adamerge.load(tmp_path / "x")
-    assert done.kind == model.kind == "adapters" and model.record["base"] == "dynamic"
+    assert done["kind"] == model.kind == "adapters" and model.record["base"] == "dynamic"
     torch.testing.assert_close(model.encoder(images, ids), method(images, ids).detach())
     with pytest.raises(adamerge.AdamergeError, match=r"a AdaMerging cannot be exported: expected"):
         wrong: Any = methods.AdaMerging(job.suite.clip.backbone, job.suite.task_vectors)

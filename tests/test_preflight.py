@@ -27,11 +27,11 @@ from adamerge.config.device import run_device
 from adamerge.config.inputs import normalizer
 from adamerge.encoders.clip import build_clip, with_other_activation
 from adamerge.encoders.tower import Tower
-from adamerge.report import accuracy_matrix, findings, preflight
-from adamerge.report.accuracy_matrix import Solving
-from adamerge.report.estimate import Estimate, _held, _seconds, of_memory
-from adamerge.report.findings import Finding
-from adamerge.report.tables import as_markdown
+from adamerge.report import estimate as estimates
+from adamerge.report import findings, preflight, tables
+from adamerge.report.estimate import Estimate, _held
+from adamerge.report.findings import Finding, of_memory
+from adamerge.report.preflight import Matrix
 from tests import tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -46,12 +46,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def demo(cache: str) -> Solving:
+def demo(cache: str) -> Matrix:
     """The demo's five experts on 160 images per task."""
     job = load_job(config.load(["suite=demo", cache, "preflight.images=160"]))
-    suite, images = job.suite, preflight.choose(job.data, 160, 0)
+    suite, images = job.suite, preflight.choose(job.data, 160)
     tower, scale = Tower(suite.clip.backbone), normalizer(suite.clip)
-    return preflight.measure(tower, suite.task_vectors, suite.heads, scale, images, CPU)
+    return Matrix(**preflight.measure(tower, suite.task_vectors, suite.heads, scale, images, CPU))
 
 
 def demo_suite(folder: Path, change: Callable[[dict[str, Any]], None]) -> str:
@@ -67,39 +67,39 @@ def demo_suite(folder: Path, change: Callable[[dict[str, Any]], None]) -> str:
     return f"suite={folder / 'changed.yaml'}"
 
 
-def view(found: Solving, rows: list[int], images: Tensor, labels: bool) -> Solving:
+def view(found: Matrix, rows: list[int], images: Tensor, labels: bool) -> Matrix:
     """The same models in other rows, on some of the images, with or without labels.
 
     The marginal entropies stay those of all images.
     """
     right = tuple(r[rows][:, images] if labels and r is not None else None for r in found.right)
     entropies = tuple(values[rows][:, images] for values in found.entropies)
-    return Solving(found.tasks, found.classes, entropies, found.marginal[rows], right)
+    return Matrix(found.tasks, found.classes, entropies, found.marginal[rows], right)
 
 
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("count", [16, 32, 64])
 def test_right_experts_are_left_alone_and_every_exchange_is_named(
-    demo: Solving, count: int, labels: bool
+    demo: Matrix, count: int, labels: bool
 ) -> None:
     for seed in range(4):
         picked = torch.randperm(160, generator=torch.Generator().manual_seed(seed))[:count]
-        assert not list(accuracy_matrix.findings(view(demo, list(range(6)), picked, labels), {}))
+        assert not list(findings.of_experts(view(demo, list(range(6)), picked, labels), {}))
         for a, b in itertools.combinations(range(5), 2):
             rows = list(range(6))
             rows[1 + a], rows[1 + b] = rows[1 + b], rows[1 + a]
-            found = list(accuracy_matrix.findings(view(demo, rows, picked, labels), {}))
+            found = list(findings.of_experts(view(demo, rows, picked, labels), {}))
             names = {(TASKS[a], TASKS[b]), (TASKS[b], TASKS[a])}
             assert {f.tasks for f in found if f.kind == "exchanged"} == names
             assert all(f.severity == "problem" for f in found if f.kind == "exchanged")
 
 
-def test_another_checkpoint_of_a_task_in_a_tasks_place_is_named(demo: Solving) -> None:
+def test_another_checkpoint_of_a_task_in_a_tasks_place_is_named(demo: Matrix) -> None:
     """As once published: one task pointed at another one's expert."""
     for task, other in itertools.permutations(range(5), 2):
         rows = list(range(6))
         rows[1 + task] = 1 + other
-        found = list(accuracy_matrix.findings(view(demo, rows, torch.arange(64), False), {}))
+        found = list(findings.of_experts(view(demo, rows, torch.arange(64), False), {}))
         assert [f.tasks for f in found] == [(TASKS[task], TASKS[other])]
 
 
@@ -144,7 +144,7 @@ def test_tables_equal_open_clip_image_by_image(
 ) -> None:
     main(["check", *base, "preflight.images=12", "--to", str(tmp_path)])
     found = json.loads((tmp_path / "preflight.json").read_text())
-    images = preflight.choose(load_job(config.load(base)).data, 12, 0)
+    images = preflight.choose(load_job(config.load(base)).data, 12)
     name = f"local-dir:{suite.parent / 'model'}"
     tokenizer, scale = open_clip.get_tokenizer(name), tiny.PREPROCESS
     deltas = {}
@@ -224,10 +224,11 @@ def test_look_changes_nothing_in_a_job(base: list[str]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(method.coefficients, before) and method.coefficients.grad is None
     assert method.training is mode
-    assert report.estimate is not None and report.estimate.steps == 4
+    cost = Estimate(**report["estimate"])
+    assert cost.steps == 4
     weights = sum(t.numel() for t in job.suite.task_vectors.pretrained.values()) * 4
-    assert report.estimate.memory > 5 * weights, "pretrained, two task vectors, W and gradient"
-    assert report.estimate.seconds > 0
+    assert cost.memory > 5 * weights, "pretrained, two task vectors, W and gradient"
+    assert cost.seconds is not None and cost.seconds > 0
 
 
 @dataclasses.dataclass
@@ -267,7 +268,8 @@ def test_activations_are_counted_for_the_images_encoded_together(
 ) -> None:
     def memory(batch_size: int) -> int:
         words = [*base, f"batch_size={batch_size}", f"micro_batch={micro_batch or 'null'}"]
-        return check.look(load_job(config.load([*words, "preflight.images=2"]))).estimate.memory
+        report = check.look(load_job(config.load([*words, "preflight.images=2"])))
+        return int(report["estimate"]["memory"])
 
     small, large = memory(4), memory(8)
     assert large == small if micro_batch else large > small
@@ -295,7 +297,7 @@ def test_a_confused_activation_is_suspected(
 
     words = [demo_suite(tmp_path, use), cache, "preflight.images=16"]
     report = check.look(load_job(config.load(words)))
-    texts = [f.text for f in report.findings if f.kind == "activation"]
+    texts = [f["text"] for f in report["findings"] if f["kind"] == "activation"]
     assert len(texts) == flag
     if flag:
         assert "set model_cfg.quick_gelu to false in the model config at" in texts[0]
@@ -331,7 +333,7 @@ def test_the_other_activation_is_what_open_clip_builds(suite: Path, tmp_path: Pa
     assert with_other_activation(torch.nn.Linear(2, 2)) is None
 
 
-def table(entropies: list[list[float]], right: list[list[float]] | None = None) -> Solving:
+def table(entropies: list[list[float]], right: list[list[float]] | None = None) -> Matrix:
     """Two tasks of ten classes, 20 images that are all alike; rows: pretrained, a, b."""
     values = torch.tensor(entropies, dtype=torch.float64)
     each = tuple(values[:, t, None].expand(-1, 20) for t in range(2))
@@ -340,11 +342,11 @@ def table(entropies: list[list[float]], right: list[list[float]] | None = None) 
         None if right is None else places < torch.tensor([r[t] for r in right])[:, None]
         for t in range(2)
     ]
-    return Solving(("a", "b"), (10, 10), each, torch.ones(3, 2, dtype=torch.float64), tuple(hits))
+    return Matrix(("a", "b"), (10, 10), each, torch.ones(3, 2, dtype=torch.float64), tuple(hits))
 
 
-def kinds(found: Solving) -> list[tuple[str, str, tuple[str, ...]]]:
-    return [(f.severity, f.kind, f.tasks) for f in accuracy_matrix.findings(found, {"a": "a.pt"})]
+def kinds(found: Matrix) -> list[tuple[str, str, tuple[str, ...]]]:
+    return [(f.severity, f.kind, f.tasks) for f in findings.of_experts(found, {"a": "a.pt"})]
 
 
 FINE = [[0.5, 0.5], [0.1, 0.5], [0.5, 0.1]]
@@ -363,7 +365,7 @@ def test_an_expert_that_does_not_lower_the_entropy_is_a_warning() -> None:
     assert kinds(table(FINE)) == []
     assert kinds(table(idle)) == [("warning", "not-below-pretrained", ("a",))]
     assert not kinds(table(idle, [[0.5, 0.5], [0.9, 0.5], [0.5, 0.9]])), "but more are right"
-    (finding,) = accuracy_matrix.findings(table(idle), {"a": "a.pt"})
+    (finding,) = findings.of_experts(table(idle), {"a": "a.pt"})
     assert "(a.pt) is no surer of its own images than the pretrained model" in finding.text
 
 
@@ -417,25 +419,33 @@ def test_a_gpu_that_is_too_small_is_said(base: list[str], monkeypatch: pytest.Mo
     job = load_job(config.load([*base, "preflight.images=2"]))
     monkeypatch.setattr("adamerge.report.estimate.step_loss", too_much)
     report = check.look(job)
-    assert report.estimate is None and "estimated" not in as_markdown(report)
-    (found,) = (f for f in report.problems if f.kind == "memory")
-    assert "two images per task are more than the GPU's memory holds" in found.text
+    assert report["estimate"] is None and "estimated" not in tables.as_markdown(report)
+    (found,) = (f for f in tables.problems(report) if f["kind"] == "memory")
+    assert "two images per task are more than the GPU's memory holds" in found["text"]
 
 
-@pytest.mark.parametrize(("each", "taken"), [(0.01, [4, 16]), (1.0, [3]), (0.1, [4, 16])])
-def test_long_steps_are_extrapolated(each: float, taken: list[int]) -> None:
-    counts = []
+@pytest.mark.parametrize("available", [10**12, 1000])
+def test_a_step_is_taken_where_memory_does(
+    base: list[str], available: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only there: a CPU's memory that does not do ends the process."""
+    taken, step = [], estimates.step_loss
 
-    class Probe:
-        module = type("Module", (), {"micro_batch": None})
+    def counted(method: Any, objective: Any, images: Tensor, *more: Any) -> Any:
+        taken.append(len(images))
+        return step(method, objective, images, *more)
 
-        def step(self, count: int, micro_batch: int | None) -> tuple[int, float]:
-            counts.append(count)
-            return 0, 2 + each * count
-
-    probe: Any = Probe()
-    assert _seconds(probe, 2 + each * 2, 16, True) == pytest.approx(2 + each * 16)
-    assert counts == taken
+    monkeypatch.setattr(estimates, "step_loss", counted)
+    monkeypatch.setattr(estimates, "memory_available", lambda device: available)
+    monkeypatch.setattr(estimates, "_held", lambda module: 0)
+    report = check.look(load_job(config.load([*base, "preflight.images=3"])))
+    wrong, seconds = tables.problems(report), report["estimate"]["seconds"]
+    if available > 1000:
+        assert taken == [2, 4, 8] and seconds > 0 and not wrong
+    else:
+        assert taken == [2, 4] and seconds is None
+        assert "per step" not in tables.as_markdown(report)
+        assert [finding["kind"] for finding in wrong] == ["memory"]
 
 
 def test_the_switch_and_its_mistakes(base: list[str]) -> None:

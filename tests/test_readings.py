@@ -1,4 +1,4 @@
-"""Numbers of logged steps: none waits for the device, none is lost, each under its own step."""
+"""Numbers of logged steps: other steps wait for no device, and each is under its own step."""
 
 from __future__ import annotations
 
@@ -15,64 +15,14 @@ from torch.utils.data import DataLoader
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.clip import Normalizer
-from adamerge.learn import readings
 from adamerge.learn.adaptation import Adaptation
-from adamerge.learn.callbacks import Checkpoints, Progress
+from adamerge.learn.callbacks import Progress
 from adamerge.learn.objectives import Entropy
-from adamerge.learn.readings import Readings
+from adamerge.learn.resume import Checkpoints
 from tests import golden_data as golden
 from tests.test_contract import make
 
 Rows = list[tuple[int | None, dict[str, float]]]
-
-
-class Event:
-    """A copy that is under way until it is waited for, or asked for often enough."""
-
-    def __init__(self, asked: int) -> None:
-        self.left, self.waited = asked, False
-
-    def query(self) -> bool:
-        self.left -= 1
-        return self.waited or self.left < 0
-
-    def synchronize(self) -> None:
-        self.waited = True
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    """A device whose copies arrive two questions late."""
-    events: list[Event] = []
-
-    def send(values: Tensor) -> Any:
-        events.append(Event(2))
-        return values.clone(), events[-1]
-
-    monkeypatch.setattr(readings, "send", send)
-    return events
-
-
-def test_numbers_of_the_cpu_are_there_at_once() -> None:
-    found = Readings()
-    found.add({"lost": 1.0})
-    found.put(3, {"a": torch.tensor(0.1), "b": torch.tensor(0.2, dtype=torch.float64)})
-    found.add({"c": 2.5})
-    assert found.take() == [(3, {"a": torch.tensor(0.1).item(), "b": 0.2, "c": 2.5})]
-    assert found.take(wait=True) == []
-
-
-def test_numbers_on_their_way_keep_their_order_and_step(slow: list[Event]) -> None:
-    found = Readings()
-    for step in (1, 2, 2):
-        found.put(step, {"a": torch.tensor(float(step))}, lambda values: values * 10)
-    found.add({"b": 1.0})
-    assert found.take() == [] and found.take() == []
-    slow[2].waited = True
-    assert found.take() == [(1, {"a": 10.0}), (2, {"a": 20.0, "b": 1.0})]
-    found.put(4, {"a": torch.tensor(0.0)})
-    assert found.take() == []
-    assert found.take(wait=True) == [(4, {"a": 0.0})] and slow[3].waited
 
 
 class Recorder(Logger):
@@ -85,7 +35,7 @@ class Recorder(Logger):
     name = version = "recorder"
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.rows.append((step, {k: v for k, v in metrics.items() if "_per_" not in k}))
+        self.rows.append((step, dict(metrics)))
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """None are given."""
@@ -106,22 +56,32 @@ def batches(count: int) -> list[dict[str, Tensor]]:
     return [dict(zip(golden.TASKS, step, strict=True)) for step in pixels]
 
 
-def fit(adapt: Adaptation, folder: Path, steps: int = 7, **options: Any) -> Rows:
-    """Trains with every callback of a run that logs or saves; what was logged."""
+class StopAfter(pl.Callback):
+    """Ends training after a step, as a signal does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+def fit(adapt: Adaptation, folder: Path, *more: pl.Callback, **options: Any) -> Rows:
+    """Trains for seven steps with the callbacks of a run; what was logged."""
     logger = Recorder()
-    callbacks = [Progress(adapt.log_every, show=False), Checkpoints(folder / "last.ckpt", 4, {})]
     trainer = pl.Trainer(
-        **{"accelerator": "cpu", "max_steps": steps, "logger": logger, "devices": 1} | options,
-        callbacks=callbacks,
+        **{"accelerator": "cpu", "max_steps": 7, "logger": logger, "devices": 1} | options,
+        callbacks=[Progress(), Checkpoints(folder / "last.ckpt", 4, {}), *more],
         log_every_n_steps=adapt.log_every,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(adapt, DataLoader(batches(steps), batch_size=None))
-    last = {k: v for k, v in logger.rows[-1][1].items() if k != "epoch"}
-    for key, value in last.items():
-        assert float(trainer.callback_metrics[key]) == pytest.approx(value)
+    trainer.fit(adapt, DataLoader(batches(7), batch_size=None))
+    last = logger.rows[-1][1]
+    for key, value in trainer.callback_metrics.items():
+        assert last[key] == pytest.approx(float(value))
+    assert {"loss", "gradient_norm"} <= set(trainer.callback_metrics)
     return logger.rows
 
 
@@ -129,49 +89,29 @@ quiet = pytest.mark.filterwarnings("ignore")  # what Lightning warns of, as in a
 
 
 @quiet
-def test_late_numbers_are_those_of_a_device_that_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at_once = fit(module(), tmp_path)
-    assert [step for step, _ in at_once] == [1, 3, 5]
-    assert all(row["loss"] == pytest.approx(3 * row["loss_mean"]) for _, row in at_once)
-    assert all(row["gradient_norm"] > 0 and row["epoch"] == 0 for _, row in at_once)
-    waiting = []
-    save = pl.Trainer.save_checkpoint
-
-    def watched(trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        assert isinstance(trainer.lightning_module, Adaptation)
-        waiting.append(len(trainer.lightning_module._readings._waiting))
-        save(trainer, *args, **kwargs)
-
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", watched)
-    events: list[Event] = []
-
-    def send(values: Tensor) -> Any:
-        events.append(Event(10**6))  # arrives only when it is waited for
-        return values.clone(), events[-1]
-
-    monkeypatch.setattr(readings, "send", send)
-    late = fit(module(), tmp_path)
-    for (step, row), (expected, other) in zip(late, at_once, strict=True):
-        assert step == expected and list(row) == list(other)
-        known = {name: value for name, value in other.items() if name != "peak_memory_mib"}
-        assert {name: row[name] for name in known} == pytest.approx(known, rel=1e-5)
-    assert len(events) == 3 and waiting == [0, 0], "all are handed over before a checkpoint"
+def test_logged_steps_and_no_others(tmp_path: Path) -> None:
+    rows = fit(module(), tmp_path)
+    assert [step for step, _ in rows] == [1, 3, 5]
+    assert all(row["loss"] == pytest.approx(3 * row["loss_mean"]) for _, row in rows)
+    assert all(row["gradient_norm"] > 0 and row["epoch"] == 0 for _, row in rows)
+    assert all(row["images_per_second"] > 0 and row["peak_memory_mib"] > 0 for _, row in rows)
+    stopped = fit(module(), tmp_path, StopAfter(5))
+    assert [step for step, _ in stopped] == [1, 3], "nothing is logged again where it stops"
+    assert [row["loss"] for _, row in stopped] == [row["loss"] for _, row in rows[:2]]
 
 
 @quiet
 def test_a_failure_that_is_read_late_stops_before_a_checkpoint(
-    slow: list[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Adaptation, "_asks_at_once", False)  # as on a GPU
-    adapt = module(every=2)
+    monkeypatch.setattr(Adaptation, "refuse_at_once", False)  # as on a GPU
+    adapt = module(every=100)
     measure = adapt.objective.term
     calls = []
 
     def broken(logits: Tensor) -> Tensor:
         calls.append(1)
-        return measure(logits) * (float("nan") if len(calls) > 3 * len(golden.TASKS) else 1)
+        return measure(logits) * (float("nan") if len(calls) > 2 * len(golden.TASKS) else 1)
 
     adapt.objective.term = broken  # type: ignore[method-assign]
     with pytest.raises(AdamergeError, match="became NaN or infinite by step 4"):
@@ -180,23 +120,34 @@ def test_a_failure_that_is_read_late_stops_before_a_checkpoint(
     assert torch.isfinite(saved["state_dict"]["method.coefficients"]).all()
 
 
+@quiet
+def test_a_logged_step_reads_a_failure_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Adaptation, "refuse_at_once", False)
+    adapt = module(every=3)
+    adapt.objective.term = lambda logits: logits.sum() * float("inf")  # type: ignore[method-assign]
+    with pytest.raises(AdamergeError, match="became NaN or infinite by step 2"):
+        fit(adapt, tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("name", "every"),
+    "name",
     [
-        *(("layer_wise", 1), ("block_wise", 1), ("layer_wise_clamped", 1)),
-        *(("wemoe", 1), ("wemoe_constant", 1), ("surgery", 1), ("surgery_v2", 1)),
+        *("layer_wise", "block_wise", "layer_wise_clamped"),
+        *("wemoe", "wemoe_constant", "surgery", "surgery_v2"),
     ],
 )
-def test_no_step_looks_at_a_value(name: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_looks_at_a_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors without values, whoever asks for one fails: so nothing waits for a device."""
     nothing = contextlib.nullcontext()
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nothing)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     sent = []
-    monkeypatch.setattr(readings, "send", lambda values: (sent.append(values), None))
-    adapt = module(name, every)
-    monkeypatch.setattr(adapt, "hand_over", lambda **_: False)
-    monkeypatch.setattr(adapt, "_average", lambda values: values)
+    adapt = module(name, 1)
+    monkeypatch.setattr(
+        adapt, "_send", lambda numbers: sent.append(torch.stack([*numbers.values()]))
+    )
     adapt.to("meta")
     for batch in batches(2):
         on_device = {task: pixels.to("meta") for task, pixels in batch.items()}
@@ -205,7 +156,7 @@ def test_no_step_looks_at_a_value(name: str, every: int, monkeypatch: pytest.Mon
         optimizer = torch.optim.SGD(adapt.method.parameters(), 0.1)
         adapt.on_before_optimizer_step(optimizer)
         optimizer.step()
-    assert loss.device.type == "meta" and len(sent) == (2 if every == 1 else 0)
+    assert loss.device.type == "meta" and len(sent) == 2
 
 
 def test_a_value_that_is_looked_at_would_be_found() -> None:
@@ -216,14 +167,13 @@ def test_a_value_that_is_looked_at_would_be_found() -> None:
 @quiet
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["layer_wise", "wemoe", "surgery"])
-def test_no_step_on_a_gpu_waits_for_it(name: str, tmp_path: Path) -> None:
+def test_no_step_on_a_gpu_waits_for_it_but_those_that_are_logged(name: str, tmp_path: Path) -> None:
     class Strict(Adaptation):
         def on_train_batch_start(self, *_: Any) -> None:
-            if self.global_step > 1:  # the first steps set things up
+            if self.global_step > 1 and not self._is_logged():  # the first steps set things up
                 torch.cuda.set_sync_debug_mode("error")
 
         def on_train_batch_end(self, *_: Any) -> None:
-            super().on_train_batch_end()
             torch.cuda.set_sync_debug_mode("default")
 
     adapt = module(name)

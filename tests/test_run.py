@@ -588,20 +588,23 @@ def test_what_goes_to_wandb(
         def __init__(self) -> None:
             self.summary: dict[str, Any] = {}
 
-        def log(self, values: dict[str, Any]) -> None:
-            logged.update(values)
-
         def log_artifact(self, artifact: Any) -> None:
             logged["artifact"] = sorted(artifact.manifest.entries)
 
     class Stub:
         experiment = Run()
 
+        def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
+            logged[key] = [dict(zip(columns, row, strict=True)) for row in data]
+
+        def log_image(self, key: str, images: list[str]) -> None:
+            logged[key] = images
+
     results = json.loads((done / "results.json").read_text())
     pictures = {"coefficients": done / "coefficients.png", "accuracy": done / "accuracy.png"}
     tracking.log_results(Stub(), results, pictures, done / "merged")  # type: ignore[arg-type]
     assert set(logged) == {"results", "coefficients", "accuracy", "artifact"}
-    assert len(logged["results"].data) == len(results["rows"])
+    assert logged["results"][-1]["dots"] == results["rows"][-1]["accuracy"]["dots"]
     assert "open_clip_model.safetensors" in logged["artifact"]
     assert Stub.experiment.summary["accuracy/layer_wise"] == results["rows"][-1]["average"]
 

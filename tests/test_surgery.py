@@ -37,8 +37,9 @@ def experts(dtype: torch.dtype = torch.float64) -> Experts:
 
 def make(dtype: torch.dtype = torch.float64, **settings: Any) -> Surgery:
     """With adapters that do something already."""
+    encoder = static(dtype)  # first: what it draws when it is first made is not drawn again
     torch.manual_seed(0)
-    method = Surgery(static(dtype), golden.TASKS, 16, rank=4, **settings)
+    method = Surgery(encoder, golden.TASKS, 16, rank=4, **settings)
     with torch.no_grad():
         for parameter in method.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

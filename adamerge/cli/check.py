@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,12 @@ from adamerge.encoders.architectures import is_known
 from adamerge.encoders.clip import with_other_activation
 from adamerge.encoders.tower import Tower
 from adamerge.learn.blocks import recomputing
-from adamerge.report import accuracy_matrix, preflight, tables
-from adamerge.report.accuracy_matrix import Solving
-from adamerge.report.estimate import Estimate, estimate, of_memory
-from adamerge.report.findings import Finding, of_activation, of_bases, of_directions, of_lengths
-from adamerge.report.preflight import Images
-from adamerge.report.tables import Report
+from adamerge.report import findings, preflight, tables
+from adamerge.report.estimate import Estimate, estimate
+from adamerge.report.findings import Finding
+from adamerge.report.preflight import Images, Matrix
 
 log = logging.getLogger("adamerge")
-
-_FOR_ACTIVATION = 16  # images per task for which the other activation is tried
 
 
 def check(words: Sequence[str], to: Path | None = None) -> int:
@@ -46,11 +42,11 @@ def check(words: Sequence[str], to: Path | None = None) -> int:
     build.check(settings)
     place(settings)
     seed_everything(settings["seed"], verbose=False)
-    report = look(load_job(settings), log.info)
+    report = look(load_job(settings))
     if to is not None:
         tables.write(report, to)
     print(tables.as_markdown(report), end="")
-    return 1 if report.problems else 0
+    return 1 if tables.problems(report) else 0
 
 
 def before_training(job: Job, run_dir: Path) -> None:
@@ -60,78 +56,60 @@ def before_training(job: Job, run_dir: Path) -> None:
     """
     if not job.settings["preflight"]["enabled"]:
         return
-    report = look(job, log.info)
+    report = look(job)
     tables.write(report, run_dir)
-    log.info("%s (%s)", report.summary(), run_dir / tables.FILES[1])
-    for finding in report.findings:
-        log.warning("%s: %s", finding.severity, finding.text)
-    if report.estimate is not None:
-        log.info("%s", report.estimate.text())
+    log.info("%s (%s)", tables.summary(report), run_dir / tables.FILES[1])
+    for finding in report["findings"]:
+        log.warning("%s: %s", finding["severity"], finding["text"])
+    if report["estimate"] is not None:
+        log.info("%s", Estimate(**report["estimate"]).text())
 
 
-def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
-    """All measurements and verdicts of a job, on a few unlabeled images per task."""
+def look(job: Job) -> dict[str, Any]:
+    """All measurements of a job on a few unlabeled images per task, and what they say."""
     settings, suite = job.settings, job.suite
-    device = run_device(settings["trainer"])
-    images = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
-    vectors, files = suite.task_vectors, preflight.sources(suite.files)
-    products = torch.tensor(
-        job.kept("preflight")("products", lambda: preflight.gram(vectors).tolist()),
-        dtype=torch.float64,
-    )
-    cosines, norms = preflight.cosines(products), products.diagonal().sqrt()
-    normalizer = inputs.normalizer(suite.clip)
+    device, normalizer = run_device(settings["trainer"]), inputs.normalizer(suite.clip)
+    images = preflight.choose(job.data, settings["preflight"]["images"])
+    vectors, files = suite.task_vectors, {n: file["path"] for n, file in suite.files.items()}
+    kept = job.kept("preflight")("gram", lambda: preflight.gram(vectors).tolist())
+    products = torch.tensor(kept, dtype=torch.float64)
+    norms, cosines = products[0].diagonal().sqrt(), preflight.cosines(products[0, 1:, 1:])
     kept = job.kept("preflight", preflight.key(images, suite.heads, normalizer, device))
-
-    def measure() -> dict[str, Any]:
-        tower = Tower(suite.clip.backbone)
-        given = (suite.heads, normalizer, images, device, say)
-        return preflight.measure(tower, vectors, *given).as_lists()
-
+    models = (Tower(suite.clip.backbone), vectors, suite.heads, normalizer)
     with isolate_rng():
-        solved = Solving.from_lists(kept("solving", measure))
-        doubts = list(_of_activation(job, images, solved, device, kept))
+        matrix = Matrix(**kept("solving", lambda: preflight.measure(*models, images, device)))
+        doubts = list(_of_activation(job, images, matrix, device, kept))
         cost = _estimate(job, images, device)
-    squares = [float(tensor.double().square().sum()) for tensor in vectors.pretrained.values()]
-    length = sum(squares) ** 0.5
-    findings = [
-        *of_bases(vectors.tasks, norms / length, preflight.likeness(vectors)),
-        *of_directions(vectors.tasks, cosines),
-        *accuracy_matrix.findings(solved, files),
+    model = {
+        "layers": len(vectors.names),
+        "parameters": vectors.numel(),
+        "dtype": str(vectors.pretrained[vectors.names[0]].dtype).removeprefix("torch."),
+        "promoted": vectors.promoted,
+    }
+    all_findings = [
+        *findings.of_bases(vectors.tasks, norms[1:] / norms[0], preflight.likeness(products)),
+        *findings.of_directions(vectors.tasks, cosines),
+        *findings.of_experts(matrix, files),
         *doubts,
-        *of_lengths(vectors.tasks, norms),
-        *of_memory(cost),
+        *findings.of_lengths(vectors.tasks, norms[1:]),
+        *findings.of_memory(cost),
     ]
-    return Report(
-        suite=settings["suite"]["name"],
-        images={task: len(pixels) for task, pixels in images.pixels.items()},
-        model={
-            "layers": len(vectors.names),
-            "parameters": vectors.numel(),
-            "dtype": str(vectors.pretrained[vectors.names[0]].dtype).removeprefix("torch."),
-            "promoted": vectors.promoted,
-        },
-        files=suite.files,
-        norms=norms,
-        pretrained_norm=length,
-        cosines=cosines,
-        solving=solved,
-        findings=sorted(findings, key=lambda finding: finding.severity != "problem"),
-        estimate=cost,
-    )
+    counts = {task: len(pixels) for task, pixels in images.pixels.items()}
+    name = settings["suite"]["name"]
+    return tables.as_json(name, counts, model, suite.files, products, matrix, all_findings, cost)
 
 
 def _of_activation(
-    job: Job, images: Images, own: Solving, device: torch.device, kept: Kept
+    job: Job, images: Images, matrix: Matrix, device: torch.device, kept: Kept
 ) -> Iterator[Finding]:
     suite = job.suite
     other = with_other_activation(suite.clip.backbone)
     if other is None:
         return
-    few, normalizer = images.first(_FOR_ACTIVATION), inputs.normalizer(suite.clip)
-    given = (other, suite.task_vectors, suite.heads, normalizer, few, own, device)
-    change = kept("activation", lambda: preflight.activation_change(*given).tolist())
-    yield from of_activation(torch.tensor(change, dtype=torch.float64), _mend(job))
+    normalizer = inputs.normalizer(suite.clip)
+    given = (other, suite.task_vectors, suite.heads, normalizer, images, matrix, device)
+    change = kept("activation", lambda: preflight.activation_change(*given))
+    yield from findings.of_activation(torch.tensor(change, dtype=torch.float64), _mend(job))
 
 
 def _mend(job: Job) -> str:

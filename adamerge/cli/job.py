@@ -8,8 +8,8 @@ from adamerge.config import build, inputs
 from adamerge.config.fingerprint import fingerprint
 from adamerge.config.inputs import Inputs
 from adamerge.config.settings import Config
+from adamerge.export import folds
 from adamerge.learn.adaptation import Adaptation
-from adamerge.report import folds
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from adamerge.config.device import run_device
 from adamerge.config.inputs import Inputs
 from adamerge.encoders.experts import Experts
 from adamerge.encoders.tower import Tower
-from adamerge.export import load, read, write
+from adamerge.export import folds, load, read, write
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Taught
 from adamerge.learn.resume import CHECKPOINT, check_fingerprint, read_checkpoint
 from adamerge.methods.base import folds_of
-from adamerge.report import advice, evaluation, folds, pictures, preflight, tracking
+from adamerge.report import advice, evaluation, pictures, preflight, tracking
 from adamerge.report.evaluation import Row
 from adamerge.report.result_files import as_json, read_results, write_results
 
@@ -40,7 +40,7 @@ SIGNS = "signs.json"  # in a run's folder
 def look(job: Job, encoder: torch.nn.Module) -> advice.Signs:
     """Label-free signs of an encoder, on the images that the pre-flight looks at."""
     settings, suite, device = job.settings, job.suite, run_device(job.settings["trainer"])
-    chosen = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
+    chosen = preflight.choose(job.data, settings["preflight"]["images"])
     normalizer, heads = inputs.normalizer(suite.clip).to(device), suite.heads.to(device)
     images = {task: normalizer(pixels.to(device)) for task, pixels in chosen.pixels.items()}
     teacher = Experts(suite.clip.backbone, suite.task_vectors)
@@ -97,7 +97,7 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     rows = score(job, folded, name)
     if job.scorer(device).measures:
         found = folds.statistics(method, job.data, normalizer, device, size)
-        rows += folds.rows(method, name, found, job.scorer(device))
+        rows += evaluation.fold_rows(method, name, found, job.scorer(device))
     results = _results(job, rows, name) | _exported(job)
     results |= _signs(job, folded, run_dir)
     table = write_results(results, run_dir)
@@ -106,10 +106,10 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
         drawn["accuracy"] = run_dir / "accuracy.png"
         pictures.save(pictures.accuracy_figure(results), drawn["accuracy"])
     done = export_merged(job, run_dir / "merged", results, table, found)
-    artifact = done.folder if job.settings["wandb"]["artifact"] else None
+    artifact = run_dir / "merged" if job.settings["wandb"]["artifact"] else None
     tracking.log_results(wandb, results, drawn, artifact)
     print(f"\n{table}")
-    _say_exported(done)
+    _say_exported(run_dir / "merged", done)
 
 
 def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
@@ -140,7 +140,6 @@ def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
             Tower(job.suite.clip.backbone),
             job.suite.task_vectors,
             job.settings["evaluate"]["oracle"],
-            lambda what: log.info("scoring: %s", what),
             kept,
         )
         log.info("baselines are kept in %s", kept.path)
@@ -162,7 +161,7 @@ def _exported(job: Job) -> dict[str, str]:
 
 def export_merged(
     job: Job, folder: Path, results: dict[str, Any], table: str, found: Any = None
-) -> write.Exported:
+) -> dict[str, Any]:
     """Writes the merged folder with its provenance; features are compared on real images.
 
     Args:
@@ -203,9 +202,10 @@ def _images(data: TaskData) -> dict[str, dict[str, Any]]:
     }
 
 
-def _say_exported(done: write.Exported) -> None:
-    print(f"merged model: {done.folder} ({done.kind}, {done.bytes:,} bytes of weights)")
-    print(f"largest relative difference after reloading: {done.difference:.1e}")
+def _say_exported(folder: Path, record: Mapping[str, Any]) -> None:
+    size, difference = sum(record["bytes"].values()), record["largest_relative_difference"]
+    print(f"merged model: {folder} ({record['kind']}, {size:,} bytes of weights)")
+    print(f"largest relative difference after reloading: {difference:.1e}")
 
 
 def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) -> int:
@@ -218,7 +218,8 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     job.module.load_state_dict(saved["state_dict"])
     found, which = run_dir / "results.json", _exported(job)
     results, table = read_results(found, which) if found.is_file() else ({}, "")
-    _say_exported(export_merged(job, folder or run_dir / "merged", results, table))
+    folder = folder or run_dir / "merged"
+    _say_exported(folder, export_merged(job, folder, results, table))
     return 0
 
 

@@ -27,8 +27,15 @@ from adamerge.config.settings import Config
 from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
 from adamerge.learn.blocks import compiled, recomputing
-from adamerge.learn.callbacks import Checkpoints, Progress, Sharding, StopOnSignal, Watch
-from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, check_fingerprint, read_checkpoint
+from adamerge.learn.callbacks import Progress, Sharding, StopOnSignal, Watch
+from adamerge.learn.features import online_steps
+from adamerge.learn.resume import (
+    CHECKPOINT,
+    CheckpointFiles,
+    Checkpoints,
+    check_fingerprint,
+    read_checkpoint,
+)
 from adamerge.report import tables, tracking
 from adamerge.report.tracking import is_main_process
 
@@ -85,7 +92,8 @@ def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
         _finish(job, run_dir, wandb)
     else:
         log.info("stopped; go on with: python train.py resume=%s", run_dir)
-    tracking.finish(wandb)
+    if wandb is not None:
+        wandb.experiment.finish()
     return 0 if stopped_by is None else 128 + stopped_by
 
 
@@ -108,17 +116,17 @@ def _prepare(job: Job) -> None:
     settings, trainer = job.settings, job.settings["trainer"]
     device = run_device(trainer)
     if settings["online"]:
-        trainer["max_steps"] = precomputed.steps_online(job.data)
+        trainer["max_steps"] = online_steps(job.data.batches().streams)
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
     if steps == 0:
         return
     folder = inputs.cache_root(settings) / "features"
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
-    made = precomputed.Stores(
+    store = precomputed.Store(
         job.module, job.data, job.suite.files, shape, folder, device, steps, ranks(trainer)
     )
-    precomputed.prepare(made, settings["store"], settings["online"])
-    drawn = not (settings["store"] and precomputed.stores_features(job.module))
+    precomputed.prepare(store, settings["store"], settings["online"])
+    drawn = not (settings["store"] and precomputed.learns_on_features(job.module))
     if settings["images_on_device"] and drawn:
         refuse_too_large(job.data.held(device), device, memory_available(device))
         job.data.on_device = True
@@ -214,25 +222,25 @@ def _fit(
     settings, every = job.settings, job.settings["log_every"]
     stop = StopOnSignal(every)
 
-    def look(_: int) -> dict[str, float]:
+    def measure() -> dict[str, float]:
         tracking.log_pictures(wandb, results.draw_coefficients(job, run_dir))
-        found = job.scorer(job.module.device).accuracy(job.module.method.fold())
-        return {f"accuracy/{task}": value for task, value in found.items()}
+        scores = job.scorer(job.module.device).accuracy(job.module.method.fold())
+        return {f"accuracy/{task}": value for task, value in scores.items()}
 
     checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())
     trainer = _trainer(
         settings,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
-            Progress(every),
-            Watch(settings["eval_every"], look),
+            Progress(),
+            Watch(settings["eval_every"], measure),
             stop,
             checkpoints,
             *([Sharding()] if settings["task_vectors"]["shard"] else []),
         ],
         plugins=[CheckpointFiles()],
         log_every_n_steps=every,
-        default_root_dir=run_dir,
+        default_root_dir=os.devnull,  # where it looks for SLURM's checkpoints, taking :: for a URL
     )
     if step and 0 <= trainer.max_steps <= step:
         log.info("step %d of %d is reached already", step, trainer.max_steps)

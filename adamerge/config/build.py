@@ -21,7 +21,7 @@ from adamerge.config.suite_files import entries
 from adamerge.encoders.architectures import architecture_names
 from adamerge.images.sources import data_problems
 from adamerge.learn.adaptation import Adaptation
-from adamerge.learn.blocks import refuse_compiling, refuse_recomputing
+from adamerge.learn.blocks import refuse_inside
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
 from adamerge.methods.base import MergeMethod, tracing
@@ -216,10 +216,9 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
             f"task_vectors.shard looks for them in {type(method).__name__}.task_vectors, which is "
             "not there: keep them under that name, or set task_vectors.shard=false"
         )
-    if config["compile"]:
-        refuse_compiling(method)
-    if config["recompute"]:
-        refuse_recomputing(method)
+    for setting in ("compile", "recompute"):
+        if config[setting]:
+            refuse_inside(method, setting)
     shapes = dict.fromkeys(tuple(parameter.shape) for parameter in method.parameters())
     if refused := _trial(config, shapes):
         raise AdamergeError(

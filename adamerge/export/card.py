@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adamerge.encoders.heads import Heads
+from adamerge.export.folds import IMAGES
 from adamerge.export.read import ADAPTERS, HEADS, OWN_WEIGHTS, task_folder
 
 _WHAT = {
@@ -27,6 +28,8 @@ def card(record: Mapping[str, Any], heads: Heads, table: str) -> str:
     """
     kind, method, tasks = record["kind"], record.get("method", ""), ", ".join(heads.tasks)
     library = "adamerge" if kind == "dynamic" else "open_clip"
+    compared = "trained" if record.get("fold_is_exact", True) else "folded"
+    files = "\n".join(f"| `{name}` | {size:,} |" for name, size in record["bytes"].items())
     title = f"{record.get('suite', 'merged')}: {len(heads.tasks)} experts merged by {method}"
     return f"""---
 library_name: {library}
@@ -55,10 +58,11 @@ settings, inputs and versions; `coefficients.csv`, where there is one, the mergi
 
 | file | bytes |
 |---|--:|
-{_bytes(record["bytes"])}
+{files}
+| all | {sum(record["bytes"].values()):,} |
 
 {table}
-Features read back from this folder differ from {_compared(record)} by at most
+Features read back from this folder differ from the {compared} model's by at most
 {record["largest_relative_difference"]:.1e} of their norm.
 """
 
@@ -73,15 +77,10 @@ def _folded(record: Mapping[str, Any]) -> str:
     )
 
 
-def _compared(record: Mapping[str, Any]) -> str:
-    return "the trained model's" if record.get("fold_is_exact", True) else "the folded model's"
-
-
 def _elsewhere(record: Mapping[str, Any], heads: Heads) -> str:
     """How, or why not, open_clip alone reads the folder."""
-    kind = record["kind"]
-    if kind == "adapters" and record.get("base") != "static":
-        kind = str(record["base"])
+    kind, base = record["kind"], record.get("base", "static")
+    kind = kind if base == "static" else base
     place = f"./{task_folder(heads.tasks[0])}" if kind == "per_task" else "."
     code = f"""```python
 import open_clip
@@ -90,10 +89,8 @@ model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{place}"
 tokenizer = open_clip.get_tokenizer("local-dir:{place}")
 ```"""
     if kind == "per_task":
-        return (
-            "The folder of every task is a whole CLIP that open_clip loads, with the pretrained "
-            f"text tower:\n\n{code}"
-        )
+        what = "The folder of every task is a whole CLIP that open_clip loads, with the pretrained"
+        return f"{what} text tower:\n\n{code}"
     if kind == "dynamic":
         return (
             f"open_clip has no such tower and does not load this folder. `{OWN_WEIGHTS}` holds\n"
@@ -105,15 +102,5 @@ tokenizer = open_clip.get_tokenizer("local-dir:{place}")
             f"open_clip loads the encoder without the adapters of `{ADAPTERS}`, which gives\n"
             f"the merge before they were learned:\n\n{code}"
         )
-    return (
-        f"open_clip loads this folder like any other; the text tower is the pretrained one:\n\n"
-        f"{code}"
-    )
-
-
-def _bytes(files: Mapping[str, int]) -> str:
-    lines = [f"| `{name}` | {size:,} |" for name, size in files.items()]
-    return "\n".join([*lines, f"| all | {sum(files.values()):,} |"])
-
-
-IMAGES = 512  # per task, at most, that a fold looks at
+    what = "open_clip loads this folder like any other; the text tower is the pretrained one"
+    return f"{what}:\n\n{code}"

@@ -46,12 +46,18 @@ def write_encoder(folder: Path, encoder: nn.Module, clip: Clip, tasks: tuple[str
         AdamergeError: an encoder of none of these kinds.
     """
     if isinstance(encoder, FoldedEncoder):
-        _write_static(folder, encoder, clip)
+        state = clip.model.state_dict()
+        state |= {
+            f"visual.{name}": tensor for name, tensor in encoder.backbone.state_dict().items()
+        }
+        write_open_clip(folder, state, clip)
         return Layout("static", tasks)
-    if isinstance(encoder, PerTaskEncoder):
-        for task, own in zip(encoder.tasks, encoder.encoders, strict=True):
+    if isinstance(encoder, PerTaskEncoder) and all(
+        isinstance(static, FoldedEncoder) for static in encoder.encoders
+    ):
+        for task, static in zip(encoder.tasks, encoder.encoders, strict=True):
             (folder / task_folder(task)).mkdir()
-            _write_static(folder / task_folder(task), own, clip)
+            write_encoder(folder / task_folder(task), static, clip, tasks)
         return Layout("per_task", tasks)
     if isinstance(encoder, DynamicEncoder):
         write_safetensors(folder / OWN_WEIGHTS, encoder.state())
@@ -61,30 +67,14 @@ def write_encoder(folder: Path, encoder: nn.Module, clip: Clip, tasks: tuple[str
         base = write_encoder(folder, encoder.encoder, clip, tasks)
         adapters = {
             f"{task_folder(task)}/{place}/{name}": tensor
-            for task, own in zip(encoder.tasks, encoder.by_task, strict=True)
-            for place, adapter in enumerate(cast(Any, own))
+            for task, by_place in zip(encoder.tasks, encoder.by_task, strict=True)
+            for place, adapter in enumerate(cast(Any, by_place))
             for name, tensor in (("down", adapter.down), ("up", adapter.up))
         }
         notes = {"activation": encoder.activation, "tasks": encoder.tasks}
         write_safetensors(folder / ADAPTERS, adapters, ("adapters", json.dumps(notes)))
         return Layout("adapters", tasks, base.kind)
-    raise _unknown(encoder)
-
-
-def _write_static(folder: Path, encoder: nn.Module, clip: Clip) -> None:
-    if not isinstance(encoder, FoldedEncoder):
-        raise _unknown(encoder)
-    state = {
-        name: tensor
-        for name, tensor in clip.model.state_dict().items()
-        if not name.startswith("visual.")
-    }
-    state |= {f"visual.{name}": tensor for name, tensor in encoder.backbone.state_dict().items()}
-    write_open_clip(folder, state, clip)
-
-
-def _unknown(encoder: nn.Module) -> AdamergeError:
-    return AdamergeError(
+    raise AdamergeError(
         f"a {type(encoder).__name__} cannot be exported: expected a fold that is a FoldedEncoder, "
         "PerTaskEncoder, DynamicEncoder, or AdaptedEncoder on one of these"
     )
@@ -142,12 +132,11 @@ def verify(
         difference = max(difference, _relative(encoder(part, ids), target))
         _check_preprocessing(config["preprocess_cfg"], clip)
         if (place / CONFIG).is_file():
-            model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{place}")
-            bare = encoder.encoder if isinstance(encoder, AdaptedEncoder) else None
-            target = target if bare is None else bare(part, ids)
-            features = cast(Any, model.eval()).encode_image(part, normalize=False)
+            model: Any = open_clip.create_model_and_transforms(f"local-dir:{place}")[0]
+            target = encoder.encoder(part, ids) if isinstance(encoder, AdaptedEncoder) else target
+            features = model.eval().encode_image(part, normalize=False)
             difference = max(difference, _relative(features, target))
-            _check_preprocessing(cast(Any, model.visual).preprocess_cfg, clip)
+            _check_preprocessing(model.visual.preprocess_cfg, clip)
     if not difference <= TOLERANCE:
         raise AdamergeError(
             f"export: features of the written model differ from the trained one by "
@@ -171,19 +160,16 @@ def _parts(
 def _relative(features: Tensor, wanted: Tensor) -> float:
     """Infinity, not nan, where a feature is not finite."""
     norms = wanted.norm(dim=1).clamp_min(torch.finfo(wanted.dtype).tiny)
-    found = ((features - wanted).norm(dim=1) / norms).nan_to_num(float("inf"))
-    return float(found.max()) if len(found) else 0.0
+    ratios = ((features - wanted).norm(dim=1) / norms).nan_to_num(float("inf"))
+    return float(ratios.max()) if len(ratios) else 0.0
 
 
-def _check_preprocessing(theirs: Mapping[str, Any], clip: Clip) -> None:
-    theirs = dataclasses.asdict(open_clip.transform.PreprocessCfg(**theirs))
-    for key, value in dataclasses.asdict(clip.preprocess_cfg).items():
-        if _listed(theirs.get(key)) != _listed(value):
+def _check_preprocessing(written: Mapping[str, Any], clip: Clip) -> None:
+    both = (open_clip.transform.PreprocessCfg(**written), clip.preprocess_cfg)
+    theirs, ours = (json.loads(json.dumps(dataclasses.asdict(cfg))) for cfg in both)  # no tuples
+    for key, value in ours.items():
+        if theirs.get(key) != value:
             raise AdamergeError(
                 f"export: preprocessing of the written model has {key} = {theirs.get(key)}, "
                 f"expected {value}: nothing was exported"
             )
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -92,13 +92,13 @@ class Merged:
                 f"task {task!r} is not in this model{nearest(str(task), self.tasks)}: expected "
                 f"{' or '.join(self.tasks)}"
             )
-        device, found = self.heads.weight(task).device, []
+        device, parts = self.heads.weight(task).device, []
         for batch in self._batches(images, batch_size):
             ids = torch.full((len(batch),), self.tasks.index(task))
             batch = batch.to(device)
             batch = self.normalizer(batch) if batch.dtype == torch.uint8 else batch.float()
-            found.append(self.heads.logits(self.encoder(batch, ids), task).softmax(1).cpu())
-        return torch.cat(found) if found else torch.empty(0, len(self.heads.classes[task]))
+            parts.append(self.heads.logits(self.encoder(batch, ids), task).softmax(1).cpu())
+        return torch.cat(parts) if parts else torch.empty(0, len(self.heads.classes[task]))
 
     def _batches(self, images: Images, size: int) -> Iterator[Tensor]:
         if isinstance(images, Tensor):
@@ -135,23 +135,16 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Merged:
     layout = read_layout(where)
     check_files(where, layout)
     encoder, config = read_encoder(where, layout)
-    heads = read_heads(where)
-    layout = layout.of(heads.tasks, where)
+    heads = read_heads(where, layout)
+    tasks = layout.tasks or heads.tasks
     cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
-    size = (cfg.size, cfg.size) if isinstance(cfg.size, int) else tuple(cfg.size)
-    cfg.size = cfg.size if isinstance(cfg.size, int) else (size[0], size[1])
-    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
-    merged = Merged(
-        encoder,
-        heads,
-        layout.tasks,
-        cast(Callable[[Image.Image], Tensor], transform),
-        Normalizer(cfg.mean, cfg.std),
-        (size[0], size[1]),
-        layout.kind,
-        layout.record,
-    )
-    return merged.to(device)
+    height, width = (cfg.size, cfg.size) if isinstance(cfg.size, int) else cfg.size
+    cfg.size = cfg.size if isinstance(cfg.size, int) else (height, width)  # not a list
+    preprocess = cast(Any, open_clip.transform.image_transform_v2(cfg, is_train=False))
+    normalizer, size = Normalizer(cfg.mean, cfg.std), (height, width)
+    return Merged(
+        encoder, heads, tasks, preprocess, normalizer, size, layout.kind, layout.record
+    ).to(device)
 
 
 def for_tasks(encoder: nn.Module, layout: Layout, tasks: Sequence[str]) -> nn.Module:

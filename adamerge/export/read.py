@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -50,19 +50,6 @@ class Layout:
         """Whether the encoder asks for the task of an image."""
         return self.kind in ("per_task", "adapters")
 
-    def of(self, tasks: tuple[str, ...], folder: Path) -> Layout:
-        """With the tasks of the heads.
-
-        Raises:
-            AdamergeError: they are not those of the encoder.
-        """
-        if self.tasks and set(self.tasks) != set(tasks):
-            raise AdamergeError(
-                f"{folder / HEADS} has heads for {', '.join(tasks)}, {RECORD} names "
-                f"{', '.join(self.tasks)}: files of different exports are mixed; export it again"
-            )
-        return dataclasses.replace(self, tasks=self.tasks or tasks)
-
 
 def find_export(folder: Path) -> Path:
     """The exported folder: `folder`, or that of a run.
@@ -70,13 +57,13 @@ def find_export(folder: Path) -> Path:
     Raises:
         AdamergeError: there is none.
     """
-    found = folder / "merged" if (folder / "config.yaml").is_file() else folder
-    if not any((found / name).is_file() for name in (RECORD, CONFIG)):
+    place = folder / "merged" if (folder / "config.yaml").is_file() else folder
+    if not any((place / name).is_file() for name in (RECORD, CONFIG)):
         raise AdamergeError(
-            f"{found} is no exported model (no {RECORD} or {CONFIG}): give a finished run or a "
+            f"{place} is no exported model (no {RECORD} or {CONFIG}): give a finished run or a "
             "folder that `adamerge export` wrote"
         )
-    return found
+    return place
 
 
 def read_layout(folder: Path) -> Layout:
@@ -89,8 +76,8 @@ def read_layout(folder: Path) -> Layout:
         return Layout()
     record = _json(folder / RECORD)
     kind, base, tasks = record.get("kind", "static"), record.get("base"), record.get("tasks", [])
-    for key, value in (("kind", kind), ("base", base)):
-        if value not in KINDS and not (key == "base" and value is None):
+    for key, value in (("kind", kind), ("base", base or "static")):
+        if value not in KINDS:
             raise AdamergeError(
                 f"{folder / RECORD}: {key} is {value!r}, which this version of adamerge does not "
                 f"know (expected {', '.join(KINDS)}): the folder was made by a newer one; install "
@@ -132,13 +119,8 @@ def read_encoder(folder: Path, layout: Layout) -> tuple[nn.Module, dict[str, Any
         encoders = {task: encoder for task, (encoder, _) in read.items()}
         return PerTaskEncoder(encoders), next(iter(read.values()))[1]
     if layout.kind == "dynamic":
-        config = _config(folder / OWN_CONFIG)
         weights, _ = _tensors(folder / OWN_WEIGHTS)
-        tower = Tower(build_backbone(config, str(folder)))
-        try:
-            return DynamicEncoder(tower, weights), config
-        except (RuntimeError, KeyError, ValueError, IndexError) as error:
-            raise _misfit(folder / OWN_WEIGHTS, OWN_CONFIG, error) from error
+        return _built(folder, OWN_CONFIG, OWN_WEIGHTS, lambda tower: DynamicEncoder(tower, weights))
     if layout.kind == "adapters":
         base = dataclasses.replace(layout, kind=layout.base or "static", base=None)
         encoder, config = read_encoder(folder, base)
@@ -146,18 +128,24 @@ def read_encoder(folder: Path, layout: Layout) -> tuple[nn.Module, dict[str, Any
     return _static(folder)
 
 
-def read_heads(folder: Path) -> Heads:
-    """The classifiers of an exported folder, in the order of its tasks.
+def read_heads(folder: Path, layout: Layout) -> Heads:
+    """The classifiers of an exported folder, held against its tasks.
 
     Raises:
-        AdamergeError: the file is missing or damaged.
+        AdamergeError: the file is missing or damaged, or has heads of other tasks.
     """
     weights, notes = _tensors(folder / HEADS)
     try:
         classes = dict(parse_json(notes["classes"]))
-        return Heads({task: weights[task] for task in classes}, classes)
+        heads = Heads({task: weights[task] for task in classes}, classes)
     except (KeyError, ValueError, TypeError) as error:
         raise _damaged(folder / HEADS, f"class names or heads are missing: {error}") from error
+    if layout.tasks and set(layout.tasks) != set(heads.tasks):
+        raise AdamergeError(
+            f"{folder / HEADS} has heads for {', '.join(heads.tasks)}, {RECORD} names "
+            f"{', '.join(layout.tasks)}: files of different exports are mixed; export it again"
+        )
+    return heads
 
 
 def task_folder(task: str) -> str:
@@ -166,14 +154,26 @@ def task_folder(task: str) -> str:
     return name.replace(".", "%2E") if not name.strip(". ") else name
 
 
-def _static(folder: Path) -> tuple[FoldedEncoder, dict[str, Any]]:
-    config = _config(folder / CONFIG)
+def _static(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     weights, _ = _tensors(folder / WEIGHTS, "visual.")
-    tower = Tower(build_backbone(config, str(folder)))
+    weights = within(weights, "visual.")
+    return _built(folder, CONFIG, WEIGHTS, lambda tower: FoldedEncoder(tower, weights))
+
+
+def _built(
+    folder: Path, config: str, weights: str, build: Callable[[Tower], nn.Module]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """An encoder on the tower of a config, and the config."""
+    known = _config(folder / config)
+    tower = Tower(build_backbone(known, str(folder)))
     try:
-        return FoldedEncoder(tower, within(weights, "visual.")), config
-    except RuntimeError as error:
-        raise _misfit(folder / WEIGHTS, CONFIG, error) from error
+        return build(tower), known
+    except (RuntimeError, KeyError, ValueError, IndexError) as error:
+        raise AdamergeError(
+            f"{folder / weights} does not hold the encoder of {config} "
+            f"({' '.join(str(error).split())[:200]}): files of different exports are mixed; copy "
+            "or export the folder again"
+        ) from error
 
 
 def _adapted(path: Path, encoder: nn.Module, tasks: tuple[str, ...]) -> AdaptedEncoder:
@@ -181,10 +181,10 @@ def _adapted(path: Path, encoder: nn.Module, tasks: tuple[str, ...]) -> AdaptedE
     try:
         adapters = {}
         for task in tasks:
-            own = within(tensors, f"{task_folder(task)}/")
-            places = range(len(own) // 2)
-            adapters[task] = [(own[f"{place}/down"], own[f"{place}/up"]) for place in places]
-        if len({len(own) for own in adapters.values()}) != 1 or not next(iter(adapters.values())):
+            parts = within(tensors, f"{task_folder(task)}/")
+            places = range(len(parts) // 2)
+            adapters[task] = [(parts[f"{place}/down"], parts[f"{place}/up"]) for place in places]
+        if len(set(map(len, adapters.values()))) != 1 or not adapters[tasks[0]]:
             raise KeyError("an adapter")
         return AdaptedEncoder(encoder, adapters, parse_json(notes["adapters"])["activation"])
     except (KeyError, ValueError, TypeError) as error:
@@ -228,11 +228,4 @@ def _missing(path: Path) -> AdamergeError:
 def _damaged(path: Path, reason: str) -> AdamergeError:
     return AdamergeError(
         f"{path} is damaged ({' '.join(reason.split())[:200]}): copy it again, or export it again"
-    )
-
-
-def _misfit(path: Path, config: str, error: Exception) -> AdamergeError:
-    return AdamergeError(
-        f"{path} does not hold the encoder of {config} ({' '.join(str(error).split())[:200]}): "
-        "files of different exports are mixed; copy or export the folder again"
     )

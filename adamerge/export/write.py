@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import platform
 import shutil
@@ -22,26 +21,10 @@ from adamerge.encoders.clip import Clip
 from adamerge.encoders.heads import Heads
 from adamerge.export.card import card
 from adamerge.export.kinds import Encode, verify, write_encoder, write_safetensors
-from adamerge.export.read import HEADS, RECORD, Layout
+from adamerge.export.read import HEADS, RECORD
 from adamerge.methods.base import MergeMethod
 
 _PACKAGES = ("adamerge", "torch", "lightning", "open_clip_torch", "datasets", "torchmetrics")
-
-
-@dataclasses.dataclass
-class Exported:
-    """What was written.
-
-    Attributes:
-        difference: the largest relative difference of features found on reading it again.
-        kind: see `read.Layout`.
-        bytes: of all files of weights.
-    """
-
-    folder: Path
-    difference: float
-    kind: str
-    bytes: int
 
 
 def export(
@@ -54,8 +37,8 @@ def export(
     provenance: Mapping[str, Any],
     table: str = "",
     method: MergeMethod | None = None,
-) -> Exported:
-    """Writes the merged model, reads it back, and compares features.
+) -> dict[str, Any]:
+    """Writes the merged model, reads it back, and compares features; returns its `merge.json`.
 
     The folder appears only when all of it is written and verified; one that stood there before
     stays as it was until then.
@@ -89,25 +72,22 @@ def export(
         difference = verify(temporary, layout, wanted, clip, *samples)
         if method is not None:
             write_coefficients(temporary / "coefficients.csv", method, heads.tasks)
-        record = _record(temporary, layout, provenance, difference)
+        files = {
+            file.relative_to(temporary).as_posix(): file
+            for file in sorted(temporary.rglob("*.safetensors"))
+        }
+        record = {
+            "kind": layout.kind,
+            **({"base": layout.base} if layout.base else {}),
+            "tasks": list(layout.tasks),
+            "bytes": {name: file.stat().st_size for name, file in files.items()},
+            "sha256": {name: sha256(file) for name, file in files.items()},
+            **provenance,
+            "largest_relative_difference": difference,
+        }
         (temporary / RECORD).write_text(json.dumps(record, indent=2))
         (temporary / "README.md").write_text(card(record, heads, table))
-    return Exported(folder, difference, layout.kind, sum(record["bytes"].values()))
-
-
-def _record(
-    folder: Path, layout: Layout, provenance: Mapping[str, Any], difference: float
-) -> dict[str, Any]:
-    files = sorted(folder.rglob("*.safetensors"))
-    return {
-        "kind": layout.kind,
-        **({"base": layout.base} if layout.base else {}),
-        "tasks": list(layout.tasks),
-        "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
-        "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
-        **provenance,
-        "largest_relative_difference": difference,
-    }
+    return record
 
 
 def write_coefficients(path: Path, method: MergeMethod, tasks: tuple[str, ...]) -> None:
@@ -130,15 +110,11 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "unknown"
-    found: dict[str, Any] = {
-        "versions": versions,
-        "python": platform.python_version(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    known = {"versions": versions, "python": platform.python_version(), "time": time}
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(root), "rev-parse", "HEAD"]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode == 0:
-            found["git_commit"] = answer.stdout.strip()
-    return found
+        known |= {"git_commit": answer.stdout.strip()} if answer.returncode == 0 else {}
+    return known

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +19,6 @@ from adamerge.encoders.heads import Heads
 from adamerge.learn.graphs import ReplayedSteps
 from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
-from adamerge.learn.readings import Readings
 from adamerge.learn.step import step_loss
 from adamerge.methods.base import MergeMethod, numbers_of
 
@@ -26,7 +28,7 @@ Batch = Mapping[str, Tensor | Mapping[str, Tensor]]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
-_FAILED = "failed"  # whether a step was not finite, among the numbers of a step
+_FAILED = "failed"  # among the numbers of a step: whether this one or one before was not finite
 
 
 class Adaptation(pl.LightningModule):
@@ -67,16 +69,16 @@ class Adaptation(pl.LightningModule):
         learnables = [tensor for tensor in method.parameters() if tensor.requires_grad]
         self._step = ReplayedSteps(self._compute, learnables) if cuda_graph else self._compute
         self._values: Tensor | None = None
-        self._numbers: dict[str, Tensor] = {}  # of the step under way, if it is logged
-        self._readings = Readings()
+        self._numbers: dict[str, Tensor] = {}  # of the last logged step
+        self._since, self._images = time.perf_counter(), 0  # since the last logged step
         self._good: dict[str, Tensor] | None = None  # parameters whose loss was finite
         self._failed = self._bad = torch.zeros((), dtype=torch.bool)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
         images, targets, task_ids = self._collect(batch)
-        loss, values, features = self._step(images, task_ids, targets)
-        self._values = values
+        loss, self._values, features = self._step(images, task_ids, targets)
+        self._images += len(task_ids)
         if self._is_logged():
             self._numbers = self._measure(loss.detach(), features, task_ids)
         return loss
@@ -87,8 +89,8 @@ class Adaptation(pl.LightningModule):
         return step_loss(self.method, self.objective, images, task_ids, self.micro_batch, targets)
 
     @property
-    def _asks_at_once(self) -> bool:
-        """Whether a value can be read without waiting for a device."""
+    def refuse_at_once(self) -> bool:
+        """Whether every step asks if it failed: on a GPU that would wait for the device."""
         return self.device.type == "cpu"
 
     def _is_logged(self) -> bool:
@@ -129,9 +131,7 @@ class Adaptation(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes whether loss and gradient are finite, and keeps the parameters while they are.
 
-        On a CPU a step that is not finite is refused at once. On a GPU asking would wait for the
-        device, so the note stays there; it is read with the numbers of logged steps, and before
-        every checkpoint.
+        Unless `refuse_at_once`, the note is read at logged steps and before every checkpoint.
         """
         assert self._values is not None
         parameters = dict(self.method.named_parameters())
@@ -146,65 +146,45 @@ class Adaptation(pl.LightningModule):
         self._failed = self._failed | ~finite
         for name, kept in self._good.items():
             kept.copy_(torch.where(self._failed, kept, now[name]))
-        if self._asks_at_once:
+        if self.refuse_at_once:
             self.refuse_failure()
         if self._is_logged():
-            self._send(norm)
+            self._send({**self._numbers, "gradient_norm": norm, _FAILED: self._failed})
 
-    def _send(self, norm: Tensor) -> None:
-        """Sends the numbers of a logged step on their way, after handing over those before it."""
-        self.hand_over(wait=True)
-        numbers = {**self._numbers, "gradient_norm": norm, _FAILED: self._failed.to(norm.dtype)}
-        self._numbers = {}
-        self._readings.put(self.global_step, numbers, self._average)
-        self._readings.add({"epoch": self.current_epoch})  # Lightning's own entry
+    def _send(self, numbers: Mapping[str, Tensor]) -> None:
+        """Gives the numbers of a logged step to the loggers, as means over the processes.
 
-    def _average(self, values: Tensor) -> Tensor:
-        """The mean over processes, by one collective that no host waits for."""
-        if self.trainer.world_size == 1:
-            return values
-        gathered = self.all_gather(values)
-        assert isinstance(gathered, Tensor)
-        return gathered.mean(0)
-
-    def add_readings(self, numbers: Mapping[str, float]) -> None:
-        """Adds numbers of the host to those of the logged step under way."""
-        self._readings.add(numbers)
-
-    def hand_over(self, wait: bool = False) -> bool:
-        """Gives the numbers that have arrived to the loggers, with the steps they belong to.
-
-        Args:
-            wait: for all that were sent.
-
-        Returns:
-            Whether there were any; `trainer.callback_metrics` holds the latest.
-
-        Raises:
-            AdamergeError: a step of theirs, or before, was not finite.
+        The loggers are called here: Lightning, when it stops, would log the last numbers once more
+        under a later step.
         """
-        if not wait and not self._asks_at_once and self.trainer.world_size > 1:
-            return False  # copies arrive at other steps elsewhere, and a failure must not
-        arrived = self._readings.take(wait)
-        for step, numbers in arrived:
-            if numbers.pop(_FAILED) > 0:  # on any process: all stop together
-                self._failed = torch.ones_like(self._failed)
-                self.refuse_failure()
-            epoch = {"epoch": int(numbers.pop("epoch"))}
-            latest = {name: torch.tensor(value) for name, value in numbers.items()}
-            self.trainer.callback_metrics.update(latest)
-            self.trainer.logged_metrics.update(latest)
-            for logger in self.trainer.loggers:
-                logger.log_metrics(numbers | epoch, step)
-        return bool(arrived)
+        values = torch.stack(list(numbers.values()))
+        if self.trainer.world_size > 1:
+            gathered = self.all_gather(values)
+            assert isinstance(gathered, Tensor)
+            values = gathered.mean(0)
+        logged = dict(zip(numbers, values.tolist(), strict=True))
+        if logged.pop(_FAILED):  # on any process: all stop together
+            self._failed = torch.ones_like(self._failed)
+            self.refuse_failure()
+        self.log_dict(dict(zip(logged, values, strict=False)), logger=False)
+        logged |= self._usage() | {"epoch": self.current_epoch}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(logged, self.global_step)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Hands over what has arrived."""
-        self.hand_over()
+    def _usage(self) -> dict[str, float]:
+        """Images per second since the last logged step, of all processes, and peak memory."""
+        now, images = time.perf_counter(), self._images * self.trainer.world_size
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        rate, self._since, self._images = images / (now - self._since), now, 0
+        return {"images_per_second": rate, "peak_memory_mib": peak}
 
-    def on_train_end(self) -> None:
-        """Hands over all there is."""
-        self.hand_over(wait=True)
+    def on_train_start(self) -> None:
+        """The rate of images counts from here."""
+        self._since, self._images = time.perf_counter(), 0
 
     def refuse_failure(self) -> None:
         """Puts the last good parameters back and raises, if a step was not finite.
@@ -216,13 +196,10 @@ class Adaptation(pl.LightningModule):
             return
         self.method.load_state_dict(self._good)
         self._failed = torch.zeros_like(self._failed)
-        raise AdamergeError(self._describe_failure())
-
-    def _describe_failure(self) -> str:
         flags = torch.isfinite(self._bad).tolist()
         bad = [task for task, fine in zip(self.heads.tasks, flags, strict=True) if not fine]
         what = f"the loss of task {', '.join(bad)}" if bad else "the gradient of the coefficients"
-        return (
+        raise AdamergeError(
             f"{what} became NaN or infinite by step {self.global_step}; stopped, and the last "
             "parameters with a finite loss are kept: lower optim.lr in a new run, or look at that "
             "task's expert and images"

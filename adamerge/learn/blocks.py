@@ -21,6 +21,20 @@ from adamerge.methods.base import MergeMethod
 BACKEND = "inductor"  # of torch.compile; it needs a C++ compiler on a CPU, and Triton on a GPU
 
 
+def refuse_inside(method: MergeMethod, setting: str) -> None:
+    """Raises AdamergeError for a method that changes or reads what is inside its tower's blocks.
+
+    Args:
+        setting: the one that changes how blocks run, for the message.
+    """
+    if method.looks_inside:
+        raise AdamergeError(
+            f"{setting}=true changes how the tower's blocks run, and {type(method).__name__} with "
+            "these settings looks inside them (method.positions, method.batch_gate): set "
+            f"{setting}=false"
+        )
+
+
 @contextlib.contextmanager
 def compiled(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
     """While open, the blocks of the method's towers run compiled; each kind of block is compiled
@@ -30,14 +44,14 @@ def compiled(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
     compilation; another number of images does. Folds, state dicts and exports are as ever.
 
     Args:
-        method: one that `refuse_compiling` lets pass.
+        method: one that `refuse_inside` lets pass.
         wanted: nothing is done otherwise.
 
     Raises:
         AdamergeError: a backbone without `transformer.resblocks`, or a compilation that failed.
     """
-    towers = towers_of(method)
-    blocks = [block for tower in towers for block in resblocks(tower.skeleton)] if wanted else []
+    towers = towers_of(method) if wanted else []
+    blocks = [block for tower in towers for block in resblocks(tower.skeleton)]
     for block in blocks:
         block.compile(dynamic=False, backend=BACKEND)
     try:
@@ -55,16 +69,6 @@ def compiled(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
             undo_compile(block)
 
 
-def refuse_compiling(method: MergeMethod) -> None:
-    """Raises AdamergeError for a method that changes or reads what is inside its tower."""
-    if method.looks_inside:
-        raise AdamergeError(
-            "compile=true leaves nothing to look at inside the tower, and "
-            f"{type(method).__name__} with these settings does look (method.positions, "
-            "method.batch_gate): set compile=false"
-        )
-
-
 @contextlib.contextmanager
 def recomputing(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
     """While open, the blocks of the method's towers keep their inputs alone for the backward pass.
@@ -73,30 +77,20 @@ def recomputing(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
     the memory of one block's activations instead of all.
 
     Args:
-        method: one that `refuse_recomputing` lets pass.
+        method: one that `refuse_inside` lets pass.
         wanted: nothing is done otherwise.
 
     Raises:
         AdamergeError: a backbone without `transformer.resblocks`.
     """
-    towers = towers_of(method)
-    for tower in towers if wanted else []:
+    towers = towers_of(method) if wanted else []
+    for tower in towers:
         tower.around = functools.partial(_wrapped, tower.skeleton, resblocks(tower.skeleton))
     try:
         yield
     finally:
-        for tower in towers if wanted else []:
+        for tower in towers:
             del tower.around  # what its class has is there again
-
-
-def refuse_recomputing(method: MergeMethod) -> None:
-    """Raises AdamergeError for a method that changes or reads what is inside its tower."""
-    if method.looks_inside:
-        raise AdamergeError(
-            "recompute=true runs the tower's blocks twice, and "
-            f"{type(method).__name__} with these settings looks inside (method.positions, "
-            "method.batch_gate): set recompute=false, or micro_batch where that is allowed"
-        )
 
 
 @contextlib.contextmanager
@@ -127,15 +121,10 @@ def _run(plain: _Plain, tower: nn.Module, hidden: Tensor, *inputs: Any, **named:
         return cast(Tensor, plain(hidden, *inputs, **named))
     # The weights that the block stands on now: in the backward pass it has none.
     weights = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
-
-    def again(hidden: Tensor) -> Tensor:
-        return functional_call(plain, weights, (hidden, *inputs), named)
-
-    same = attention_for(tower, hidden.device)
     return checkpoint(
-        again,
+        lambda hidden: functional_call(plain, weights, (hidden, *inputs), named),
         hidden,
         use_reentrant=False,
         preserve_rng_state=False,  # frozen towers in evaluation mode draw nothing
-        context_fn=lambda: (contextlib.nullcontext(), same),
+        context_fn=lambda: (contextlib.nullcontext(), attention_for(tower, hidden.device)),
     )

@@ -121,6 +121,20 @@ class TaskData(pl.LightningDataModule):
             chosen = rows[start : start + batch_size]
             yield torch.from_numpy(data.images[chosen]), torch.from_numpy(data.labels[chosen])
 
+    def picked(self, word: str, task: str, count: int) -> np.ndarray:
+        """At most `count` rows of a task adapted on, always the same for a seed and a word."""
+        generator = np.random.default_rng(stream_seed(word, self.seed, task))
+        return generator.permutation(self.adapt_rows[task])[:count]
+
+    def some(self, word: str, count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The picked images of every task in order of their rows, `size` at a time: uint8, and the
+        index of their task."""
+        for index, (task, data) in enumerate(self.tasks.items()):
+            rows = np.sort(self.picked(word, task, count))
+            for start in range(0, len(rows), size):
+                images = torch.from_numpy(data.images[rows[start : start + size]])
+                yield images, torch.full((len(images),), index)
+
     def sample(self, task: str, count: int) -> Tensor:
         """The first few scored images of a task, uint8 `[≤ count, 3, H, W]`."""
         return torch.from_numpy(self.tasks[task].images[self.score_rows[task][:count]])
@@ -133,13 +147,12 @@ def _leave_signals(worker: int) -> None:
 
 
 def _split(task: str, size: int, protocol: str) -> tuple[np.ndarray, np.ndarray]:
-    if size < (2 if protocol == "heldout" else 1):
+    least = 2 if protocol == "heldout" else 1
+    if size < least:
         raise AdamergeError(
-            f"task {task!r} has {size} images: protocol {protocol} needs at least "
-            f"{2 if protocol == 'heldout' else 1}"
+            f"task {task!r} has {size} images: protocol {protocol} needs at least {least}"
         )
-    everything = np.arange(size)
     if protocol == "paper":
-        return everything, everything
+        return np.arange(size), np.arange(size)
     order = np.random.default_rng(stream_seed("halves", task, size)).permutation(size)
     return np.sort(order[: size // 2]), np.sort(order[size // 2 :])

@@ -47,14 +47,13 @@ def stored_features(
     batch_size: int = 256,
     device: torch.device | None = None,
     order: np.ndarray | None = None,
-    say: Callable[[int], None] = lambda _: None,
+    what: str = "images",
 ) -> np.ndarray:
     """Features of images, memory-mapped float32 `[N, F]`; those that are missing are computed.
 
     What is there stays: an interrupted computation goes on after its last whole batch, and a later
-    call with a longer `order` adds to it. One process computes at a time, others wait for it; where
-    nothing is missing, nothing is written. Every row is kept with its checksum: a damaged file is
-    made again.
+    call with a longer `order` adds to it. One process computes at a time, others wait for it. Every
+    row is kept with its checksum: a damaged file is made again.
 
     Args:
         encode: a frozen encoder of uint8 images on `device`, normalisation included.
@@ -63,7 +62,7 @@ def stored_features(
         key: what decides the features, see `content_key`, and where `order` is given, what decides
             its sequence: of two orders under one key, one must begin with the other.
         order: the rows that are needed, first to last; None: all. Others hold NaN.
-        say: told how many images are computed now, if any.
+        what: is encoded, for the log.
 
     Raises:
         AdamergeError: no images, features that are not `[B, F]`, or NaN among them.
@@ -81,7 +80,7 @@ def stored_features(
                 path.unlink()
             rows = order if missing is None else np.asarray(missing, dtype=np.int64)
             if len(rows):
-                say(len(rows))
+                log.info("encoding once: %d %s", len(rows), what)
             for start in range(0, len(rows), batch_size):
                 picked = rows[start : start + batch_size]
                 _write(path, len(images), picked, _encoded(encode, images, picked, device))
@@ -137,12 +136,12 @@ def _write(path: Path, count: int, rows: np.ndarray, features: np.ndarray) -> No
 def _encoded(
     encode: Encode, images: np.ndarray, rows: np.ndarray, device: torch.device | None
 ) -> np.ndarray:
-    batch = torch.from_numpy(np.asarray(images[rows]))
     with torch.no_grad():
-        features = encode(batch.to(device)).float().cpu()
-    if features.shape[:1] != (len(batch),) or features.ndim != 2:
+        batch = torch.from_numpy(np.asarray(images[rows])).to(device)
+        features = encode(batch).float().cpu()
+    if features.shape[:1] != (len(rows),) or features.ndim != 2:
         raise AdamergeError(
-            f"an encoder gave features of shape {list(features.shape)} for {len(batch)} images: "
+            f"an encoder gave features of shape {list(features.shape)} for {len(rows)} images: "
             "expected [images, size]"
         )
     bad = (~torch.isfinite(features)).any(1).nonzero().flatten().tolist()
@@ -175,11 +174,10 @@ class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
         online: bool = False,
     ) -> None:
         super().__init__()
-        inputs = batches.images if features is None else features
         self.streams, self.first_step, self.online = batches.streams, batches.first_step, online
-        self.arrays: dict[str, dict[str, np.ndarray | DeviceImages]] = {}
-        self.arrays = {"images" if features is None else "features": dict(inputs)}
-        self.arrays |= {"targets": dict(targets)} if targets else {}
+        self.arrays: dict[str, Mapping[str, np.ndarray | DeviceImages]] = {}
+        self.arrays |= {"images": batches.images} if features is None else {"features": features}
+        self.arrays |= {"targets": targets} if targets else {}
         for name, arrays in self.arrays.items():
             for task, array in arrays.items():
                 if len(array) != len(batches.images[task]):
@@ -191,9 +189,10 @@ class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
     def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
         worker = torch.utils.data.get_worker_info()
         step = self.first_step + (worker.id if worker else 0)
-        stride = worker.num_workers if worker else 1
-        while not (self.online and all(len(_once(s, step)) == 0 for s in self.streams)):
+        while True:
             rows = {s.task: _once(s, step) if self.online else s.batch(step) for s in self.streams}
+            if not any(map(len, rows.values())):
+                return
             yield {
                 task: {
                     name: torch.as_tensor(arrays[task][picked])
@@ -202,7 +201,7 @@ class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
                 for task, picked in rows.items()
                 if len(picked)
             }
-            step += stride
+            step += worker.num_workers if worker else 1
 
 
 def _once(stream: Stream, step: int) -> np.ndarray:

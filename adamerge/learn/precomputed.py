@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +16,20 @@ from adamerge.encoders.experts import Experts
 from adamerge.images.batches import Stream
 from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.data import TaskData
-from adamerge.learn.features import StoredBatches, content_key, online_steps, stored_features
+from adamerge.learn.features import StoredBatches, content_key, stored_features
 from adamerge.learn.objectives import Taught
 from adamerge.methods.base import OnFrozenFeatures
 
-log = logging.getLogger("adamerge")
-
-Encode = Callable[
-    [Tensor, Tensor], Tensor
-]  # normalised images [B, 3, H, W], task ids [B] -> [B, F]
+# normalised images [B, 3, H, W], task ids [B] -> [B, F]
+Encode = Callable[[Tensor, Tensor], Tensor | None]
 
 
-@dataclass
-class Stores:
-    """Computes what a run's steps would otherwise compute again and again, and keeps it.
+@dataclass(frozen=True)
+class Store:
+    """Where a run keeps what its steps would otherwise compute again and again.
 
-    Args:
-        module: gives method, objective and normalizer; moved to `device`.
+    Attributes:
+        module: gives method, objective and normalizer; moved to `device` where it has to compute.
         data: the run's images.
         files: records of the suite's files, for keys.
         architecture: of the tower, in words: the same weights compute other features in another.
@@ -51,88 +47,57 @@ class Stores:
     steps: int
     ranks: int | None = 1
 
-    def targets(self) -> dict[str, np.ndarray]:
-        """The teacher's features of every task's images; none where no teacher is stored."""
-        if not stores_targets(self.module):
-            return {}
-        known = [self.files["pretrained"]["sha256"], "expert"]
-        objective = self.module.objective
-        assert isinstance(objective, Taught) and isinstance(objective.teacher, Experts)
-        dtype = objective.teacher.task_vectors.storage.dtype
-        known += [] if dtype == "float32" else [dtype]  # other experts, if only a little
-        found = {}
-        for task in self.data.tasks:
-            key = content_key({}, *known, self.files[task]["sha256"], *self._of_images(task))
-            found[task] = self._stored(task, key, self.module.objective.targets, "expert")
-        return found
+    def outputs(
+        self, encode: Encode, encoder: str, keys: Mapping[str, Sequence[object]]
+    ) -> dict[str, np.ndarray]:
+        """What an encoder gives for the images of every task that are drawn, `[N, F]`.
 
-    def features(self) -> dict[str, np.ndarray] | None:
-        """The frozen encoder's features of every task's images; None without such an encoder."""
-        method = self.module.method
-        if not isinstance(method, OnFrozenFeatures) or not stores_features(self.module):
-            return None
-        weights = content_key(method.frozen_state())
-        found = {}
-        for task in self.data.tasks:
-            key = content_key({}, weights, task, *self._of_images(task))
-            found[task] = self._stored(task, key, method.frozen_features, "merged encoder")
-        return found
-
-    def _of_images(self, task: str) -> list[object]:
-        """What decides the images of a task, the order in which they are drawn, and, beside an
-        encoder's weights, what it makes of them."""
-        normalizer, data = self.module.normalizer, self.data
-        shift = [*normalizer.mean.flatten().tolist(), *normalizer.std.flatten().tolist()]
-        drawn = [data.tasks[task].key, shift, data.protocol, data.seed, task]
-        return [*drawn, self.architecture, self.device.type]
-
-    def _stored(
-        self, task: str, key: str, run: Callable[[Tensor, Tensor], Tensor | None], name: str
-    ) -> np.ndarray:
-        index = self.module.heads.tasks.index(task)
-        order = self._order(task)
-
-        def encode(images: Tensor) -> Tensor:
-            ids = torch.full((len(images),), index)
-            found = run(self.module.normalizer(images), ids)
-            assert found is not None  # it was asked before
-            return found
-
-        self.module.to(self.device)
-        images = self.data.tasks[task].images
-
-        def say(count: int) -> None:
-            log.info("task %s: %d images encoded once by its %s", task, count, name)
-
-        return stored_features(
-            encode, images, self.folder, key, device=self.device, order=order, say=say
-        )
-
-    def _order(self, task: str) -> np.ndarray:
-        data = self.data
-        steps = -1 if self.ranks is None else self.steps
-        size = data.batch_size * (self.ranks or 1)
-        return Stream(task, data.adapt_rows[task], data.seed, size).needed(steps)
+        Args:
+            encoder: its name for the log.
+            keys: task -> what decides the encoder.
+        """
+        module, data = self.module.to(self.device), self.data
+        mean, std = module.normalizer.mean, module.normalizer.std
+        shift = [*mean.flatten().tolist(), *std.flatten().tolist()]
+        size, steps = data.batch_size * (self.ranks or 1), -1 if self.ranks is None else self.steps
+        outputs = {}
+        for task, key in keys.items():
+            drawn = [data.tasks[task].key, shift, data.protocol, data.seed, task]
+            outputs[task] = stored_features(
+                functools.partial(_run, encode, module, task),
+                data.tasks[task].images,
+                self.folder,
+                content_key({}, *key, *drawn, self.architecture, self.device.type),
+                device=self.device,
+                order=Stream(task, data.adapt_rows[task], data.seed, size).needed(steps),
+                what=f"images of task {task} by its {encoder}",
+            )
+        return outputs
 
 
-def stores_targets(module: Adaptation) -> bool:
-    """Whether the objective compares with an expert's features, which no step changes."""
+def _run(encode: Encode, module: Adaptation, task: str, images: Tensor) -> Tensor:
+    task_ids = torch.full((len(images),), module.heads.tasks.index(task))
+    outputs = encode(module.normalizer(images), task_ids)
+    assert outputs is not None  # `prepare` asks encoders that have some
+    return outputs
+
+
+def taught_by_experts(module: Adaptation) -> Experts | None:
+    """The experts whose features the objective compares with, which no step changes; or None."""
     objective = module.objective
-    return (
-        isinstance(objective, Taught)
-        and not objective.traces
-        and isinstance(objective.teacher, Experts)
-    )
+    if isinstance(objective, Taught) and not objective.traces:
+        return objective.teacher if isinstance(objective.teacher, Experts) else None
+    return None
 
 
-def stores_features(module: Adaptation) -> bool:
+def learns_on_features(module: Adaptation) -> bool:
     """Whether the method learns on features that no step changes."""
     method = module.method
     on_features = isinstance(method, OnFrozenFeatures) and bool(method.frozen_state())
     return on_features and not module.objective.traces
 
 
-def prepare(stores: Stores, keep: bool, online: bool) -> None:
+def prepare(store: Store, keep: bool, online: bool) -> None:
     """Has the run's batches read what is stored in place of images.
 
     Args:
@@ -142,18 +107,24 @@ def prepare(stores: Stores, keep: bool, online: bool) -> None:
     Raises:
         AdamergeError: `online` with several processes.
     """
-    if online and stores.ranks != 1:
+    if online and store.ranks != 1:
         raise AdamergeError(
             "online: true lets a task end before others, which DDP cannot: set trainer.devices=1"
         )
-    targets = stores.targets() if keep else {}
-    features = stores.features() if keep else None
+    module, data, files = store.module, store.data, store.files
+    targets: dict[str, np.ndarray] = {}
+    features: dict[str, np.ndarray] | None = None
+    if keep and (experts := taught_by_experts(module)) is not None:
+        dtype = experts.task_vectors.storage.dtype
+        known = [files["pretrained"]["sha256"], "expert"]
+        known += [] if dtype == "float32" else [dtype]  # other experts, if only a little
+        keys = {task: [*known, files[task]["sha256"]] for task in data.tasks}
+        targets = store.outputs(module.objective.targets, "expert", keys)
+    if keep and learns_on_features(module) and isinstance(module.method, OnFrozenFeatures):
+        weights = content_key(module.method.frozen_state())
+        keys = {task: [weights, task] for task in data.tasks}
+        features = store.outputs(module.method.frozen_features, "merged encoder", keys)
     if targets or features is not None or online:
-        stores.data.wrap = functools.partial(
+        data.wrap = functools.partial(
             StoredBatches, targets=targets, features=features, online=online
         )
-
-
-def steps_online(data: TaskData) -> int:
-    """The steps it takes to see every image once."""
-    return online_steps(data.batches().streams)

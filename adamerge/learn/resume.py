@@ -2,21 +2,92 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import random
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback
 
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import replacing
+from adamerge.learn.adaptation import Adaptation
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")  # in a run's folder
 _KEYS = ("adamerge", "state_dict", "global_step")  # what is read of it, beside Lightning's own
+
+
+class Checkpoints(Callback):
+    """`last.ckpt` every few steps and at any end, written by `CheckpointFiles`.
+
+    It holds the learned state, optimizer, scheduler, step, random state and the fingerprint of
+    settings and inputs; nothing that can be read from the inputs again. Lightning's ModelCheckpoint
+    takes a `::` in a path for a URL, and does not save what an exception interrupts.
+    """
+
+    def __init__(self, path: Path, every: int, fingerprint: Mapping[str, str]) -> None:
+        self.path, self.every, self.fingerprint = path, every, dict(fingerprint)
+        self._saved = -1
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - third parties use this one
+        rng = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        }
+        checkpoint["adamerge"] = {"fingerprint": self.fingerprint, "rng": rng}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["adamerge"]["rng"]
+        torch.set_rng_state(state["torch"])
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        random.setstate(state["python"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, Adaptation):
+            pl_module.refuse_failure()
+        self.save(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        # Saving waits for all processes, so they must all have come here for the same reason.
+        refused = isinstance(exception, AdamergeError)
+        with contextlib.suppress(AdamergeError, RuntimeError):  # a device that is lost
+            if isinstance(pl_module, Adaptation):
+                pl_module.refuse_failure()
+        with contextlib.suppress(OSError):  # the exception under way is the one to report
+            if trainer.world_size == 1 or refused:
+                self.save(trainer, again=refused)
+
+    def save(self, trainer: pl.Trainer, again: bool = False) -> None:
+        """Saves, unless this step is saved already and nothing changed since."""
+        if trainer.global_step != self._saved or again:
+            trainer.save_checkpoint(self.path, weights_only=False)  # the main process alone writes
+            self._saved = trainer.global_step
 
 
 class CheckpointFiles(CheckpointIO):
@@ -81,17 +152,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, str], run_dir: Path) -> None:
     """Raises AdamergeError, naming every difference, unless a checkpoint fits what is loaded."""
-    changed = differences(saved["adamerge"]["fingerprint"], now)
-    if changed:
-        raise AdamergeError(
-            f"cannot go on with {run_dir}: {'; '.join(changed)}; undo that, or start a new run"
-        )
-
-
-def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """`key was …, is …` for every key that differs."""
-    return [
+    before = saved["adamerge"]["fingerprint"]
+    changed = [
         f"{key} was {before.get(key, 'absent')}, is {now.get(key, 'absent')}"
         for key in dict.fromkeys([*before, *now])
         if before.get(key) != now.get(key)
     ]
+    if changed:
+        raise AdamergeError(
+            f"cannot go on with {run_dir}: {'; '.join(changed)}; undo that, or start a new run"
+        )

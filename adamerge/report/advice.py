@@ -68,26 +68,22 @@ def advice(objective: str, before: Signs | None, after: Signs | None) -> list[st
         objective: the name of the one that was used.
     """
     said = []
-    low = [] if before is None else [t for t, v in before.agreement.items() if v < AGREEING]
-    if low and before is not None:
-        shares = ", ".join(f"{100 * before.agreement[task]:.0f} % ({task})" for task in low)
+    low = {t: v for t, v in before.agreement.items() if v < AGREEING} if before else {}
+    if low:
+        shares = ", ".join(f"{100 * value:.0f} % ({task})" for task, value in low.items())
         said.append(
             f"before adapting, the merge names the expert's class for {shares} of the images: "
             "where it is more often wrong than right, entropy confirms its mistakes; "
             "objective=expert_kl is the better choice"
         )
-    narrow = [] if after is None else _collapsed(after)
-    if narrow and after is not None:
-        values = ", ".join(f"{t} {after.spread[t]:.2f}" for t in narrow)
+    wide = after.expert_spread if after else {}
+    narrow = {t: v for t, v in after.spread.items() if v < COLLAPSED * wide[t]} if after else {}
+    if narrow:
+        values = ", ".join(f"{task} {value:.2f}" for task, value in narrow.items())
         better = [name for name in ("infomax", "expert_kl") if name != objective]
         said.append(
             f"after adapting, predictions have collapsed onto few classes (entropy of the mean "
             f"prediction as a share of log C: {values}; the experts' is above "
-            f"{min(after.expert_spread[t] for t in narrow):.2f}): try "
-            f"objective={' or objective='.join(better)}"
+            f"{min(wide[t] for t in narrow):.2f}): try objective={' or objective='.join(better)}"
         )
     return said
-
-
-def _collapsed(signs: Signs) -> list[str]:
-    return [t for t, v in signs.spread.items() if v < COLLAPSED * signs.expert_spread[t]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,13 @@ from torchmetrics.classification import MulticlassAccuracy
 from adamerge.encoders.clip import Normalizer
 from adamerge.encoders.heads import Heads
 from adamerge.encoders.tower import Tower, merged_encoder, static_encoder
+from adamerge.export import folds
 from adamerge.learn.data import TaskData
 from adamerge.learn.features import content_key
+from adamerge.methods.base import FoldsInWays, MergeMethod
 from adamerge.weights.task_vectors import TaskVectors
+
+log = logging.getLogger("adamerge")
 
 _SCORING = 1  # how it is scored; another number forgets what was scored before
 ORACLE_GRID = tuple(round(0.1 * step, 1) for step in range(11))
@@ -97,21 +102,19 @@ class Scorer:
         """Fraction of images classified right, per task (`torchmetrics`, micro average)."""
         encoder.to(self.device)
         heads, normalizer = self.heads.to(self.device), self.normalizer.to(self.device)
-        found = {}
+        accuracy = {}
         for index, task in enumerate(self.heads.tasks):
             if task not in (self.tasks if tasks is None else tasks):
                 continue
-            classes = len(self.heads.classes[task])
-            metric = MulticlassAccuracy(max(classes, 2), average="micro", sync_on_compute=False).to(
-                self.device
-            )
+            classes = max(len(self.heads.classes[task]), 2)
+            metric = MulticlassAccuracy(classes, average="micro", sync_on_compute=False)
+            metric.to(self.device)
             for images, labels in self.data.labelled(task, part, self.batch_size):
                 ids = torch.full((len(images),), index if self.merged else -1)
-                features = encoder(normalizer(images.to(self.device)), ids)
-                predicted = heads.logits(features, task).argmax(-1)
-                metric.update(predicted, labels.to(self.device))
-            found[task] = float(metric.compute())
-        return found
+                logits = heads.logits(encoder(normalizer(images.to(self.device)), ids), task)
+                metric.update(logits.argmax(-1), labels.to(self.device))
+            accuracy[task] = float(metric.compute())
+        return accuracy
 
     def row(self, name: str, encoder: nn.Module, tasks: Sequence[str] | None = None) -> Row:
         """Scores an encoder; under `heldout` also on the half it was adapted on.
@@ -134,7 +137,6 @@ def baseline_rows(
     tower: Tower,
     task_vectors: TaskVectors,
     oracle: bool = True,
-    say: Callable[[str], None] = lambda _: None,
     kept: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make(),
 ) -> list[Row]:
     """Rows for the pretrained model, the experts, weight averaging and task arithmetic.
@@ -142,56 +144,62 @@ def baseline_rows(
     Args:
         task_vectors: untransformed.
         oracle: add task arithmetic at the best of λ = 0, 0.1 … 1, chosen by the labels.
-        say: told what is being scored.
         kept: gives what it keeps under a name, or else makes it; see `kept.Kept`.
     """
-    labelled = [task for task in task_vectors.tasks if task in scorer.tasks]
 
-    def kept_row(
-        name: str,
-        key: Any,
-        encoder: Callable[[], nn.Module],
-        said: str,
-        tasks: Sequence[str] | None = None,
-    ) -> Row:
-        def scored() -> dict[str, Any]:
-            say(said)
-            return dataclasses.asdict(scorer.row(name, encoder(), tasks))
+    def row(name: str, key: Any, said: str, encoder: Callable[[], nn.Module], *tasks: str) -> Row:
+        def score() -> dict[str, Any]:
+            log.info("scoring: %s", said)
+            return dataclasses.asdict(scorer.row(name, encoder(), tasks or None))
 
-        return Row(**{**kept(json.dumps(key), scored), "name": name})
+        return Row(**{**kept(json.dumps(key), score), "name": name})
 
-    def static(name: str, λ: float) -> Row:
-        at = f" ({λ})" if name == "task_arithmetic_best" else ""
-        made = functools.partial(merged_encoder, tower, task_vectors, λ)
-        return kept_row(name, λ, made, f"{name.replace('_', ' ')}{at}")
+    def merged(name: str, λ: float) -> Row:
+        encoder = functools.partial(merged_encoder, tower, task_vectors, λ)
+        return row(name, λ, f"{name.replace('_', ' ')} ({λ:.2g})", encoder)
 
-    def given(name: str, task: str | None) -> Row:
-        made = functools.partial(static_encoder, tower, task_vectors, task)
-        said = f"{name} ({task})" if task else name
-        return kept_row(name, [name, task], made, said, [task] if task else None)
+    def given(name: str, task: str | None = None) -> Row:
+        encoder = functools.partial(static_encoder, tower, task_vectors, task)
+        tasks = [] if task is None else [task]
+        return row(name, [name, task], " ".join([name, *tasks]), encoder, *tasks)
 
-    pretrained = given("pretrained", None)
-    experts = Row("expert", {}, {} if pretrained.adapted is not None else None)
-    experts.unseen = {} if scorer.unseen is not None else None
-    for task in labelled:
-        own = given("expert", task)
-        experts.accuracy |= own.accuracy
+    pretrained = given("pretrained")
+    experts = Row("expert", {}, None if pretrained.adapted is None else {})
+    experts.unseen = None if scorer.unseen is None else {}
+    for alone in [given("expert", task) for task in task_vectors.tasks if task in scorer.tasks]:
+        experts.accuracy |= alone.accuracy
         if experts.adapted is not None:
-            experts.adapted |= own.adapted or {}
+            experts.adapted |= alone.adapted or {}
     rows = [
         pretrained,
         experts,
-        static("weight_average", 1 / len(task_vectors.tasks)),
-        static("task_arithmetic", 0.3),
+        merged("weight_average", 1 / len(task_vectors.tasks)),
+        merged("task_arithmetic", 0.3),
     ]
-    if oracle and labelled:
+    if oracle and experts.accuracy:
         known = {0.0: rows[0], 0.3: rows[3]}
-        grid = {λ: known.get(λ) or static("task_arithmetic_best", λ) for λ in ORACLE_GRID}
+        grid = {λ: known.get(λ) or merged("task_arithmetic_best", λ) for λ in ORACLE_GRID}
         best = max(grid, key=lambda λ: average(grid[λ].accuracy) or 0.0)
         notes = {"coefficient": best, "oracle": True}
-        found = grid[best]
-        best_row = Row("task_arithmetic_best", found.accuracy, found.adapted, notes, found.unseen)
-        rows.append(best_row)
+        rows.append(dataclasses.replace(grid[best], name="task_arithmetic_best", notes=notes))
+    return rows
+
+
+def fold_rows(method: MergeMethod, name: str, known: Any, scorer: Scorer) -> list[Row]:
+    """A row for every fold that is not the method's own exact one.
+
+    Args:
+        known: what `folds.statistics` gave.
+    """
+    rows: list[Row] = []
+    if not isinstance(method, FoldsInWays):
+        return rows
+    for fold in [fold for fold in method.folds if fold != method.own_fold]:
+        title = folds.title(method, name, fold)
+        log.info("scoring: %s", title)
+        row = scorer.row(title, method.fold_as(fold, known))
+        row.notes["fold"] = fold
+        rows.append(row)
     return rows
 
 

@@ -33,46 +33,30 @@ def coefficients_figure(
     axes = figure.subplots(2 if course else 1, 1, squeeze=False)[:, 0]
     table = values.double().cpu().numpy()
     reach = max(0.05, float(np.abs(table - init).max()))
-    image = axes[0].imshow(
-        table,
-        aspect="auto",
-        cmap="RdBu_r",
-        vmin=init - reach,
-        vmax=init + reach,
-        interpolation="none",
-    )
+    limits = {"vmin": init - reach, "vmax": init + reach}
+    image = axes[0].imshow(table, aspect="auto", cmap="RdBu_r", interpolation="none", **limits)
     figure.colorbar(image, ax=axes[0], label="merging coefficient λ", pad=0.01)
     axes[0].set_yticks(range(len(tasks)), tasks)
     step = max(1, len(layers) // 40)
-    axes[0].set_xticks(range(0, len(layers), step))
-    axes[0].set_xticklabels([_short(n) for n in layers[::step]], rotation=90, fontsize=6)
+    names = [layer.removeprefix("transformer.resblocks.") for layer in layers[::step]]
+    axes[0].set_xticks(range(0, len(layers), step), names, rotation=90, fontsize=6)
     axes[0].set_title(f"learned merging coefficients (white: {init:g}, where they started)")
-    if course:
-        _draw_course(axes[1], tasks, course)
-    return figure
-
-
-def _draw_course(axis: Any, tasks: Sequence[str], course: Mapping[str, np.ndarray]) -> None:
-    for task in tasks:
-        (line,) = axis.plot(course["step"], course[f"coefficient_mean/{task}"], label=task)
+    for task in tasks if course else ():
+        (line,) = axes[1].plot(course["step"], course[f"coefficient_mean/{task}"], label=task)
         low, high = course[f"coefficient_min/{task}"], course[f"coefficient_max/{task}"]
-        axis.fill_between(course["step"], low, high, alpha=0.1, color=line.get_color())
-    axis.set_xlabel("step")
-    axis.set_ylabel("λ: mean, min to max")
-    axis.legend(fontsize=7, ncols=4)
+        axes[1].fill_between(course["step"], low, high, alpha=0.1, color=line.get_color())
+    if course:
+        axes[1].set_xlabel("step")
+        axes[1].set_ylabel("λ: mean, min to max")
+        axes[1].legend(fontsize=7, ncols=4)
+    return figure
 
 
 def _course(path: Path | None, tasks: Sequence[str]) -> dict[str, np.ndarray]:
     wanted = ["step"] + [f"coefficient_{r}/{t}" for t in tasks for r in ("mean", "min", "max")]
-    found = [] if path is None else read_metrics(path)
-    rows = [row for row in found if all(key in row for key in wanted)]
+    logged = [] if path is None else read_metrics(path)
+    rows = [row for row in logged if all(key in row for key in wanted)]
     return {key: np.array([float(row[key]) for row in rows]) for key in wanted} if rows else {}
-
-
-def _short(name: str) -> str:
-    return (
-        name.replace("transformer.resblocks.", "").replace(".weight", ".w").replace(".bias", ".b")
-    )
 
 
 _COLOURS = {
@@ -94,13 +78,12 @@ def accuracy_figure(results: Mapping[str, Any]) -> Figure:
     places = np.arange(len(tasks) + 1)
     width = 0.85 / len(rows)
     for index, row in enumerate(rows):
-        heights = [100 * row["accuracy"].get(task, np.nan) for task in tasks]
-        heights.append(100 * row["average"])
+        heights = [*(row["accuracy"].get(task, np.nan) for task in tasks), row["average"]]
         label = TITLES.get(row["name"], row["name"]).split(" (")[0]
         offset = (index - (len(rows) - 1) / 2) * width
-        own = _FOLDED[index % 2] if "fold" in row else "#c8442f"
-        colour = _COLOURS.get(row["name"], own)
-        axis.bar(places + offset, heights, width, label=label, color=colour)
+        other = _FOLDED[index % 2] if "fold" in row else "#c8442f"
+        colour = _COLOURS.get(row["name"], other)
+        axis.bar(places + offset, 100 * np.array(heights), width, label=label, color=colour)
     axis.set_xticks(places, [*tasks, "average"])
     axis.set_ylabel("accuracy, %")
     axis.set_ylim(0, 100)

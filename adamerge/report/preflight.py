@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from adamerge.encoders.clip import Normalizer
 from adamerge.encoders.heads import Heads
 from adamerge.encoders.tower import Tower, static_encoder
-from adamerge.images.batches import stream_seed
 from adamerge.learn.data import TaskData
 from adamerge.learn.features import content_key
 from adamerge.learn.losses import marginal_entropy, sample_entropy
-from adamerge.report.accuracy_matrix import Solving
 from adamerge.report.evaluation import machine
 from adamerge.weights.task_vectors import TaskVectors
 
 _MEASURING = 1  # how it is measured; another number forgets what was measured before
 _BATCH = 64  # images encoded at a time
 _CHUNK = 2**18  # numbers per task vector promoted to float64 at a time
-_QUIET = 5.0  # seconds without a line of progress
+_QUIET = 5.0  # seconds without a bar
+_FOR_ACTIVATION = 16  # images per task for which the other activation is tried
 
 
-@dataclass(frozen=True)
-class Images:
+class Images(NamedTuple):
     """A few images per task, in order of the tasks.
 
     Attributes:
@@ -40,23 +37,15 @@ class Images:
     pixels: dict[str, Tensor]
     labels: dict[str, Tensor | None]
 
-    def first(self, count: int) -> Images:
-        """The first few of every task."""
-        labels = {t: v if v is None else v[:count] for t, v in self.labels.items()}
-        return Images({t: v[:count] for t, v in self.pixels.items()}, labels)
 
-
-def choose(data: TaskData, count: int, seed: int) -> Images:
+def choose(data: TaskData, count: int) -> Images:
     """At most `count` images per task out of those adapted on, always the same for a seed."""
-    pixels: dict[str, Tensor] = {}
-    labels: dict[str, Tensor | None] = {}
-    for task, rows in data.adapt_rows.items():
-        generator = np.random.default_rng(stream_seed("preflight", seed, task))
-        picked = rows[generator.permutation(len(rows))[:count]]
-        found = data.tasks[task]
-        pixels[task] = torch.from_numpy(found.images[picked])
-        labels[task] = None if found.labels is None else torch.from_numpy(found.labels[picked])
-    return Images(pixels, labels)
+    chosen = Images({}, {})
+    for task, images in data.tasks.items():
+        rows, labels = data.picked("preflight", task, count), images.labels
+        chosen.pixels[task] = torch.from_numpy(images.images[rows])
+        chosen.labels[task] = None if labels is None else torch.from_numpy(labels[rows])
+    return chosen
 
 
 def key(images: Images, heads: Heads, normalizer: Normalizer, device: torch.device) -> str:
@@ -68,42 +57,76 @@ def key(images: Images, heads: Heads, normalizer: Normalizer, device: torch.devi
 
 
 def gram(task_vectors: TaskVectors) -> Tensor:
-    """Inner products of all pairs of task vectors over all layers, `[T, T]`, float64 on the CPU.
+    """Inner products of the pretrained weights (row 0) and all task vectors (row 1 + t), over all
+    layers and over matrices alone, `[2, 1 + T, 1 + T]`, float64 on the CPU.
 
     Summed in float64 piece by piece; nothing the size of a layer is copied.
     """
-    total = torch.zeros((len(task_vectors.tasks),) * 2, dtype=torch.float64)
-    for delta in task_vectors.deltas.values():
-        for piece in delta.view(len(delta), -1).split(_CHUNK, dim=1):
-            wide = piece.double()
-            total += (wide @ wide.T).cpu()
+    size = 1 + len(task_vectors.tasks)
+    total = torch.zeros(2, size, size, dtype=torch.float64)
+    for name, base in task_vectors.pretrained.items():
+        deltas = task_vectors.deltas[name].flatten(1)
+        pieces = zip(base.flatten().split(_CHUNK), deltas.split(_CHUNK, dim=1), strict=True)
+        for piece, delta in pieces:
+            rows = torch.cat([piece[None].double(), delta.double()])
+            products = (rows @ rows.T).cpu()
+            total[: 2 if base.ndim > 1 else 1] += products
     return total
 
 
-def likeness(task_vectors: TaskVectors) -> Tensor:
-    """Cosine of each expert's matrices with the pretrained ones, `[T]`, float64 on the CPU.
+def cosines(products: Tensor) -> Tensor:
+    """Cosines of all pairs, of their inner products `[n, n]`."""
+    norms = products.diagonal().sqrt()
+    return products / norms[:, None] / norms[None, :]
+
+
+def likeness(products: Tensor) -> Tensor:
+    """Cosine of each expert's matrices with the pretrained ones, `[T]`, by what `gram` gives.
 
     Of matrices alone: normalisations are near one in any model.
     """
-    parts = torch.zeros(3, len(task_vectors.tasks), dtype=torch.float64)  # θ0·θ0, θ0·θ, θ·θ
-    for name, base in task_vectors.pretrained.items():
-        if base.ndim < 2:
-            continue
-        deltas = task_vectors.deltas[name].flatten(1)
-        for piece, delta in zip(
-            base.flatten().split(_CHUNK), deltas.split(_CHUNK, dim=1), strict=True
-        ):
-            wide = piece.double()
-            expert = wide + delta.double()
-            rows = (wide.square().sum().expand(len(delta)), expert @ wide, expert.square().sum(1))
-            parts += torch.stack(rows).cpu()
-    return parts[1] / (parts[0] * parts[2]).sqrt()
+    base, mixed, vectors = products[1, 0, 0], products[1, 0, 1:], products[1].diagonal()[1:]
+    return (base + mixed) / (base * (base + 2 * mixed + vectors)).sqrt()
 
 
-def cosines(products: Tensor) -> Tensor:
-    """`[T, T]` cosines of the inner products that `gram` gives."""
-    norms = products.diagonal().sqrt()
-    return products / norms[:, None] / norms[None, :]
+class Matrix:
+    """How the pretrained model (row 0) and the T experts (row 1 + t) do on every task's images.
+
+    Attributes:
+        tasks: the T names.
+        classes: number of classes C per task.
+        entropies: per task `[1 + T, n]`, of each image's prediction, divided by log C; float64.
+        marginal: entropy of the mean prediction divided by log C, `[1 + T, T]`; float64.
+        right: per task `[1 + T, n]`, whether each image is classified right; None without labels.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        classes: Sequence[int],
+        entropies: Sequence[Any],
+        marginal: Any,
+        right: Sequence[Any],
+    ) -> None:
+        self.tasks, self.classes = tuple(tasks), tuple(classes)
+        self.entropies = [torch.as_tensor(rows, dtype=torch.float64) for rows in entropies]
+        self.marginal = torch.as_tensor(marginal, dtype=torch.float64)
+        self.right = [None if rows is None else torch.as_tensor(rows) for rows in right]
+
+    def entropy(self) -> Tensor:
+        """Mean entropy over each task's images, `[1 + T, T]`, from 0 (certain) to 1 (log C)."""
+        return torch.stack([values.mean(1) for values in self.entropies], dim=1)
+
+    def accuracy(self) -> Tensor:
+        """Fraction right, `[1 + T, T]`; NaN in the column of a task without labels."""
+        nothing = torch.full((1 + len(self.tasks),), float("nan"), dtype=torch.float64)
+        columns = [nothing if r is None else r.double().mean(1) for r in self.right]
+        return torch.stack(columns, dim=1)
+
+    def information(self) -> Tensor:
+        """What predictions tell about the image, `[1 + T, T]`: entropy of their mean minus mean
+        entropy, divided by log C. Unlike low entropy it cannot be had by collapsing."""
+        return self.marginal - self.entropy()
 
 
 def measure(
@@ -113,9 +136,9 @@ def measure(
     normalizer: Normalizer,
     images: Images,
     device: torch.device,
-    say: Callable[[str], None] = lambda _: None,
-) -> Solving:
-    """How the pretrained model and every expert do on every task's images.
+) -> dict[str, Any]:
+    """How the pretrained model and every expert do on every task's images: the arguments of a
+    `Matrix`, in lists.
 
     `(T + 1) · T · n` images are encoded without gradients, one model at a time: one copy of the
     weights is in memory beside the task vectors.
@@ -123,33 +146,34 @@ def measure(
     Args:
         task_vectors: untransformed.
         device: where models run, one after another.
-        say: told how far it is, if it lasts.
     """
     tasks = task_vectors.tasks
-    entropies: dict[str, list[Tensor]] = {task: [] for task in tasks}
-    right: dict[str, list[Tensor]] = {task: [] for task in tasks}
-    marginal: list[list[Tensor]] = []
-    spoken = time.perf_counter()
-    models = (static_encoder(tower, task_vectors, task) for task in (None, *tasks))
-    for row, encoder in enumerate(models):
-        if time.perf_counter() - spoken > _QUIET:
-            spoken = time.perf_counter()
-            say(f"pre-flight: {row} of {len(tasks) + 1} models looked at")
+    entropies: dict[str, list[Any]] = {task: [] for task in tasks}
+    right: dict[str, list[Any]] = {task: [] for task in tasks}
+    marginal: list[list[float]] = []
+    models = tqdm((None, *tasks), "pre-flight", unit="model", delay=_QUIET, leave=False)
+    for model in models:
         marginal.append([])
-        for task, logits in predictions(encoder, heads, normalizer, images, device):
+        encoder = static_encoder(tower, task_vectors, model)
+        for task, logits in predictions(encoder, heads, normalizer, images.pixels, device):
+            entropies[task].append(_entropies(logits).tolist())
             scale = math.log(max(logits.shape[1], 2))
-            entropies[task].append(sample_entropy(logits).double() / scale)
-            marginal[-1].append(marginal_entropy(logits).double() / scale)
+            marginal[-1].append(float(marginal_entropy(logits).double() / scale))
             labels = images.labels[task]
             if labels is not None:
-                right[task].append(logits.argmax(1) == labels)
-    return Solving(
-        tasks,
-        tuple(len(heads.classes[task]) for task in tasks),
-        tuple(torch.stack(entropies[task]) for task in tasks),
-        torch.stack([torch.stack(values) for values in marginal]),
-        tuple(torch.stack(right[task]) if right[task] else None for task in tasks),
-    )
+                right[task].append((logits.argmax(1) == labels).tolist())
+    return {
+        "tasks": tasks,
+        "classes": [len(heads.classes[task]) for task in tasks],
+        "entropies": list(entropies.values()),
+        "marginal": marginal,
+        "right": [rows or None for rows in right.values()],
+    }
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """Of each prediction, divided by log C, `[n, C] -> [n]`, float64."""
+    return sample_entropy(logits).double() / math.log(max(logits.shape[1], 2))
 
 
 @torch.no_grad()
@@ -157,20 +181,18 @@ def predictions(
     encoder: nn.Module,
     heads: Heads,
     normalizer: Normalizer,
-    images: Images,
+    pixels: Mapping[str, Tensor],
     device: torch.device,
-    tasks: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each task's logits `[n, C]`, on the CPU, of one encoder (all tasks unless named)."""
+    """Each task's logits `[n, C]`, on the CPU, of one encoder, for the tasks with images."""
     encoder, heads, normalizer = encoder.to(device), heads.to(device), normalizer.to(device)
     for index, task in enumerate(heads.tasks):
-        if tasks is not None and task not in tasks:
-            continue
         parts = []
-        for batch in images.pixels[task].split(_BATCH):
+        for batch in pixels[task].split(_BATCH) if task in pixels else ():
             features = encoder(normalizer(batch.to(device)), torch.full((len(batch),), index))
             parts.append(heads.logits(features, task).cpu())
-        yield task, torch.cat(parts)
+        if parts:
+            yield task, torch.cat(parts)
 
 
 def activation_change(
@@ -179,27 +201,22 @@ def activation_change(
     heads: Heads,
     normalizer: Normalizer,
     images: Images,
-    own: Solving,
+    matrix: Matrix,
     device: torch.device,
-) -> Tensor:
-    """By how much the other activation lowers each expert's entropy on its own task, `[T]`.
+) -> list[float]:
+    """By how much the other activation lowers each expert's entropy on its own task, for T tasks.
 
-    Mean over images, divided by log C, float64. The heads stay those of the text tower as it is
-    configured. `findings.of_activation` judges it.
+    Mean over the first `_FOR_ACTIVATION` images, divided by log C. The heads stay those of the text
+    tower as it is configured. `findings.of_activation` judges it.
 
     Args:
-        own: measured under the configured activation, on these images and maybe more after them.
+        matrix: measured under the configured activation, on these images.
     """
     change = []
     for row, task in enumerate(task_vectors.tasks):
+        pixels = {task: images.pixels[task][:_FOR_ACTIVATION]}
         encoder = static_encoder(other, task_vectors, task)
-        ((_, logits),) = predictions(encoder, heads, normalizer, images, device, [task])
-        there = sample_entropy(logits).double() / math.log(max(logits.shape[1], 2))
-        here = own.entropies[row][1 + row, : len(there)]
-        change.append((here - there).mean())
-    return torch.stack(change)
-
-
-def sources(files: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Where each input came from: `pretrained` or a task -> path."""
-    return {name: file["path"] for name, file in files.items()}
+        ((_, logits),) = predictions(encoder, heads, normalizer, pixels, device)
+        there = _entropies(logits)
+        change.append(float((matrix.entropies[row][1 + row, : len(there)] - there).mean()))
+    return change

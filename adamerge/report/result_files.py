@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adamerge._base.errors import AdamergeError
-from adamerge._base.files import read_json, replacing
+from adamerge._base.files import read_json
 from adamerge.report.evaluation import TITLES, Row, average, normalized
+from adamerge.report.tables import markdown, number, write_both
 
 
 def as_json(
@@ -19,18 +19,13 @@ def as_json(
     experts = next((row for row in rows if row.name == "expert"), Row("expert", {}))
     lines = []
     for row in rows:
-        line: dict[str, Any] = {
-            "name": row.name,
-            "accuracy": row.accuracy,
-            "average": average(row.accuracy),
-            "normalized": normalized(row.accuracy, experts.accuracy),
-        }
+        line: dict[str, Any] = {"name": row.name, "accuracy": row.accuracy}
+        line["average"] = average(row.accuracy)
+        line["normalized"] = normalized(row.accuracy, experts.accuracy)
         if row.adapted is not None:
-            line["accuracy_adapted"] = row.adapted
-            line["average_adapted"] = average(row.adapted)
+            line |= {"accuracy_adapted": row.adapted, "average_adapted": average(row.adapted)}
         if row.unseen is not None:
-            line["unseen"] = row.unseen
-            line["average_unseen"] = average(row.unseen)
+            line |= {"unseen": row.unseen, "average_unseen": average(row.unseen)}
         lines.append(line | row.notes)
     head = {"suite": suite, "method": method, "protocol": protocol, "seed": seed}
     return {**head, "rows": lines}
@@ -78,21 +73,14 @@ def _table(
         if "coefficient" in row:
             title = title.replace("best λ", f"best λ = {row['coefficient']}")
         values = [*(row[key].get(task) for task in tasks), *(row.get(head) for head in heads)]
-        lines.append([title, *(f"{100 * v:.1f}" if v is not None else "–" for v in values)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+        lines.append([title, *(number(v if v is None else 100 * v, 1) for v in values)])
+    return "\n".join(markdown(lines[0], lines[1:]))
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> str:
     """Writes `results.json` and `results.md`; returns the table."""
     table = as_markdown(results)
-    for name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", table)):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(content)
+    write_both(folder / "results", results, table)
     return table
 
 

@@ -40,18 +40,13 @@ class CsvMetrics(Logger):
     what had been logged beyond the step resumed from.
     """
 
+    name = version = None  # of an experiment: only what writes more than a file needs them
+
     def __init__(self, path: Path, first_step: int = 0) -> None:
         super().__init__()
-        self.path, self.rows = path, read_metrics(path, first_step) if first_step else []
+        rows = read_metrics(path, first_step) if first_step else []
+        self.path, self.rows = path, {int(row["step"]): row for row in rows}
         self._columns: list[str] = []  # of the file that this object has written
-
-    @property
-    def name(self) -> str:
-        return self.path.parent.name
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -59,15 +54,13 @@ class CsvMetrics(Logger):
 
         A new last line is added to the file; whatever else changes, it is written anew.
         """
-        line = {k: repr(float(value)) for k, value in metrics.items() if k != "epoch"}
-        number = int(step or 0)
-        known = {int(row["step"]): row for row in self.rows}
-        follows = number > max(known, default=-1)
-        known[number] = known.get(number, {"step": str(number)}) | line
-        self.rows = [known[number] for number in sorted(known)]
-        if follows and self._columns and self.path.is_file() and set(line) <= set(self._columns):
+        number, last = int(step or 0), max(self.rows, default=-1)
+        line = {"step": str(number)} | self.rows.get(number, {})
+        line |= {key: repr(float(v)) for key, v in metrics.items() if key != "epoch"}
+        self.rows[number] = line
+        if number > last and set(line) <= set(self._columns) and self.path.is_file():
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(known[number])
+                csv.DictWriter(file, self._columns).writerow(line)
         else:
             self._write()
 
@@ -77,11 +70,12 @@ class CsvMetrics(Logger):
         self._write()
 
     def _write(self) -> None:
-        self._columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
+        rows = [self.rows[number] for number in sorted(self.rows)]
+        self._columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(rows)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """The run folder's `config.yaml` holds them."""
@@ -124,23 +118,23 @@ def wandb_logger(
     environment decides where it is set. A resumed run goes on under its own id.
     """
     os.environ.setdefault("WANDB_SILENT", "true")  # before wandb first reads its environment
-    given = os.environ.get("WANDB_MODE") or None
-    mode = given if settings["mode"] == "auto" else settings["mode"]
-    if mode in ("off", "disabled"):
-        return None
-    if mode is None:
+    mode, main = settings["mode"], is_main_process()
+    mode = os.environ.get("WANDB_MODE") if mode == "auto" else mode
+    if not mode:
         mode = "online" if _logged_in() else "offline"
-    elif mode == "online" and is_main_process() and not _logged_in():
+    elif mode == "online" and main and not _logged_in():
         raise AdamergeError(
             "wandb=online, but Weights & Biases cannot be reached with credentials of yours: run "
             "`wandb login` first, or set wandb=offline"
         )
-    if is_main_process():
-        log.info("Weights & Biases: %s", mode)
+    if mode in ("off", "disabled"):
+        return None
     id_file = run_dir / ID_FILE
-    if is_main_process() and _known_id(id_file) is None:
-        with replacing(id_file) as temporary:
-            temporary.write_text(uuid.uuid4().hex[:8])
+    if main:
+        log.info("Weights & Biases: %s", mode)
+        if _known_id(id_file) is None:
+            with replacing(id_file) as temporary:
+                temporary.write_text(uuid.uuid4().hex[:8])
     logger = WandbLogger(
         name=run_dir.name,
         project=settings["project"],
@@ -155,8 +149,8 @@ def wandb_logger(
 
 def _known_id(path: Path) -> str | None:
     """The id in a run's folder; None where there is none, or the file is damaged."""
-    found = path.read_text(errors="replace").strip() if path.is_file() else ""
-    return found if re.fullmatch(r"[0-9A-Za-z_-]{1,64}", found, re.ASCII) else None
+    text = path.read_text(errors="replace").strip() if path.is_file() else ""
+    return text if re.fullmatch(r"[0-9A-Za-z_-]{1,64}", text, re.ASCII) else None
 
 
 def _logged_in() -> bool:
@@ -188,19 +182,19 @@ def log_results(
     """The summary table, pictures and (if given) the exported folder to Weights & Biases."""
     if logger is None:
         return
-    run = logger.experiment
-    first = results["rows"][0] if results["rows"] else {"accuracy": {}}
-    tasks, unseen = list(first["accuracy"]), list(first.get("unseen", ()))
+    run, rows = logger.experiment, results["rows"]
+    tasks = list(rows[0]["accuracy"]) if rows else []
+    unseen = list(rows[0].get("unseen", ())) if rows else []
     columns = ["model", *tasks, "average", "normalized", *(f"unseen {task}" for task in unseen)]
-    table = wandb.Table(columns=columns)
-    for row in results["rows"]:
+    table = []
+    for row in rows:
         accuracy = [row["accuracy"].get(task) for task in tasks]
         others = [row["unseen"].get(task) for task in unseen]
-        table.add_data(row["name"], *accuracy, row["average"], row["normalized"], *others)
+        table.append([row["name"], *accuracy, row["average"], row["normalized"], *others])
         run.summary[f"accuracy/{row['name']}"] = row["average"]
         if unseen:
             run.summary[f"accuracy_unseen/{row['name']}"] = row["average_unseen"]
-    run.log({"results": table})
+    logger.log_table("results", columns, table)
     log_pictures(logger, pictures)
     if artifact is not None:
         item = wandb.Artifact(f"{artifact.parent.name}-merged", type="model")
@@ -210,11 +204,6 @@ def log_results(
 
 def log_pictures(logger: WandbLogger | None, pictures: Mapping[str, Path]) -> None:
     """Written pictures to Weights & Biases."""
-    if logger is not None and pictures:
-        logger.experiment.log({key: wandb.Image(str(path)) for key, path in pictures.items()})
-
-
-def finish(logger: WandbLogger | None) -> None:
-    """Ends the Weights & Biases run, writing what is left."""
     if logger is not None:
-        logger.experiment.finish()
+        for key, path in pictures.items():
+            logger.log_image(key, [str(path)])
