@@ -1,0 +1,293 @@
+"""Transforms by the singular values and vectors of every matrix's task vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adamerge._base.errors import AdamergeError
+from adamerge.transforms.matrices import (
+    Device,
+    Layers,
+    decomposed,
+    each_matrix,
+    is_tall,
+    polar,
+    reciprocal,
+    scaled,
+    smaller_side,
+)
+from adamerge.weights.task_vectors import TaskVectors
+
+
+def tsv_m(
+    task_vectors: TaskVectors, layers: Layers = "matrices", device: Device = None
+) -> TaskVectors:
+    """Every task's largest singular triplets, made orthogonal to those of the other tasks.
+
+    TSV-Merge of Task Singular Vectors: Reducing Task Interference in Model Merging
+    (arXiv 2412.00081). With r the smaller side of a matrix and k = ⌊r / T⌋, the first k triplets of
+    all τ_t stand side by side in `U [rows, T k]`, `S` and `V`; task t gets `U⊥_t diag(S_t) V⊥_tᵀ`
+    of its columns, where `X⊥ = P Qᵀ` for `X = P D Qᵀ`. Other layers get `τ_t / T`. The sum is the
+    whole merge: init 1.
+
+    One decomposition per matrix and task, and two of all side by side.
+
+    Args:
+        task_vectors: left unchanged.
+        layers: `matrices` (all of two dimensions) or `blocks` (those of the blocks alone).
+        device: that computes.
+
+    Raises:
+        AdamergeError: more tasks than a matrix has directions.
+    """
+    return each_matrix(task_vectors, _tsv, layers, device)
+
+
+def iso_c(
+    task_vectors: TaskVectors, layers: Layers = "matrices", device: Device = None
+) -> TaskVectors:
+    """All directions of the summed task vectors equally strong.
+
+    Iso-C of No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces
+    (arXiv 2502.04959). With `Σ_t τ_t = U S Vᵀ` of a matrix and s̄ the mean of S, the merge is
+    `s̄ U Vᵀ`; task t's share of it is `τ_t V (s̄ / S) Vᵀ`, of a wide matrix `U (s̄ / S) Uᵀ τ_t`. Other
+    layers get `τ_t / T`. The sum is the whole merge: init 1 (the paper searches the best factor on
+    labeled images; 1.5 for ViT-B/32 is common). One decomposition per matrix.
+
+    Args:
+        task_vectors: left unchanged.
+        layers: `matrices` (all of two dimensions) or `blocks` (those of the blocks alone).
+        device: that computes.
+    """
+    return each_matrix(task_vectors, _iso, layers, device)
+
+
+def iso_cts(
+    task_vectors: TaskVectors,
+    common: float = 0.8,
+    layers: Layers = "matrices",
+    device: Device = None,
+) -> TaskVectors:
+    """As `iso_c`, with the weakest common directions replaced by the tasks' own.
+
+    Iso-CTS of No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces
+    (arXiv 2502.04959). Of a matrix with r directions n = round((r − ⌊common · r⌋) / T) go to each
+    task and c = r − T n stay: the first c triplets of `Σ_t τ_t` and the first n of every
+    `τ_t − U_c U_cᵀ τ_t`, side by side, are made orthogonal as in `tsv_m`, and all get the mean of
+    their singular values, s̄. Task t's share is `s̄ (τ_t V_c / S_c) V⊥_cᵀ + s̄ U⊥_t V⊥_tᵀ`. Other layers
+    get `τ_t / T`. The sum is the whole merge: init 1. Where rounding leaves n = 0, it is `iso_c`.
+
+    A decomposition per matrix, one per matrix and task, and two of all side by side.
+
+    Args:
+        task_vectors: left unchanged.
+        common: the share of directions that is common, in [0, 1].
+        layers: `matrices` (all of two dimensions) or `blocks` (those of the blocks alone).
+        device: that computes.
+
+    Raises:
+        AdamergeError: `common` is out of range.
+    """
+    if not 0 <= common <= 1:
+        raise AdamergeError(f"iso_cts: common is {common}, expected a share in [0, 1], like 0.8")
+    return each_matrix(task_vectors, lambda _, tau: _iso_parts(tau, common), layers, device)
+
+
+def svc(
+    task_vectors: TaskVectors,
+    alpha: float = 0.1,
+    merge: Literal["sum", "tsv_m", "iso_c"] = "sum",
+    scale: float | None = None,
+    layers: Layers = "matrices",
+    device: Device = None,
+) -> TaskVectors:
+    """A merge whose singular values are lowered where several tasks count the same direction.
+
+    Singular value calibration of When Shared Knowledge Hurts: Spectral Over-Accumulation in Model
+    Merging (arXiv 2602.05536). Of a merged matrix `M = U S Vᵀ`, direction r with `a = u_rᵀ M` and
+    `a_t = u_rᵀ τ_t` has its singular value times `T / Σ_t max(alpha, a·a_t / a_t·a_t)`. The shares
+    of the tasks in M are scaled likewise, on the smaller side of the matrix. The sum, `scale` and
+    all, is the whole merge: init 1. One decomposition per matrix, after those of the merge.
+
+    Args:
+        task_vectors: the experts' own, which M is made of; left unchanged.
+        alpha: the least that a task counts, above 0: 0.1 for `sum`, 1 for `tsv_m`.
+        merge: M is `scale` times the sum of the task vectors (task arithmetic), or of what this
+            transform gives.
+        scale: None: 0.3 for `sum`, 1 for the others.
+        layers: `matrices` (all of two dimensions) or `blocks` (those of the blocks alone).
+        device: that computes.
+
+    Raises:
+        AdamergeError: `alpha` is not above 0, or an unknown `merge`.
+    """
+    if not alpha > 0:
+        raise AdamergeError(f"svc: alpha is {alpha}, expected a number above 0, like 0.1")
+    if merge not in _MERGES:
+        raise AdamergeError(f"svc: merge is {merge!r}, expected one of {', '.join(_MERGES)}")
+    shares, plain = _MERGES[merge], merge == "sum"
+    factor = (0.3 if plain else 1.0) if scale is None else scale
+
+    def change(name: str, tau: Tensor) -> Tensor:
+        return _calibrated(tau, factor * shares(name, tau), alpha)
+
+    others = factor if plain else factor / len(task_vectors.tasks)
+    return each_matrix(task_vectors, change, layers, device, others)
+
+
+def centre(task_vectors: TaskVectors) -> TaskVectors:
+    """What tells the experts from their mean: `θ0 + m` in place of θ0 and `τ_t − m`, m = Σ τ_t / T.
+
+    The first half of CART (arXiv 2412.12153), for all layers. Coefficients that are equal for all
+    tasks give the mean of the experts.
+
+    Args:
+        task_vectors: left unchanged.
+
+    Raises:
+        AdamergeError: there is one task alone.
+    """
+    if len(task_vectors.tasks) < 2:
+        raise AdamergeError(
+            f"centre: {task_vectors.tasks[0]} is the only task, and nothing tells it from the mean "
+            "of all: merge at least two"
+        )
+    means: dict[str, Tensor] = {}
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        for name, tau in task_vectors.deltas.items():
+            means[name] = tau.mean(0)
+            yield name, tau - means[name]
+
+    other = task_vectors.with_deltas(pairs())
+    other.pretrained = {name: base + means[name] for name, base in task_vectors.pretrained.items()}
+    return other
+
+
+def truncate(
+    task_vectors: TaskVectors, rank: float = 0.16, layers: Layers = "blocks", device: Device = None
+) -> TaskVectors:
+    """The largest singular triplets of every matrix of every task vector; other layers whole.
+
+    Keeps the first max(1, ⌊rank · r⌋) of the r triplets of a matrix. A cleaned set: its init is that
+    of the task vectors given. One decomposition per matrix and task.
+
+    Args:
+        task_vectors: left unchanged.
+        rank: the share of triplets to keep, in (0, 1].
+        layers: `matrices` (all of two dimensions) or `blocks` (those of the blocks alone).
+        device: that computes.
+
+    Raises:
+        AdamergeError: `rank` is out of range.
+    """
+    if not 0 < rank <= 1:
+        raise AdamergeError(f"truncate: rank is {rank}, expected a share in (0, 1], like 0.16")
+
+    def change(name: str, tau: Tensor) -> Tensor:
+        kept = torch.arange(min(tau.shape[1:]), device=tau.device)
+        kept = (kept < max(1, int(rank * len(kept)))).double()
+        exact = tau.dtype == torch.float64
+        return torch.stack([scaled(m, smaller_side(m, exact)[1], kept) for m in tau])
+
+    return each_matrix(task_vectors, change, layers, device, 1.0)
+
+
+def cart(
+    task_vectors: TaskVectors, rank: float = 0.16, layers: Layers = "blocks", device: Device = None
+) -> TaskVectors:
+    """The mean of the experts, and what tells each from it with few singular triplets.
+
+    Revisiting Weight Averaging for Model Merging (CART, arXiv 2412.12153): `truncate` of `centre`,
+    so that `θ0 + m + λ Σ_t trunc(τ_t − m)` is merged. Layers that are not truncated are merged to
+    the mean by equal coefficients. Its init is a number above 1 that the authors choose by the
+    suite: 1.5 … 3 (2.3 for ViT-B/32 and 8 tasks). One decomposition per matrix and task.
+
+    Args:
+        task_vectors: left unchanged.
+        rank: the share of triplets to keep, in (0, 1]: 0.08 in the paper, 0.16 in later code.
+        layers: `blocks` (the matrices of the blocks alone) or `matrices` (all of two dimensions).
+        device: that computes.
+
+    Raises:
+        AdamergeError: `rank` is out of range, or there is one task alone.
+    """
+    return truncate(centre(task_vectors), rank, layers, device)
+
+
+def _tsv(name: str, tau: Tensor) -> Tensor:
+    """The shares of TSV-M in one matrix."""
+    if min(tau.shape[1:]) < len(tau):
+        raise AdamergeError(
+            f"tsv_m: the layer {name!r} of shape {list(tau.shape[1:])} has fewer directions than "
+            f"there are tasks ({len(tau)}), so that none is left for a task: set layers to blocks, "
+            "or merge fewer tasks"
+        )
+    exact, count = tau.dtype == torch.float64, min(tau.shape[1:]) // len(tau)
+    triplets = [decomposed(matrix, exact) for matrix in tau]
+    lefts, rights = _orthogonal(triplets, [count] * len(tau), exact)
+    strengths = [values[:count] for _, values, _ in triplets]
+    return torch.stack(
+        [(u * s) @ v.T for u, s, v in zip(lefts, strengths, rights, strict=True)]
+    )
+
+
+def _iso(name: str, tau: Tensor) -> Tensor:
+    """The shares of Iso-C in one matrix."""
+    values, basis = smaller_side(tau.double().sum(0), tau.dtype == torch.float64)
+    return scaled(tau, basis, values.mean() * reciprocal(values))
+
+
+_MERGES: dict[str, Callable[[str, Tensor], Tensor]] = {
+    "sum": lambda _, tau: tau,
+    "tsv_m": _tsv,
+    "iso_c": _iso,
+}
+
+
+def _iso_parts(tau: Tensor, common: float) -> Tensor:
+    """The shares of Iso-CTS in one matrix."""
+    exact, tasks, rank = tau.dtype == torch.float64, len(tau), min(tau.shape[1:])
+    own = min(round((rank - math.floor(common * rank)) / tasks), rank // tasks)
+    first = rank - own * tasks
+    tau = tau.double()
+    left, values, right = decomposed(tau.sum(0), exact)
+    left, values, right = left[:, :first], values[:first], right[:, :first]
+    triplets = [(left, values, right)]
+    triplets += [decomposed(matrix - left @ (left.T @ matrix), exact) for matrix in tau]
+    lefts, rights = _orthogonal(triplets, [first] + [own] * tasks, exact)
+    mean = torch.cat([values, *(s[:own] for _, s, _ in triplets[1:])]).mean()
+    shared = (right * reciprocal(values)) @ rights[0].T
+    return mean * torch.stack(
+        [m @ shared + u @ v.T for m, u, v in zip(tau, lefts[1:], rights[1:], strict=True)]
+    )
+
+
+def _orthogonal(
+    triplets: list[tuple[Tensor, Tensor, Tensor]], counts: list[int], exact: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The first singular vectors of several matrices, made orthogonal all together."""
+    parts = list(zip(triplets, counts, strict=True))
+    left = polar(torch.cat([u[:, :count] for (u, _, _), count in parts], 1), exact)
+    right = polar(torch.cat([v[:, :count] for (_, _, v), count in parts], 1), exact)
+    return list(left.split(counts, 1)), list(right.split(counts, 1))
+
+
+def _calibrated(tau: Tensor, shares: Tensor, alpha: float) -> Tensor:
+    """The shares of a merge in one matrix, its over-counted directions lowered."""
+    exact, tasks = tau.dtype == torch.float64, len(tau)
+    merged = shares.double().sum(0)
+    left, values, right = decomposed(merged, exact)
+    along = left.T @ merged  # [r, columns]
+    total = torch.zeros_like(values)
+    for matrix in tau.double():
+        own = left.T @ matrix
+        strength = own.square().sum(1)
+        total += ((along * own).sum(1) * reciprocal(strength)).clamp_min(alpha)
+    factors = torch.where(values > 0, tasks / total, 1)
+    return scaled(shares, right if is_tall(merged) else left, factors)
