@@ -1,13 +1,50 @@
-"""TIES against entry-by-entry loops."""
+"""What every transform promises, whatever the storage; and TIES against entry-by-entry loops."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from adamerge import AdamergeError, TaskVectors
+from adamerge import AdamergeError, TaskVectors, transforms
 from adamerge.transforms.sparse import ties
+from adamerge.weights.storage import Storage
+from tests import golden_data as golden
 from tests import reference
+
+# Every transform, as a function of task vectors alone: a new one adds a row.
+TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
+    "ties": transforms.ties,
+    "metagpt": transforms.metagpt,
+}
+# Of the largest entry of a layer: what a type of storage may be off by.
+PRECISION = {"float32": 1e-5, "bfloat16": 2.0**-7, "int8": 1 / 127}
+
+
+@pytest.mark.parametrize("device", ["auto", "host", "disk"])
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_storage_gives_what_memory_gives(
+    name: str, dtype: str, device: str, tmp_path: Path
+) -> None:
+    experts = {task: golden.state(f"expert_{task}", torch.float32) for task in golden.TASKS}
+    storage = Storage(dtype, device, tmp_path / "t.safetensors" if device == "disk" else None)
+    vectors = TaskVectors(golden.state("pretrained", torch.float32), experts, storage=storage)
+    before = {key: tau.clone() for key, tau in vectors.deltas.items()}
+    plain = TRANSFORMS[name](vectors.with_deltas(before, Storage()))
+    found = TRANSFORMS[name](vectors)
+    assert found.storage == storage and found.names == plain.names == vectors.names
+    assert found.tasks == vectors.tasks
+    for key, wanted in plain.deltas.items():
+        assert torch.equal(vectors.deltas[key], before[key])
+        off = (found.deltas[key] - wanted).abs()
+        assert off.max() <= PRECISION[dtype] * wanted.abs().max()
+
+
+def test_every_public_transform_is_in_the_table() -> None:
+    assert set(transforms.__all__) == {name.split(":")[0] for name in TRANSFORMS}
 
 
 def random_vectors(seed: int, round_to: int | None = None) -> TaskVectors:

@@ -1,5 +1,6 @@
 """Transforms: `TaskVectors -> TaskVectors`, applied once, before a method sees them."""
 
+from adamerge.transforms.scale import metagpt
 from adamerge.transforms.sparse import ties
 
-__all__ = ["ties"]
+__all__ = ["metagpt", "ties"]
