@@ -18,6 +18,19 @@ from tests import reference
 TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
     "ties": transforms.ties,
     "metagpt": transforms.metagpt,
+    "tsv_m": transforms.tsv_m,
+    "iso_c": transforms.iso_c,
+    "iso_cts": transforms.iso_cts,
+    "svc": transforms.svc,
+    "svc:tsv_m": lambda v: transforms.svc(v, 1.0, "tsv_m"),
+    "centre": transforms.centre,
+    "truncate": transforms.truncate,
+    "cart": transforms.cart,
+    "wudi": lambda v: transforms.wudi(v, steps=3),
+    "ace": transforms.ace,
+    "ace:uneven": lambda v: transforms.ace(v, spread=0.0),
+    "doge": lambda v: transforms.doge(v, steps=3),
+    "opcm": transforms.opcm,
 }
 # Of the largest entry of a layer: what a type of storage may be off by.
 PRECISION = {"float32": 1e-5, "bfloat16": 2.0**-7, "int8": 1 / 127}

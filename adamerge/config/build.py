@@ -13,6 +13,7 @@ import torch
 from adamerge._base.binding import call, find, function_to, nearest, problems, subclass_of
 from adamerge._base.errors import AdamergeError
 from adamerge.config.arguments import SUPPLIED, Supplies, base_problems, split_base, supplies
+from adamerge.config.device import run_device
 from adamerge.config.inputs import Suite, normalizer
 from adamerge.config.settings import Config
 from adamerge.config.settings import problems as problems_of_config
@@ -45,7 +46,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "transform": (
         function_to(TaskVectors),
         "a function from TaskVectors annotated to return TaskVectors",
-        ("task_vectors", "architecture"),
+        ("task_vectors", "architecture", "device"),
     ),
 }
 
@@ -166,6 +167,7 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
             given: Supplies = {
                 "task_vectors": functools.partial(_itself, vectors),
                 "architecture": functools.partial(architecture_names, suite.clip.config),
+                "device": functools.partial(run_device, config["trainer"]),
             }
             vectors = _construct(key, target, arguments, given)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small

@@ -32,9 +32,9 @@ def wudi(
 
     WUDI-Merging of Whoever Started the Interference Should End It: Guiding Data-Free Model Merging
     via Task Vectors (arXiv 2503.08099). From `Δ = Σ_t τ_t`, Adam takes `steps` steps down
-    `Σ_t ‖(Δ − τ_t) τ_tᵀ‖² / ‖τ_t‖²`, every matrix on its own. Task t's share is `τ_t + (Δ − Σ τ) / T`.
-    The sum is the whole merge: init 1. Stopping early is part of the method, so that more steps or
-    a larger lr give another merge.
+    `Σ_t ‖(Δ − τ_t) τ_tᵀ‖² / ‖τ_t‖²`, every matrix on its own. Task t's share is
+    `τ_t + (Δ − Σ_k τ_k) / T`. The sum is the whole merge: init 1. Stopping early is part of the
+    method, so that more steps or a larger lr give another merge.
 
     Every step is one product of Δ with a square matrix of its columns: minutes on a GPU for
     ViT-B/32, an hour on two cores.
@@ -81,12 +81,16 @@ def ace(
 
     ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation (arXiv 2603.02945), as
     in its authors' code. Of a matrix, c_t is τ_t less the mean of its rows, `C_t = c_tᵀ c_t` and
-    `C̃_t = C_t + epsilon`; where the tasks differ much in size, both are divided by tr C_t. Task t's
-    share is `c_t C̃_t (Σ_t C̃_t + P)⁻¹`, with the mean row of `Σ_t C_t` in every row of P (divided by
-    the mean ‖τ_t‖² where the tasks differ much). There, `F_t` = that share + `τ_t (C_t − Σ_t C̃_t / T)`
-    and `Σ_t F_t = U S Vᵀ`, the share also gets `s̄ F_t V_k S_k⁻¹ V_kᵀ`, in sum `s̄ U_k V_kᵀ`, with s̄ the
-    mean of the first k = rank · r singular values. Other layers get `τ_t / T`. The sum is the whole
-    merge: init 1. No step is taken; a solution per matrix, and where needed a decomposition.
+    `C̃_t = C_t + epsilon`; where the tasks differ much in size, both are divided by tr C_t. Task
+    t's share is `A_t = c_t C̃_t (Σ_k C̃_k + P)⁻¹`, with the mean row of `Σ_k C_k` in every row of P.
+
+    Where the tasks differ much, P is divided by the mean ‖τ_t‖², and with
+    `F_t = A_t + τ_t (C_t − Σ_k C̃_k / T)`, `Σ_t F_t = U S Vᵀ` and s̄ the mean of its first
+    k = rank · r singular values the share is `A_t + s̄ F_t V_k S_k⁻¹ V_kᵀ`, so that `s̄ U_k V_kᵀ` is
+    added in sum.
+
+    Other layers get `τ_t / T`. The sum is the whole merge: init 1. No step is taken: a solution per
+    matrix, and where the tasks differ much a decomposition.
 
     Args:
         task_vectors: left unchanged.
@@ -127,11 +131,10 @@ def doge(
     (arXiv 2501.01230). In a matrix, `λ_t = scale / ‖τ_t‖`, and a change δ that all tasks have in
     common takes `steps` steps of Adam from 0 down
     `Σ_j Σ_rows (Σ_columns τ_j ∘ (τ_j − Σ_t λ_t (τ_t + δ)))²`, its gradient g replaced by
-    `g − B Bᵀ g`, where B are the first ⌊r / subspace⌋ left singular vectors of those that `tsv_m` puts
-    side by side. Task t's share is `λ_t (τ_t + δ)` at the largest `density` of the entries of its own
-    task vector (over all matrices that take part), 0 elsewhere; all other layers stay as
-    pretrained. The sum is the whole merge: init 1; learning on top from there is the paper's DOGE
-    AM.
+    `g − B Bᵀ g`, where B are the first ⌊r / subspace⌋ left singular vectors of those that `tsv_m`
+    puts side by side. Task t's share is `λ_t (τ_t + δ)` at the largest `density` of the entries of
+    its own task vector (over all matrices that take part), 0 elsewhere; all other layers stay as
+    pretrained. The sum is the whole merge: init 1; learning on top from there is DOGE AM.
 
     A decomposition per matrix and task, and steps that each read all task vectors of a matrix.
 
@@ -175,7 +178,7 @@ def _descended(
 ) -> Tensor:
     """Where `steps` steps of Adam lead from `start`, which is left unchanged."""
     place = start.clone()
-    optimizer = torch.optim.Adam([place], lr=lr)
+    optimizer = torch.optim.Adam([place], lr=lr, fused=True)  # one pass over its numbers
     for _ in range(steps):
         place.grad = gradient(place)
         optimizer.step()

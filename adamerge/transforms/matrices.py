@@ -19,25 +19,40 @@ from adamerge._base.errors import AdamergeError
 from adamerge.transforms.layers import each_layer
 from adamerge.weights.task_vectors import TaskVectors
 
+Change = Callable[[str, Tensor], Tensor]
 Layers = Literal["matrices", "blocks"]
 Device = torch.device | str | None
 
 
 def each_matrix(
     task_vectors: TaskVectors,
-    change: Callable[[str, Tensor], Tensor],
+    change: Change,
     layers: Layers,
     device: Device = None,
     others: float | None = None,
 ) -> TaskVectors:
     """`change(name, τ)` of every matrix that takes part, kept as the given task vectors are.
 
+    One matrix is in memory at a time. The arguments are those of `on_matrices`.
+    """
+    return each_layer(task_vectors, on_matrices(task_vectors, change, layers, device, others))
+
+
+def on_matrices(
+    task_vectors: TaskVectors,
+    change: Change,
+    layers: Layers,
+    device: Device = None,
+    others: float | None = None,
+) -> Change:
+    """A change of matrices as one of all layers.
+
     Args:
-        task_vectors: left unchanged.
+        task_vectors: whose layers they are.
         change: of a layer's name and τ `[T, rows, columns]` on the device that computes; gives the
-            new τ of the same shape, in any floating-point type. One matrix is in memory at a time.
-        layers: which take part, see `matrices_of`.
-        device: that computes; None: where the pretrained weights are.
+            new τ of the same shape, in any floating-point type.
+        layers: which matrices take part, see `matrices_of`.
+        device: that computes; None: where τ is.
         others: the factor of all other layers' τ; None: 1 / T, the mean of the experts.
 
     Raises:
@@ -51,7 +66,7 @@ def each_matrix(
             return tau * factor
         return change(name, tau.to(device or tau.device)).to(tau)
 
-    return each_layer(task_vectors, changed)
+    return changed
 
 
 def matrices_of(task_vectors: TaskVectors, layers: Layers) -> list[str]:
@@ -79,16 +94,17 @@ def matrices_of(task_vectors: TaskVectors, layers: Layers) -> list[str]:
 def decomposed(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`U [rows, r]`, `s [r]` (falling) and `V [columns, r]` of `matrix = U diag(s) Vᵀ`, float64.
 
+    The vectors of a direction that is left out are 0.
+
     Args:
         matrix: `[rows, columns]`; r is the smaller of the two.
         exact: by the decomposition of the matrix itself.
     """
     values, basis = smaller_side(matrix, exact)
     matrix = matrix.double()
-    inverse = reciprocal(values)
-    if is_tall(matrix):
-        return matrix @ (basis * inverse), values, basis
-    return basis, values, matrix.T @ (basis * inverse)
+    basis = basis * (values > 0)
+    across = (matrix if is_tall(matrix) else matrix.T) @ (basis * reciprocal(values))
+    return (across, values, basis) if is_tall(matrix) else (basis, values, across)
 
 
 def smaller_side(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:

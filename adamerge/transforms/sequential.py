@@ -22,14 +22,13 @@ def opcm(
 ) -> TaskVectors:
     """Every task vector without what lies along the task vectors merged before it.
 
-    Orthogonal projection-based continual merging of Merging Models on the Fly Without Retraining: A
-    Sequential Approach to Scalable Continual Model Merging (arXiv 2501.09522). In a matrix, let
-    `U S Vᵀ` be the sum of the cleaned task vectors so far and s the first index at which they make
-    up more than `alpha` of the sum of S: of `Uᵀ τ_t V` the leading s × s entries and the diagonal are
-    taken away. Other layers are added as they are. The sum of all is scaled to the mean norm of the
-    experts' task vectors; each share is a cleaned one by that factor. The sum is the whole merge:
-    init 1. What the first tasks of the order give does not depend on those that come later, up to
-    that factor.
+    OPCM of Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable
+    Continual Model Merging (arXiv 2501.09522). In a matrix, let `U S Vᵀ` be the sum of the cleaned
+    task vectors so far and s the first index at which the values up to it make up more than `alpha`
+    of the sum of S: of `Uᵀ τ_t V` the leading s × s entries and the diagonal are taken away. Other
+    layers are added as they are. The sum of all is scaled to the mean norm of the experts' task
+    vectors; each share is a cleaned one by that factor. The sum is the whole merge: init 1. What
+    the first tasks of the order give does not depend on those that come later, up to that factor.
 
     One decomposition per matrix and task but the first.
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
+from adamerge.transforms.layers import each_layer
 from adamerge.transforms.matrices import (
+    Change,
     Device,
     Layers,
     decomposed,
     each_matrix,
     is_tall,
+    on_matrices,
     polar,
     reciprocal,
     scaled,
@@ -79,8 +82,9 @@ def iso_cts(
     (arXiv 2502.04959). Of a matrix with r directions n = round((r − ⌊common · r⌋) / T) go to each
     task and c = r − T n stay: the first c triplets of `Σ_t τ_t` and the first n of every
     `τ_t − U_c U_cᵀ τ_t`, side by side, are made orthogonal as in `tsv_m`, and all get the mean of
-    their singular values, s̄. Task t's share is `s̄ (τ_t V_c / S_c) V⊥_cᵀ + s̄ U⊥_t V⊥_tᵀ`. Other layers
-    get `τ_t / T`. The sum is the whole merge: init 1. Where rounding leaves n = 0, it is `iso_c`.
+    their singular values, s̄. Task t's share is `s̄ (τ_t V_c / S_c) V⊥_cᵀ + s̄ U⊥_t V⊥_tᵀ`. Other
+    layers get `τ_t / T`. The sum is the whole merge: init 1. Where rounding leaves n = 0, it is
+    that of `iso_c`.
 
     A decomposition per matrix, one per matrix and task, and two of all side by side.
 
@@ -110,9 +114,10 @@ def svc(
 
     Singular value calibration of When Shared Knowledge Hurts: Spectral Over-Accumulation in Model
     Merging (arXiv 2602.05536). Of a merged matrix `M = U S Vᵀ`, direction r with `a = u_rᵀ M` and
-    `a_t = u_rᵀ τ_t` has its singular value times `T / Σ_t max(alpha, a·a_t / a_t·a_t)`. The shares
-    of the tasks in M are scaled likewise, on the smaller side of the matrix. The sum, `scale` and
-    all, is the whole merge: init 1. One decomposition per matrix, after those of the merge.
+    `a_t = u_rᵀ τ_t` has its singular value times `T / Σ_t max(alpha, a·a_t / a_t·a_t)`; a task
+    without a part in it counts alpha. The shares of the tasks in M are scaled likewise, on the
+    smaller side of the matrix. The sum, `scale` and all, is the whole merge: init 1. One
+    decomposition per matrix, after those of the merge.
 
     Args:
         task_vectors: the experts' own, which M is made of; left unchanged.
@@ -144,7 +149,8 @@ def centre(task_vectors: TaskVectors) -> TaskVectors:
     """What tells the experts from their mean: `θ0 + m` in place of θ0 and `τ_t − m`, m = Σ τ_t / T.
 
     The first half of CART (arXiv 2412.12153), for all layers. Coefficients that are equal for all
-    tasks give the mean of the experts.
+    tasks give the mean of the experts, whatever they are; as a start of learning they are 1 and
+    more.
 
     Args:
         task_vectors: left unchanged.
@@ -152,21 +158,7 @@ def centre(task_vectors: TaskVectors) -> TaskVectors:
     Raises:
         AdamergeError: there is one task alone.
     """
-    if len(task_vectors.tasks) < 2:
-        raise AdamergeError(
-            f"centre: {task_vectors.tasks[0]} is the only task, and nothing tells it from the mean "
-            "of all: merge at least two"
-        )
-    means: dict[str, Tensor] = {}
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        for name, tau in task_vectors.deltas.items():
-            means[name] = tau.mean(0)
-            yield name, tau - means[name]
-
-    other = task_vectors.with_deltas(pairs())
-    other.pretrained = {name: base + means[name] for name, base in task_vectors.pretrained.items()}
-    return other
+    return _centred(task_vectors, lambda _, tau: tau)
 
 
 def truncate(
@@ -174,8 +166,8 @@ def truncate(
 ) -> TaskVectors:
     """The largest singular triplets of every matrix of every task vector; other layers whole.
 
-    Keeps the first max(1, ⌊rank · r⌋) of the r triplets of a matrix. A cleaned set: its init is that
-    of the task vectors given. One decomposition per matrix and task.
+    Keeps the first max(1, ⌊rank · r⌋) of the r triplets of a matrix. A cleaned set: its init is
+    that of the task vectors given. One decomposition per matrix and task.
 
     Args:
         task_vectors: left unchanged.
@@ -186,16 +178,7 @@ def truncate(
     Raises:
         AdamergeError: `rank` is out of range.
     """
-    if not 0 < rank <= 1:
-        raise AdamergeError(f"truncate: rank is {rank}, expected a share in (0, 1], like 0.16")
-
-    def change(name: str, tau: Tensor) -> Tensor:
-        kept = torch.arange(min(tau.shape[1:]), device=tau.device)
-        kept = (kept < max(1, int(rank * len(kept)))).double()
-        exact = tau.dtype == torch.float64
-        return torch.stack([scaled(m, smaller_side(m, exact)[1], kept) for m in tau])
-
-    return each_matrix(task_vectors, change, layers, device, 1.0)
+    return each_layer(task_vectors, _truncation("truncate", task_vectors, rank, layers, device))
 
 
 def cart(
@@ -217,7 +200,42 @@ def cart(
     Raises:
         AdamergeError: `rank` is out of range, or there is one task alone.
     """
-    return truncate(centre(task_vectors), rank, layers, device)
+    return _centred(task_vectors, _truncation("cart", task_vectors, rank, layers, device))
+
+
+def _centred(task_vectors: TaskVectors, change: Change) -> TaskVectors:
+    """`centre`, with a change of what it gives before that is kept."""
+    if len(task_vectors.tasks) < 2:
+        raise AdamergeError(
+            f"{task_vectors.tasks[0]} is the only task, and nothing tells it from the mean of all: "
+            "merge at least two, or take away the transform that centres them (centre, cart)"
+        )
+    means: dict[str, Tensor] = {}
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        for name, tau in task_vectors.deltas.items():
+            means[name] = tau.mean(0)
+            yield name, change(name, tau - means[name])
+
+    other = task_vectors.with_deltas(pairs())
+    other.pretrained = {name: base + means[name] for name, base in task_vectors.pretrained.items()}
+    return other
+
+
+def _truncation(
+    who: str, task_vectors: TaskVectors, rank: float, layers: Layers, device: Device
+) -> Change:
+    """The change of layers that `truncate` makes."""
+    if not 0 < rank <= 1:
+        raise AdamergeError(f"{who}: rank is {rank}, expected a share in (0, 1], like 0.16")
+
+    def change(name: str, tau: Tensor) -> Tensor:
+        kept = torch.arange(min(tau.shape[1:]), device=tau.device)
+        kept = (kept < max(1, int(rank * len(kept)))).double()
+        exact = tau.dtype == torch.float64
+        return torch.stack([scaled(m, smaller_side(m, exact)[1], kept) for m in tau])
+
+    return on_matrices(task_vectors, change, layers, device, 1.0)
 
 
 def _tsv(name: str, tau: Tensor) -> Tensor:
@@ -232,9 +250,7 @@ def _tsv(name: str, tau: Tensor) -> Tensor:
     triplets = [decomposed(matrix, exact) for matrix in tau]
     lefts, rights = _orthogonal(triplets, [count] * len(tau), exact)
     strengths = [values[:count] for _, values, _ in triplets]
-    return torch.stack(
-        [(u * s) @ v.T for u, s, v in zip(lefts, strengths, rights, strict=True)]
-    )
+    return torch.stack([(u * s) @ v.T for u, s, v in zip(lefts, strengths, rights, strict=True)])
 
 
 def _iso(name: str, tau: Tensor) -> Tensor:
@@ -243,7 +259,7 @@ def _iso(name: str, tau: Tensor) -> Tensor:
     return scaled(tau, basis, values.mean() * reciprocal(values))
 
 
-_MERGES: dict[str, Callable[[str, Tensor], Tensor]] = {
+_MERGES: dict[str, Change] = {
     "sum": lambda _, tau: tau,
     "tsv_m": _tsv,
     "iso_c": _iso,
@@ -252,9 +268,8 @@ _MERGES: dict[str, Callable[[str, Tensor], Tensor]] = {
 
 def _iso_parts(tau: Tensor, common: float) -> Tensor:
     """The shares of Iso-CTS in one matrix."""
-    exact, tasks, rank = tau.dtype == torch.float64, len(tau), min(tau.shape[1:])
-    own = min(round((rank - math.floor(common * rank)) / tasks), rank // tasks)
-    first = rank - own * tasks
+    exact, tasks = tau.dtype == torch.float64, len(tau)
+    first, own = directions(min(tau.shape[1:]), tasks, common)
     tau = tau.double()
     left, values, right = decomposed(tau.sum(0), exact)
     left, values, right = left[:, :first], values[:first], right[:, :first]
@@ -266,6 +281,12 @@ def _iso_parts(tau: Tensor, common: float) -> Tensor:
     return mean * torch.stack(
         [m @ shared + u @ v.T for m, u, v in zip(tau, lefts[1:], rights[1:], strict=True)]
     )
+
+
+def directions(rank: int, tasks: int, common: float) -> tuple[int, int]:
+    """How many of a matrix's `rank` directions `iso_cts` leaves to all tasks, and gives to each."""
+    own = min(round((rank - math.floor(common * rank)) / tasks), rank // tasks)
+    return rank - own * tasks, own
 
 
 def _orthogonal(
@@ -285,9 +306,11 @@ def _calibrated(tau: Tensor, shares: Tensor, alpha: float) -> Tensor:
     left, values, right = decomposed(merged, exact)
     along = left.T @ merged  # [r, columns]
     total = torch.zeros_like(values)
+    rounding = (len(values) * torch.finfo(tau.dtype).eps) ** 2
     for matrix in tau.double():
         own = left.T @ matrix
         strength = own.square().sum(1)
+        strength = torch.where(strength > rounding * strength.sum(), strength, 0)
         total += ((along * own).sum(1) * reciprocal(strength)).clamp_min(alpha)
     factors = torch.where(values > 0, tasks / total, 1)
     return scaled(shares, right if is_tall(merged) else left, factors)
