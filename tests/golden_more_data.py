@@ -129,15 +129,12 @@ def merged(vectors: adamerge.TaskVectors, scale: float = 1.0) -> dict[str, Tenso
     return layers
 
 
-def features(vectors: adamerge.TaskVectors, coefficients: float | Tensor, task: str) -> Tensor:
-    """Features of the task's first batch in the encoder that coefficients (`[T]`) give."""
-    if not isinstance(coefficients, Tensor):
-        coefficients = torch.full((len(vectors.tasks),), coefficients)
-    dtype = vectors_dtype(vectors)
-    method = adamerge.methods.AdaMerging(golden.clip().backbone, vectors, granularity="task")
-    with torch.no_grad():
-        method.coefficients.copy_(coefficients)
-    return method.fold()(golden.tensors("images")[task][0].to(dtype))
+def features(vectors: adamerge.TaskVectors, scale: float, task: str) -> Tensor:
+    """Features of the task's first batch in the encoder with every coefficient `scale`."""
+    method = adamerge.methods.AdaMerging(golden.clip().backbone, vectors, "task", init=scale)
+    images = golden.tensors("images")[task][0].to(vectors_dtype(vectors))
+    ids = torch.full((len(images),), golden.TASKS.index(task))
+    return method.fold()(images, ids)
 
 
 def check_merge(

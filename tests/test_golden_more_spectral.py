@@ -82,18 +82,17 @@ def cart(dtype: torch.dtype) -> None:
 
 def svc_task_arithmetic(dtype: torch.dtype) -> None:
     vectors = golden.task_vectors(dtype)
-    check_calibrated("svc_task_arithmetic", vectors, transforms.svc(vectors), vectors, 0.3)
+    check_calibrated("svc_task_arithmetic", transforms.svc(vectors, scale=0.3), vectors, 0.3)
 
 
 def svc_tsv_m(dtype: torch.dtype) -> None:
     vectors = golden.task_vectors(dtype)
-    found = transforms.svc(vectors, alpha=1.0, merge="tsv_m")
-    check_calibrated("svc_tsv_m", vectors, found, transforms.tsv_m(vectors), 1.0)
+    before = transforms.tsv_m(vectors)
+    found = transforms.svc(before, alpha=1.0, experts=vectors)
+    check_calibrated("svc_tsv_m", found, before, 1.0)
 
 
-def check_calibrated(
-    label: str, vectors: TaskVectors, found: TaskVectors, before: TaskVectors, scale: float
-) -> None:
+def check_calibrated(label: str, found: TaskVectors, before: TaskVectors, scale: float) -> None:
     """The merge, and by how much every singular value of the merge before it has changed: one of 0
     has no factor, and 1 is expected."""
     more.check_merge(label, found)

@@ -22,7 +22,7 @@ TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
     "iso_c": transforms.iso_c,
     "iso_cts": transforms.iso_cts,
     "svc": transforms.svc,
-    "svc:tsv_m": lambda v: transforms.svc(v, 1.0, "tsv_m"),
+    "svc:tsv_m": lambda v: transforms.svc(transforms.tsv_m(v), 1.0, experts=v),
     "centre": transforms.centre,
     "truncate": transforms.truncate,
     "cart": transforms.cart,

@@ -223,18 +223,17 @@ def test_the_order_of_tasks_matters_to_opcm_alone_as_told() -> None:
     ("call", "message"),
     [
         (lambda v: transforms.tsv_m(v, layers="all"), "layers is 'all': expected 'matrices' or"),
-        (lambda v: transforms.iso_cts(v, 1.5), "iso_cts: common is 1.5, expected a share in"),
+        (lambda v: transforms.iso_cts(v, 1.5), r"common is 1.5, expected a number in \[0, 1\]"),
         (lambda v: transforms.svc(v, 0.0), "svc: alpha is 0.0, expected a number above 0"),
-        (lambda v: transforms.svc(v, merge="ties"), "svc: merge is 'ties', expected one of sum"),
-        (lambda v: transforms.cart(v, 0.0), "cart: rank is 0.0, expected a share in"),
-        (lambda v: transforms.truncate(v, 2.0), "truncate: rank is 2.0, expected a share in"),
+        (lambda v: transforms.cart(v, 0.0), r"cart: rank is 0.0, expected a number in \(0, 1\]"),
+        (lambda v: transforms.truncate(v, 2.0), "truncate: rank is 2.0, expected a number in"),
         (lambda v: transforms.wudi(v, -1), "wudi: steps is -1 and lr is 1e-05, expected at least"),
         (lambda v: transforms.wudi(v, others="sum"), "wudi: others is 'sum', expected 'mean' or"),
         (lambda v: transforms.ace(v, 0.0), "ace: epsilon is 0.0, expected a number above 0"),
-        (lambda v: transforms.ace(v, rank=0.0), "ace: rank is 0.0, expected a share"),
-        (lambda v: transforms.doge(v, subspace=0), "doge: subspace is 0, expected a number from 1"),
-        (lambda v: transforms.doge(v, density=0.0), "doge: density is 0.0, expected a share"),
-        (lambda v: transforms.opcm(v, -1.0), "opcm: alpha is -1.0, expected a share in"),
+        (lambda v: transforms.ace(v, rank=0.0), "ace: rank is 0.0, expected a number"),
+        (lambda v: transforms.doge(v, subspace=0), "doge: subspace is 0, expected a number"),
+        (lambda v: transforms.doge(v, density=0.0), "doge: density is 0.0, expected a number"),
+        (lambda v: transforms.opcm(v, -1.0), "opcm: alpha is -1.0, expected a number"),
         (
             lambda v: transforms.opcm(v, order=["t0"]),
             r"opcm: order is \['t0'\], expected every task",
@@ -251,6 +250,9 @@ def test_what_cannot_be_done_is_said() -> None:
         transforms.tsv_m(task_vectors(drawn(4, 4, 3)))
     with pytest.raises(AdamergeError, match="t0 is the only task, and nothing tells it from the"):
         transforms.cart(task_vectors(drawn(1, 4, 3)))
+    three, two = task_vectors(drawn(3, 4, 3)), task_vectors(drawn(2, 4, 3))
+    with pytest.raises(AdamergeError, match="svc: the experts are of the tasks t0, t1, t2, expec"):
+        transforms.svc(two, experts=three)
     flat = TaskVectors({"a": torch.zeros(3)}, {"t": {"a": torch.ones(3)}})
     with pytest.raises(AdamergeError, match="the task vectors have no matrix: use a transform"):
         transforms.iso_c(flat)

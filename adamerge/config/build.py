@@ -46,7 +46,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "transform": (
         function_to(TaskVectors),
         "a function from TaskVectors annotated to return TaskVectors",
-        ("task_vectors", "architecture", "device"),
+        ("task_vectors", "architecture", "experts", "device"),
     ),
 }
 
@@ -167,6 +167,7 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
             given: Supplies = {
                 "task_vectors": functools.partial(_itself, vectors),
                 "architecture": functools.partial(architecture_names, suite.clip.config),
+                "experts": functools.partial(_itself, suite.task_vectors),
                 "device": functools.partial(run_device, config["trainer"]),
             }
             vectors = _construct(key, target, arguments, given)

@@ -1,21 +1,43 @@
-"""Transforms: `TaskVectors -> TaskVectors`, applied once, before a method sees them."""
+"""Transforms: `TaskVectors -> TaskVectors`, applied once, before a method sees them.
 
+The sum of the transformed vectors, times λ, is the merge. Each docstring says at which λ: 1 where
+the sum is a whole merge, about 0.3 where the vectors were only cleaned.
+"""
+
+from adamerge.transforms.competition import pcb
 from adamerge.transforms.interference import ace, doge, wudi
-from adamerge.transforms.scale import metagpt
+from adamerge.transforms.masks import consensus, elect, emr, magmax, tall
+from adamerge.transforms.scale import lines, metagpt, model_stock
 from adamerge.transforms.sequential import opcm
-from adamerge.transforms.sparse import ties
+from adamerge.transforms.sparse import breadcrumbs, dare, della, magnitude, ties
 from adamerge.transforms.spectral import cart, centre, iso_c, iso_cts, svc, truncate, tsv_m
+from adamerge.transforms.spherical import karcher, multislerp, slerp
 
 __all__ = [
     "ace",
+    "breadcrumbs",
     "cart",
     "centre",
+    "consensus",
+    "dare",
+    "della",
     "doge",
+    "elect",
+    "emr",
     "iso_c",
     "iso_cts",
+    "karcher",
+    "lines",
+    "magmax",
+    "magnitude",
     "metagpt",
+    "model_stock",
+    "multislerp",
     "opcm",
+    "pcb",
+    "slerp",
     "svc",
+    "tall",
     "ties",
     "truncate",
     "tsv_m",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
+from adamerge.transforms.layers import check_number
 from adamerge.transforms.matrices import (
     Device,
     Layers,
@@ -28,7 +29,7 @@ def wudi(
     others: Literal["mean", "pretrained"] = "mean",
     device: Device = None,
 ) -> TaskVectors:
-    """A merged matrix found by a few steps from the sum, so that no task is disturbed along itself.
+    """A merged matrix a few steps from the sum, so that no task is disturbed along itself.
 
     WUDI-Merging of Whoever Started the Interference Should End It: Guiding Data-Free Model Merging
     via Task Vectors (arXiv 2503.08099). From `Δ = Σ_t τ_t`, Adam takes `steps` steps down
@@ -106,8 +107,7 @@ def ace(
     """
     if not epsilon > 0:
         raise AdamergeError(f"ace: epsilon is {epsilon}, expected a number above 0, like 0.01")
-    if not 0 < rank <= 1:
-        raise AdamergeError(f"ace: rank is {rank}, expected a share in (0, 1], like 0.3")
+    check_number("ace", "rank", rank, 0, 1, open_low=True)
 
     def change(name: str, tau: Tensor) -> Tensor:
         return _estimated(tau, epsilon, spread, rank)
@@ -151,10 +151,8 @@ def doge(
         AdamergeError: a setting out of range.
     """
     _check_steps("doge", steps, lr)
-    if subspace < 1:
-        raise AdamergeError(f"doge: subspace is {subspace}, expected a number from 1 on, like 6")
-    if not 0 < density <= 1:
-        raise AdamergeError(f"doge: density is {density}, expected a share in (0, 1], like 0.3")
+    check_number("doge", "subspace", subspace, 1, 10**6)
+    check_number("doge", "density", density, 0, 1, open_low=True)
     thresholds = _thresholds(task_vectors, density, layers)
 
     def change(name: str, tau: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
-from adamerge.transforms.layers import each_layer
+from adamerge.transforms.layers import check_number, each_layer
 from adamerge.transforms.matrices import Device, Layers, decomposed, each_matrix
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -42,8 +42,7 @@ def opcm(
     Raises:
         AdamergeError: `alpha` is out of range, or `order` is not one of these tasks.
     """
-    if not 0 <= alpha <= 1:
-        raise AdamergeError(f"opcm: alpha is {alpha}, expected a share in [0, 1], like 0.5")
+    check_number("opcm", "alpha", alpha, 0, 1)
     wanted = list(task_vectors.tasks if order is None else order)
     if sorted(wanted) != sorted(task_vectors.tasks):
         raise AdamergeError(

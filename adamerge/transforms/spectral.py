@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
-from adamerge.transforms.layers import each_layer
+from adamerge.transforms.layers import check_number, each_layer
 from adamerge.transforms.matrices import (
     Change,
     Device,
@@ -97,52 +96,54 @@ def iso_cts(
     Raises:
         AdamergeError: `common` is out of range.
     """
-    if not 0 <= common <= 1:
-        raise AdamergeError(f"iso_cts: common is {common}, expected a share in [0, 1], like 0.8")
+    check_number("iso_cts", "common", common, 0, 1)
     return each_matrix(task_vectors, lambda _, tau: _iso_parts(tau, common), layers, device)
 
 
 def svc(
     task_vectors: TaskVectors,
     alpha: float = 0.1,
-    merge: Literal["sum", "tsv_m", "iso_c"] = "sum",
-    scale: float | None = None,
+    scale: float = 1.0,
     layers: Layers = "matrices",
+    experts: TaskVectors | None = None,
     device: Device = None,
 ) -> TaskVectors:
     """A merge whose singular values are lowered where several tasks count the same direction.
 
     Singular value calibration of When Shared Knowledge Hurts: Spectral Over-Accumulation in Model
-    Merging (arXiv 2602.05536). Of a merged matrix `M = U S Vᵀ`, direction r with `a = u_rᵀ M` and
-    `a_t = u_rᵀ τ_t` has its singular value times `T / Σ_t max(alpha, a·a_t / a_t·a_t)`; a task
-    without a part in it counts alpha. The shares of the tasks in M are scaled likewise, on the
-    smaller side of the matrix. The sum, `scale` and all, is the whole merge: init 1. One
-    decomposition per matrix, after those of the merge.
+    Merging (arXiv 2602.05536), of the merge that the given task vectors are: of nothing (task
+    arithmetic), or of a transform before. Of a matrix, let `M = U S Vᵀ` be `scale` times their sum,
+    and `a = u_rᵀ M`, `a_t = u_rᵀ τ_t` for direction r and the experts' own τ: its singular value is
+    multiplied by `T / Σ_t max(alpha, a·a_t / a_t·a_t)`, where a task without a part in it counts
+    alpha. The given vectors are scaled likewise, on the smaller side of the matrix; other layers
+    get `scale` alone. The sum, `scale` and all, is the whole merge: init 1. One decomposition per
+    matrix.
 
     Args:
-        task_vectors: the experts' own, which M is made of; left unchanged.
-        alpha: the least that a task counts, above 0: 0.1 for `sum`, 1 for `tsv_m`.
-        merge: M is `scale` times the sum of the task vectors (task arithmetic), or of what this
-            transform gives.
-        scale: None: 0.3 for `sum`, 1 for the others.
+        task_vectors: left unchanged.
+        alpha: the least that a task counts, above 0: 0.1 for task arithmetic, 1 for `tsv_m`.
+        scale: 0.3 for task arithmetic; 1 for what is a whole merge before.
         layers: `matrices` (all of two dimensions) or `blocks` (those of the blocks alone).
+        experts: the experts' own task vectors, which a run supplies; None: the given ones are.
         device: that computes.
 
     Raises:
-        AdamergeError: `alpha` is not above 0, or an unknown `merge`.
+        AdamergeError: `alpha` is not above 0, or the experts are of other tasks.
     """
     if not alpha > 0:
-        raise AdamergeError(f"svc: alpha is {alpha}, expected a number above 0, like 0.1")
-    if merge not in _MERGES:
-        raise AdamergeError(f"svc: merge is {merge!r}, expected one of {', '.join(_MERGES)}")
-    shares, plain = _MERGES[merge], merge == "sum"
-    factor = (0.3 if plain else 1.0) if scale is None else scale
+        raise AdamergeError(f"svc: alpha is {alpha!r}, expected a number above 0, like 0.1")
+    own = experts or task_vectors
+    if own.tasks != task_vectors.tasks:
+        raise AdamergeError(
+            f"svc: the experts are of the tasks {', '.join(own.tasks)}, expected "
+            f"{', '.join(task_vectors.tasks)}"
+        )
 
-    def change(name: str, tau: Tensor) -> Tensor:
-        return _calibrated(tau, factor * shares(name, tau), alpha)
+    def change(name: str, shares: Tensor) -> Tensor:
+        tau = shares if own is task_vectors else own.deltas[name].to(shares)
+        return _calibrated(tau, scale * shares, alpha)
 
-    others = factor if plain else factor / len(task_vectors.tasks)
-    return each_matrix(task_vectors, change, layers, device, others)
+    return each_matrix(task_vectors, change, layers, device, scale)
 
 
 def centre(task_vectors: TaskVectors) -> TaskVectors:
@@ -226,8 +227,7 @@ def _truncation(
     who: str, task_vectors: TaskVectors, rank: float, layers: Layers, device: Device
 ) -> Change:
     """The change of layers that `truncate` makes."""
-    if not 0 < rank <= 1:
-        raise AdamergeError(f"{who}: rank is {rank}, expected a share in (0, 1], like 0.16")
+    check_number(who, "rank", rank, 0, 1, open_low=True)
 
     def change(name: str, tau: Tensor) -> Tensor:
         kept = torch.arange(min(tau.shape[1:]), device=tau.device)
@@ -253,17 +253,10 @@ def _tsv(name: str, tau: Tensor) -> Tensor:
     return torch.stack([(u * s) @ v.T for u, s, v in zip(lefts, strengths, rights, strict=True)])
 
 
-def _iso(name: str, tau: Tensor) -> Tensor:
+def _iso(_: str, tau: Tensor) -> Tensor:
     """The shares of Iso-C in one matrix."""
     values, basis = smaller_side(tau.double().sum(0), tau.dtype == torch.float64)
     return scaled(tau, basis, values.mean() * reciprocal(values))
-
-
-_MERGES: dict[str, Change] = {
-    "sum": lambda _, tau: tau,
-    "tsv_m": _tsv,
-    "iso_c": _iso,
-}
 
 
 def _iso_parts(tau: Tensor, common: float) -> Tensor:
