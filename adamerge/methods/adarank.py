@@ -130,9 +130,7 @@ def _check(rank: float, score: float, temperature: float) -> None:
         raise AdamergeError(f"rank is {rank!r}: expected a share in [0, 1] (method.rank)")
     for name, value in (("score", score), ("temperature", temperature)):
         if not value > 0:
-            raise AdamergeError(
-                f"{name} is {value!r}: expected a number above 0 (method.{name})"
-            )
+            raise AdamergeError(f"{name} is {value!r}: expected a number above 0 (method.{name})")
 
 
 def _rotated(
