@@ -71,7 +71,7 @@ def test_ace(shape: tuple[int, int], scale: float) -> None:
 
 
 def naive_doge(taus: Tensor, steps: int, density: float) -> Tensor:
-    """DOGE TA in one matrix, its gradient by autograd and its Adam by hand."""
+    """DOGE TA in one matrix, its gradient by autograd and its steps by torch's own Adam."""
     factors = 0.07 / taus.flatten(1).norm(dim=1)
     rank, tasks = min(taus.shape[1:]), len(taus)
     stack = torch.zeros(taus.shape[1], rank, dtype=taus.dtype)
@@ -81,15 +81,13 @@ def naive_doge(taus: Tensor, steps: int, density: float) -> Tensor:
         stack[:, row * count : (row + 1) * count] = left[:, :count]
     basis = torch.linalg.svd(stack, full_matrices=False)[0][:, : rank // 2]
     change = torch.zeros_like(taus[0], requires_grad=True)
-    mean, square = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
-    for step in range(1, steps + 1):
+    optimizer = torch.optim.Adam([change], lr=1e-2)
+    for _ in range(steps):
         merged = sum(f * (tau + change) for f, tau in zip(factors, taus, strict=True))
         loss = sum((tau * (tau - merged)).sum(1).square().sum() for tau in taus)
         (slope,) = torch.autograd.grad(loss, change)
-        slope = slope - basis @ basis.T @ slope
-        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
-        move = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
-        change = (change - 1e-2 * move).detach().requires_grad_()
+        change.grad = slope - basis @ basis.T @ slope
+        optimizer.step()
     kept = torch.zeros_like(taus)
     for row, tau in enumerate(taus):
         ranked = tau.abs().flatten().sort().values

@@ -174,12 +174,17 @@ def _check_steps(name: str, steps: int, lr: float) -> None:
 def _descended(
     start: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, lr: float
 ) -> Tensor:
-    """Where `steps` steps of Adam lead from `start`, which is left unchanged."""
-    place = start.clone()
-    optimizer = torch.optim.Adam([place], lr=lr, fused=True)  # one pass over its numbers
-    for _ in range(steps):
-        place.grad = gradient(place)
-        optimizer.step()
+    """Where `steps` steps of Adam lead from `start`, which is left unchanged.
+
+    As `torch.optim.Adam`, without the tenth of a millisecond that each of its steps takes besides.
+    """
+    place, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(1, steps + 1):
+        slope = gradient(place)
+        mean.lerp_(slope, 0.1)
+        square.mul_(0.999).addcmul_(slope, slope, value=0.001)
+        width = (square / (1 - 0.999**step)).sqrt_().add_(1e-8)
+        place.addcdiv_(mean, width, value=-lr / (1 - 0.9**step))
     return place
 
 
