@@ -1,15 +1,19 @@
-"""Merges by singular values give the second set's reference numbers."""
+"""Merges by singular values, and learned masks, give the second set's reference numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import cast
+from unittest.mock import patch
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import adamerge
 from adamerge import TaskVectors, transforms
 from adamerge.learn.step import step_loss
-from adamerge.methods import AdaMerging
+from adamerge.methods import AdaMerging, AdaRank, Concrete, MergeMethod
 from adamerge.transforms.spectral import directions
 from tests import golden_data as golden
 from tests import golden_more_data as more
@@ -43,18 +47,9 @@ def check_shares(label: str, found: TaskVectors) -> None:
 
 def learned(vectors: TaskVectors) -> tuple[Tensor, Tensor]:
     """Losses and λ of four steps of layer-wise AdaMerging from 1."""
-    dtype = more.vectors_dtype(vectors)
     method = AdaMerging(golden.clip().backbone, vectors, init=1.0)
-    objective = adamerge.objectives.Entropy(golden.heads(dtype))
     optimizer = torch.optim.Adam(method.parameters(), lr=0.01)
-    losses = []
-    for step in range(4):
-        images, ids = golden.batch(step, dtype)
-        optimizer.zero_grad()
-        loss, _, _ = step_loss(method, objective, images, ids)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
+    losses = [descend(method, optimizer, step) for step in range(4)]
     return torch.stack(losses), method.coefficients.detach()
 
 
@@ -121,9 +116,121 @@ def opcm(dtype: torch.dtype) -> None:
     more.agrees(torch.stack(coefficients).to(dtype), "opcm/coefficients")
 
 
+def adarank_ta(dtype: torch.dtype) -> None:
+    check_adarank("adarank_ta", golden.task_vectors(dtype))
+
+
+def adarank_cart(dtype: torch.dtype) -> None:
+    vectors = transforms.centre(golden.task_vectors(dtype))
+    check_adarank("adarank_cart", vectors, init=1.5, rank=0.16)
+
+
+def check_adarank(label: str, vectors: TaskVectors, **settings: float) -> None:
+    method = AdaRank(golden.clip().backbone, vectors, **settings)
+    optimizer = torch.optim.Adam(method.parameters(), lr=0.017)
+    losses, kept, coefficients = [], [], [method.coefficients.detach().clone()]
+    for step in range(8):
+        losses.append(descend(method, optimizer, step))
+        kept.append(int(method.merged_components().sum()))
+        coefficients.append(method.coefficients.detach().clone())
+    more.agrees(torch.stack(losses), f"{label}/loss")
+    more.agrees(torch.stack(coefficients), f"{label}/coefficients")
+    assert torch.equal(torch.tensor(kept), more.expected(f"{label}/kept"))
+    for name, scores in zip(method.matrices, method.scores, strict=True):
+        more.agrees(scores.detach(), f"{label}/score/{name}")
+    check_encoder(label, method)
+
+
+def concrete_adam(dtype: torch.dtype) -> None:
+    check_concrete("concrete_adam", dtype, lambda p: torch.optim.Adam(p, lr=1.0))
+
+
+def concrete_sgd(dtype: torch.dtype) -> None:
+    check_concrete("concrete_sgd", dtype, lambda p: torch.optim.SGD(p, lr=0.1))
+
+
+def check_concrete(
+    label: str, dtype: torch.dtype, inner: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> None:
+    """The paper's two levels, driven from outside, then the second phase."""
+    with patch("adamerge.methods.concrete.uniform", given_sample):
+        method = Concrete(golden.clip().backbone, golden.task_vectors(dtype))
+        below, above = inner([method.coefficients]), torch.optim.Adam(method.logits, lr=1e-3)
+        losses: dict[str, list[Tensor]] = {"inner": [], "outer": [], "last": []}
+        coefficients = []
+        for step in range(3):
+            method.begin(step)
+            restart(method)
+            method.learns = ("coefficients",)
+            losses["inner"].append(descend(method, below, 2 * step))
+            coefficients.append(method.coefficients.detach().clone())
+            method.learns = ("logits",)
+            losses["outer"].append(descend(method, above, 2 * step + 1))
+            if step in (0, 2):
+                check_fields(f"{label}/logits_{step + 1}", method, method.logits)
+        method.begin(method.mask_steps)
+        restart(method)
+        masks = [method.mask(name).detach() for name in method.task_vectors.names]
+        check_fields(f"{label}/mask", method, masks)
+        last = torch.optim.Adam([method.coefficients], lr=1e-3)
+        losses["last"] = [descend(method, last, step) for step in (6, 7, 8)]
+        for key, values in losses.items():
+            more.agrees(torch.stack(values), f"{label}/{key}_loss")
+        more.agrees(torch.stack(coefficients), f"{label}/inner_coefficients")
+        more.agrees(method.coefficients.detach(), f"{label}/coefficients")
+        check_features(label, method)
+
+
+def given_sample(seed: int, sample: str, layer: str, shape: torch.Size) -> Tensor:
+    """The set's own numbers: of samples 0, 1, 2, and 3 for the last."""
+    number = sample.removeprefix("sample ")
+    return more.uniform(3 if number == "last" else int(number), layer, shape)
+
+
+def restart(method: Concrete) -> None:
+    with torch.no_grad():
+        method.coefficients.fill_(0.3)
+
+
+def descend(method: MergeMethod, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
+    """One step on the entropy of a batch; the loss before it."""
+    dtype = next(method.parameters()).dtype
+    images, ids = golden.batch(step, dtype)
+    optimizer.zero_grad()
+    loss, _, _ = step_loss(method, adamerge.objectives.Entropy(golden.heads(dtype)), images, ids)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def check_fields(key: str, method: Concrete, tensors: Iterable[Tensor]) -> None:
+    """A tensor for every layer, held against `key/fingerprint` and `key/full/…`."""
+    values = [tensor.detach() for tensor in tensors]
+    more.check_layers(key, dict(zip(method.task_vectors.names, values, strict=True)))
+
+
+def check_encoder(label: str, method: MergeMethod) -> None:
+    """What a method folds into, less the pretrained weights."""
+    state = cast(nn.Module, method.fold().backbone).state_dict()
+    dtype = next(method.parameters()).dtype
+    start = golden.state("pretrained", dtype)
+    more.check_layers(label, {name: state[name] - base for name, base in start.items()})
+    check_features(label, method)
+
+
+def check_features(label: str, method: MergeMethod) -> None:
+    encoder, dtype = method.fold(), next(method.parameters()).dtype
+    for task in golden.TASKS:
+        images = golden.tensors("images")[task][0].to(dtype)
+        more.agrees(encoder(images), f"{label}/features/{task}")
+
+
 CHECKS: dict[str, more.Check] = {
     check.__name__: check
-    for check in (tsv_m, iso_c, iso_cts, wudi, cart, svc_task_arithmetic, svc_tsv_m, opcm)
+    for check in (
+        *(tsv_m, iso_c, iso_cts, wudi, cart, svc_task_arithmetic, svc_tsv_m, opcm),
+        *(adarank_ta, adarank_cart, concrete_adam, concrete_sgd),
+    )
 }
 
 # Keys of those labels that are not compared, and why.

@@ -25,7 +25,7 @@ from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_compiling, refuse_recomputing
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
-from adamerge.methods.base import MergeMethod
+from adamerge.methods.base import MergeMethod, Staged
 from adamerge.weights.task_vectors import TaskVectors
 
 # Arguments of Lightning's Trainer that make sense here: others would be set twice, cut the endless
@@ -35,7 +35,7 @@ _TRAINER = (
     *("gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "plugins"),
 )
 _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
-    "method": (subclass_of(MergeMethod), "a MergeMethod class", SUPPLIED),
+    "method": (subclass_of(MergeMethod), "a MergeMethod class", (*SUPPLIED, "device")),
     "objective": (subclass_of(Objective), "an Objective class", SUPPLIED),
     "optim": (subclass_of(torch.optim.Optimizer), "a torch optimizer class", ("params",)),
     "scheduler": (
@@ -177,6 +177,7 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     arguments, own = split_base(target, arguments)
     known = (suite.clip, suite.task_vectors, vectors, suite.heads)
     given = supplies(*known, own, suite.files, config["protocol"], suite.digest)
+    given = {**given, "device": functools.partial(run_device, config["trainer"])}
     method: MergeMethod = _construct("method", target, arguments, given)
     return method
 
@@ -245,7 +246,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         scheduler,
         config["micro_batch"],
         config["log_every"],
-        config["cuda_graph"] and _can_be_recorded(config),
+        config["cuda_graph"] and _can_be_recorded(config) and not isinstance(method, Staged),
     )
 
 

@@ -18,7 +18,7 @@ from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
 from adamerge.learn.readings import Readings
 from adamerge.learn.step import step_loss
-from adamerge.methods.base import MergeMethod
+from adamerge.methods.base import MergeMethod, Staged
 
 # task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`, and
 # `targets` (see adamerge.learn.features). No labels.
@@ -75,6 +75,8 @@ class Adaptation(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
         images, targets, task_ids = self._collect(batch)
+        if isinstance(self.method, Staged):
+            self.method.begin(self.global_step)
         loss, values, features = self._step(images, task_ids, targets)
         self._values = values
         if self._is_logged():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ class AdaRank(MergeMethod):
     """`W_l = θ0_l + Σ_t λ[t, l] U_t diag(b_t ∘ S_t) V_tᵀ` with learnable λ and b ∈ {0, 1}.
 
     AdaRank: Adaptive Rank Pruning for Enhanced Model Merging (arXiv 2503.22178). With
-    `τ_t = U_t diag(S_t) V_tᵀ` of every matrix that takes part, component k is merged where its score
-    x has `p = sigmoid(x / temperature) > 0.5`, that is x > 0; the gradient is that of p (straight
-    through). Other layers are merged by λ alone. On `transforms.centre`, with `init` above 1 and
-    `rank` 0.16, it is the paper's AdaRank on CART.
+    `τ_t = U_t diag(S_t) V_tᵀ` of every matrix that takes part, component k is merged where its
+    score x has `p = sigmoid(x / temperature) > 0.5`, that is x > 0; the gradient is that of p
+    (straight through). Other layers are merged by λ alone. On `transforms.centre`, with `init`
+    above 1 and `rank` 0.16, it is the paper's AdaRank on CART.
 
     Kept in place of τ is `τ_t V_t` (of a wide matrix `U_tᵀ τ_t`), in the type and place of τ, and
     beside it the smaller side's singular vectors, `[T, r, r]` in memory. A step costs two products

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -113,3 +113,12 @@ class MergeMethod(nn.Module):
         the device; detached."""
         table = self.coefficient_table()
         return None if table is None else table[1]
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A method whose steps differ by their number, so that none stands for another."""
+
+    def begin(self, step: int) -> None:
+        """Told before every step of training its number, counted from 0 on, resumed or not."""
+        ...

@@ -22,8 +22,8 @@ class Concrete(MergeMethod):
 
     Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion
     (arXiv 2312.06173). Every weight has a logit x, at the start 0, and for numbers u drawn from
-    [0, 1) `q = sigmoid((x + log u − log(1 − u)) / temperature)` and `m = q / mean(q)`, the mean taken
-    over a layer. Two phases:
+    [0, 1) `q = sigmoid((x + log u − log(1 − u)) / temperature)` and `m = q / mean(q)`, the mean
+    taken over a layer. Two phases:
 
     1. For the first `mask_steps` steps every step has a sample of its own, and the logits are
        learned; with them λ, or (`granularity: fixed`, Concrete Task Arithmetic) λ stays at `init`.
