@@ -51,7 +51,7 @@ class Concrete(MergeMethod):
         logits: the learnable x of every layer, in the order of the task vectors.
         coefficients: the learnable λ, or a plain tensor where it is fixed.
         learns: which of `logits` and `coefficients` get a gradient.
-        sample: the number of the sample in effect; None: the last one.
+        sample: the number of the sample in effect while training; None: the last one.
 
     Raises:
         AdamergeError: a setting out of range, or task vectors that do not fit the backbone.
@@ -97,7 +97,7 @@ class Concrete(MergeMethod):
         logits = self.logits[self.task_vectors.names.index(layer)]
         if "logits" not in self.learns:
             logits = logits.detach()
-        number = "last" if self.sample is None else str(self.sample)
+        number = str(self.sample) if self.training and self.sample is not None else "last"
         drawn = uniform(self.seed, f"sample {number}", layer, logits.shape).to(logits)
         tiny = torch.finfo(drawn.dtype).eps
         drawn = drawn.clamp(tiny, 1 - tiny)
