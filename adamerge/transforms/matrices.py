@@ -74,6 +74,9 @@ def matrices_of(task_vectors: TaskVectors, layers: Layers) -> list[str]:
     (`blocks`: of an open_clip transformer the attention's and the MLP's four, not the positional
     embedding and the projection).
 
+    open_clip keeps q, k and v of an attention in one matrix, `in_proj_weight`; numbers published on
+    checkpoints that keep them apart, as transformers' do, are of other singular vectors.
+
     Raises:
         AdamergeError: another word than these, or there is no such layer.
     """

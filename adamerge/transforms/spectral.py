@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
-from adamerge.transforms.layers import check_number, each_layer
+from adamerge.transforms.layers import check_number
 from adamerge.transforms.matrices import (
-    Change,
     Device,
     Layers,
     decomposed,
     each_matrix,
     is_tall,
-    on_matrices,
     polar,
     reciprocal,
     scaled,
@@ -144,98 +141,6 @@ def svc(
         return _calibrated(tau, scale * shares, alpha)
 
     return each_matrix(task_vectors, change, layers, device, scale)
-
-
-def centre(task_vectors: TaskVectors) -> TaskVectors:
-    """What tells the experts from their mean: `θ0 + m` in place of θ0 and `τ_t − m`, m = Σ τ_t / T.
-
-    The first half of CART (arXiv 2412.12153), for all layers. Coefficients that are equal for all
-    tasks give the mean of the experts, whatever they are; as a start of learning they are 1 and
-    more.
-
-    Args:
-        task_vectors: left unchanged.
-
-    Raises:
-        AdamergeError: there is one task alone.
-    """
-    return _centred(task_vectors, lambda _, tau: tau)
-
-
-def truncate(
-    task_vectors: TaskVectors, rank: float = 0.16, layers: Layers = "blocks", device: Device = None
-) -> TaskVectors:
-    """The largest singular triplets of every matrix of every task vector; other layers whole.
-
-    Keeps the first max(1, ⌊rank · r⌋) of the r triplets of a matrix. A cleaned set: its init is
-    that of the task vectors given. One decomposition per matrix and task.
-
-    Args:
-        task_vectors: left unchanged.
-        rank: the share of triplets to keep, in (0, 1].
-        layers: `matrices` (all of two dimensions) or `blocks` (those of the blocks alone).
-        device: that computes.
-
-    Raises:
-        AdamergeError: `rank` is out of range.
-    """
-    return each_layer(task_vectors, _truncation("truncate", task_vectors, rank, layers, device))
-
-
-def cart(
-    task_vectors: TaskVectors, rank: float = 0.16, layers: Layers = "blocks", device: Device = None
-) -> TaskVectors:
-    """The mean of the experts, and what tells each from it with few singular triplets.
-
-    Revisiting Weight Averaging for Model Merging (CART, arXiv 2412.12153): `truncate` of `centre`,
-    so that `θ0 + m + λ Σ_t trunc(τ_t − m)` is merged. Layers that are not truncated are merged to
-    the mean by equal coefficients. Its init is a number above 1 that the authors choose by the
-    suite: 1.5 … 3 (2.3 for ViT-B/32 and 8 tasks). One decomposition per matrix and task.
-
-    Args:
-        task_vectors: left unchanged.
-        rank: the share of triplets to keep, in (0, 1]: 0.08 in the paper, 0.16 in later code.
-        layers: `blocks` (the matrices of the blocks alone) or `matrices` (all of two dimensions).
-        device: that computes.
-
-    Raises:
-        AdamergeError: `rank` is out of range, or there is one task alone.
-    """
-    return _centred(task_vectors, _truncation("cart", task_vectors, rank, layers, device))
-
-
-def _centred(task_vectors: TaskVectors, change: Change) -> TaskVectors:
-    """`centre`, with a change of what it gives before that is kept."""
-    if len(task_vectors.tasks) < 2:
-        raise AdamergeError(
-            f"{task_vectors.tasks[0]} is the only task, and nothing tells it from the mean of all: "
-            "merge at least two, or take away the transform that centres them (centre, cart)"
-        )
-    means: dict[str, Tensor] = {}
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        for name, tau in task_vectors.deltas.items():
-            means[name] = tau.mean(0)
-            yield name, change(name, tau - means[name])
-
-    other = task_vectors.with_deltas(pairs())
-    other.pretrained = {name: base + means[name] for name, base in task_vectors.pretrained.items()}
-    return other
-
-
-def _truncation(
-    who: str, task_vectors: TaskVectors, rank: float, layers: Layers, device: Device
-) -> Change:
-    """The change of layers that `truncate` makes."""
-    check_number(who, "rank", rank, 0, 1, open_low=True)
-
-    def change(name: str, tau: Tensor) -> Tensor:
-        kept = torch.arange(min(tau.shape[1:]), device=tau.device)
-        kept = (kept < max(1, int(rank * len(kept)))).double()
-        exact = tau.dtype == torch.float64
-        return torch.stack([scaled(m, smaller_side(m, exact)[1], kept) for m in tau])
-
-    return on_matrices(task_vectors, change, layers, device, 1.0)
 
 
 def _tsv(name: str, tau: Tensor) -> Tensor:
