@@ -104,7 +104,8 @@ def _storage_problems(config: Config, method: Callable[..., Any]) -> list[str]:
             "whole layers: leave it out, or use AdaMerging"
         ]
     smaller = asked["dtype"] != "float32" or asked["device"] in ("host", "disk")
-    if smaller and "task_vectors" in inspect.signature(method).parameters:
+    held = "task_vectors" in inspect.signature(method).parameters
+    if smaller and held and not getattr(method, "streams", False):
         return [
             f"task_vectors.dtype and .device are set, but {name} holds task vectors of its own "
             "making: leave them as they are, or use AdaMerging (a method of yours that uses "

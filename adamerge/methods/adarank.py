@@ -51,6 +51,8 @@ class AdaRank(MergeMethod):
             backbone.
     """
 
+    streams = True
+
     def __init__(
         self,
         backbone: nn.Module,

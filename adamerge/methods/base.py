@@ -20,6 +20,8 @@ class MergeMethod(nn.Module):
     # Whether all that is done with task vectors is `TaskVectors.combine`, whose layers may then be
     # stored in any type and place, and shared out among processes: set as `self.task_vectors`.
     combines = False
+    # Whether task vectors are used a layer at a time as they are stored, in any type and place.
+    streams = False
 
     def weights(self) -> dict[str, Tensor]:
         """What all images of a step share, as differentiable functions of the learnables.

@@ -57,6 +57,8 @@ class Concrete(MergeMethod):
         AdamergeError: a setting out of range, or task vectors that do not fit the backbone.
     """
 
+    streams = True
+
     def __init__(
         self,
         backbone: nn.Module,
