@@ -105,14 +105,12 @@ def opcm(dtype: torch.dtype) -> None:
     vectors = golden.task_vectors(dtype)
     found = transforms.opcm(vectors)
     more.check_merge("opcm", found)
-    first = vectors.deltas["class_embedding"][0] / found.deltas["class_embedding"][0]
     norms = vectors.norms()
+    last = norms[0] / found.norms()[0]  # of the first task nothing is taken away
     coefficients = []
-    for count in range(1, len(vectors.tasks) + 1):  # shares times the last coefficient are cleaned
-        squares = [
-            (d[:count].double().sum(0) * first.mean()).square().sum() for d in found.deltas.values()
-        ]
-        coefficients.append(torch.stack(squares).sum().sqrt() / norms[:count].mean())
+    for count in range(1, len(vectors.tasks) + 1):
+        squares = [d[:count].double().sum(0).square().sum() for d in found.deltas.values()]
+        coefficients.append(last * torch.stack(squares).sum().sqrt() / norms[:count].mean())
     more.agrees(torch.stack(coefficients).to(dtype), "opcm/coefficients")
 
 
