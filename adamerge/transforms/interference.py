@@ -37,8 +37,8 @@ def wudi(
     `τ_t + (Δ − Σ_k τ_k) / T`. The sum is the whole merge: init 1. Stopping early is part of the
     method, so that more steps or a larger lr give another merge.
 
-    Every step is one product of Δ with a square matrix of its columns: minutes on a GPU for
-    ViT-B/32, an hour on two cores.
+    Every step is one product of Δ with a square matrix of its columns: for ViT-B/32 a quarter of
+    an hour on one core.
 
     Args:
         task_vectors: left unchanged.
@@ -136,7 +136,8 @@ def doge(
     its own task vector (over all matrices that take part), 0 elsewhere; all other layers stay as
     pretrained. The sum is the whole merge: init 1; learning on top from there is DOGE AM.
 
-    A decomposition per matrix and task, and steps that each read all task vectors of a matrix.
+    A decomposition per matrix and task, and steps that each read all task vectors of a matrix
+    twice: for ViT-B/32 and 8 tasks a quarter of an hour on one core.
 
     Args:
         task_vectors: left unchanged.
@@ -231,11 +232,12 @@ def _moved(tau: Tensor, factors: Tensor, subspace: int, steps: int, lr: float) -
     lefts = [decomposed(own, exact)[0][:, : rank // len(tau)] for own in tau]
     basis = decomposed(torch.cat(lefts, 1), exact)[0][:, : rank // subspace].to(tau)
     weight = factors.sum()
-    start = (tau * (tau - (factors * tau).sum(0))).sum(2, keepdim=True)  # [T, rows, 1]
+    start = (tau * (tau - (factors * tau).sum(0))).sum(2).T[..., None]  # [rows, T, 1]
+    rows = tau.transpose(0, 1).contiguous()
 
     def gradient(change: Tensor) -> Tensor:
-        left = start - weight * (tau * change).sum(2, keepdim=True)
-        slope = -2 * weight * (left * tau).sum(0)
+        left = start - weight * (rows @ change[..., None])
+        slope = -2 * weight * (left.mT @ rows)[:, 0]
         return slope - basis @ (basis.T @ slope)
 
     return _descended(torch.zeros_like(tau[0]), gradient, steps, lr)
