@@ -44,7 +44,6 @@ TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
     "pcb: readme": lambda tv: transforms.pcb(tv, "readme"),
     "slerp": transforms.slerp,
     "svc": transforms.svc,
-    "svc: after tsv_m": lambda tv: transforms.svc(transforms.tsv_m(tv), 1.0, experts=tv),
     "tall": transforms.tall,
     "ties": transforms.ties,
     "truncate": transforms.truncate,
