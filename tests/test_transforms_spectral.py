@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from adamerge import AdamergeError, TaskVectors, transforms
-from adamerge.transforms import matrices
+from adamerge.transforms import matrices, projections, spectral
 from tests import golden_data as golden
 
 BLOCK = "blocks.0.weight"
@@ -257,3 +259,9 @@ def test_what_cannot_be_done_is_said() -> None:
     loose = TaskVectors({"a": torch.zeros(3, 2)}, {"t": {"a": torch.ones(3, 2)}})
     with pytest.raises(AdamergeError, match="have no matrix of a numbered block"):
         transforms.truncate(loose)
+
+
+@pytest.mark.parametrize("module", [spectral, projections])
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted >= 3 and not found.failed

@@ -34,8 +34,9 @@ class Concrete(MergeMethod):
     step given that λ, on fresh images. `learns` and `sample` are there for an update that does so.
 
     Samples depend on the seed, their number and the layer alone, so that processes draw the same
-    and a resumed run goes on with its own. A logit per weight is learned: with Adam that takes the
-    memory of three models, and a checkpoint is as large.
+    and a resumed run goes on with its own; they are drawn on the CPU. A logit per weight is
+    learned: with Adam that takes the memory of about nine models beside the task vectors, and a
+    checkpoint is as large as three.
 
     Args:
         backbone: the image tower (`model.visual`), for its architecture only; left unchanged.

@@ -34,6 +34,11 @@ def centre(task_vectors: TaskVectors) -> TaskVectors:
 
     Raises:
         AdamergeError: there is one task alone.
+
+    >>> experts = {"a": {"w": torch.tensor([1.0, 4.0])}, "b": {"w": torch.tensor([3.0, 0.0])}}
+    >>> centred = centre(TaskVectors({"w": torch.zeros(2)}, experts))
+    >>> centred.pretrained["w"], centred.deltas["w"][0]
+    (tensor([2., 2.]), tensor([-1.,  2.]))
     """
     return _centred(task_vectors, lambda _, tau: tau)
 

@@ -43,6 +43,13 @@ def tsv_m(
 
     Raises:
         AdamergeError: more tasks than a matrix has directions.
+
+    >>> experts = {"a": {"w": torch.diag(torch.tensor([3.0, 0.0]))}}
+    >>> experts["b"] = {"w": torch.diag(torch.tensor([0.0, 1.0]))}
+    >>> vectors = TaskVectors({"w": torch.zeros(2, 2)}, experts)
+    >>> tsv_m(vectors).deltas["w"].sum(0)
+    tensor([[3., 0.],
+            [0., 1.]])
     """
     return each_matrix(task_vectors, _tsv, layers, device)
 
@@ -62,6 +69,13 @@ def iso_c(
         task_vectors: left unchanged.
         layers: `matrices` (all of two dimensions) or `blocks` (those of the blocks alone).
         device: that computes.
+
+    >>> experts = {"a": {"w": torch.diag(torch.tensor([3.0, 0.0]))}}
+    >>> experts["b"] = {"w": torch.diag(torch.tensor([0.0, 1.0]))}
+    >>> vectors = TaskVectors({"w": torch.zeros(2, 2)}, experts)
+    >>> iso_c(vectors).deltas["w"].sum(0)
+    tensor([[2., 0.],
+            [0., 2.]])
     """
     return each_matrix(task_vectors, _iso, layers, device)
 
