@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from adamerge.encoders import heads
     from adamerge.export.load import load
     from adamerge.learn import objectives
+    from adamerge.learn.adapt import adapt
     from adamerge.learn.adaptation import Adaptation
     from adamerge.learn.step import step_loss
     from adamerge.weights.task_vectors import TaskVectors
@@ -23,6 +24,7 @@ _HOMES = {
     "Adaptation": "adamerge.learn.adaptation",
     "AdamergeError": "adamerge._base.errors",
     "TaskVectors": "adamerge.weights.task_vectors",
+    "adapt": "adamerge.learn.adapt",
     "load": "adamerge.export.load",
     "step_loss": "adamerge.learn.step",
 }
@@ -39,6 +41,7 @@ __all__ = [
     "AdamergeError",
     "Adaptation",
     "TaskVectors",
+    "adapt",
     "encoders",
     "heads",
     "load",

@@ -18,7 +18,7 @@ from adamerge import AdamergeError, TaskVectors
 from adamerge.learn.step import step_loss
 from adamerge.methods import AdaMerging
 from adamerge.transforms.sparse import ties
-from adamerge.weights import merging, storage, task_vectors
+from adamerge.weights import merging, storage
 from adamerge.weights.disk import MappedLayers
 from adamerge.weights.formats import files
 from adamerge.weights.formats.files import open_weights
@@ -105,7 +105,7 @@ def test_places_and_groups_learn_bit_identical_coefficients(
     together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = learned(stored(Storage()))
-    monkeypatch.setattr(task_vectors, "_TOGETHER", together)
+    monkeypatch.setattr(merging, "_TOGETHER", together)
     for place in ("auto", "host", "disk"):
         vectors = stored(Storage("float32", place, tmp_path / "tau.safetensors"))
         assert len(vectors.groups) > 3 if together == 1 else len(vectors.groups) == 1
@@ -273,7 +273,7 @@ def test_gradients_add_up_over_steps_without_zero_grad() -> None:
 
 def test_gradients_go_back_while_the_backward_pass_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last layers' gradient is contracted before the first layers' is known, then dropped."""
-    monkeypatch.setattr(task_vectors, "_TOGETHER", 1)
+    monkeypatch.setattr(merging, "_TOGETHER", 1)
     vectors = stored(Storage())
     seen: list[int] = []
     bring = TaskVectors.bring

@@ -26,6 +26,7 @@ from adamerge.export import load, read, write
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Taught
 from adamerge.learn.resume import CHECKPOINT, check_fingerprint, read_checkpoint
+from adamerge.methods.base import folds_of
 from adamerge.report import advice, evaluation, folds, pictures, preflight, tracking
 from adamerge.report.evaluation import Row
 from adamerge.report.result_files import as_json, read_results, write_results
@@ -169,7 +170,7 @@ def export_merged(
     """
     suite, settings, normalizer = job.suite, job.settings, inputs.normalizer(job.suite.clip)
     method, fold = job.module.method.eval().float(), settings["fold"]
-    if found is None and fold is not None and not method.folds[fold]:
+    if found is None and fold is not None and not folds_of(method)[fold]:
         size = settings["evaluate"]["batch_size"]
         device = run_device(settings["trainer"])
         found = folds.statistics(method, job.data, normalizer, device, size)

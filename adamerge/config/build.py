@@ -25,7 +25,7 @@ from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_compiling, refuse_recomputing
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
-from adamerge.methods.base import MergeMethod, Staged
+from adamerge.methods.base import MergeMethod, Staged, tracing
 from adamerge.weights.task_vectors import TaskVectors
 
 # Arguments of Lightning's Trainer that make sense here: others would be set twice, cut the endless
@@ -201,11 +201,8 @@ def _construct(
 
 def _check_pair(method: MergeMethod, objective: Objective, micro_batch: int | None) -> None:
     """Refuses what the first step would refuse."""
-    if objective.traces and not method.traceable:
-        raise AdamergeError(
-            f"the objective compares features after each block, which {type(method).__name__} with "
-            "these settings does not learn: use it with method=surgery_v2, or another objective"
-        )
+    if objective.traces:
+        tracing(method)
     if micro_batch is not None and method.mixes_images:
         raise refused_micro_batch()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
+from adamerge.encoders import rows
+from adamerge.encoders.rows import Inputs
 from adamerge.encoders.tower import Tower, block_widths, resblocks, traced
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -38,9 +40,9 @@ class Experts(nn.Module):
         self._tower.check(task_vectors)
         self.task_vectors, self.tasks = task_vectors, task_vectors.tasks
 
-    def forward(self, images: Tensor, task_ids: Tensor) -> Tensor:
-        """Features of each image's own expert, `[B, 3, H, W], [B] -> [B, D]`."""
-        return self._by_expert(self._tower, images, task_ids)
+    def forward(self, inputs: Inputs, task_ids: Tensor) -> Tensor:
+        """Features of each input's own expert, `[B, D]`."""
+        return self._by_expert(self._tower, inputs, task_ids)
 
     def trace(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """The token means `[B, W]` after each block, then the features: `[B, blocks · W + D]`."""
@@ -67,16 +69,17 @@ class Experts(nn.Module):
     @torch.no_grad()
     def _by_expert(
         self,
-        run: Callable[[dict[str, Tensor], Tensor], Tensor],
-        images: Tensor,
+        run: Callable[[dict[str, Tensor], Any], Tensor],
+        inputs: Inputs,
         task_ids: Tensor,
     ) -> Tensor:
-        self._tower.apply_buffers(lambda buffer: buffer.to(images.device))
+        device = rows.tensors(inputs)[0].device
+        self._tower.apply_buffers(lambda buffer: buffer.to(device))
 
-        def encode(task: int, part: Tensor) -> Tensor:
-            return run(self.weights(self.tasks[task], images.device), part)
+        def encode(task: int, part: Inputs) -> Tensor:
+            return run(self.weights(self.tasks[task], device), part)
 
-        return by_task(encode, images, task_ids, len(self.tasks))
+        return by_task(encode, inputs, task_ids, len(self.tasks))
 
 
 class PerTaskEncoder(nn.Module):
@@ -91,20 +94,20 @@ class PerTaskEncoder(nn.Module):
         self.tasks = tuple(encoders)
         self.encoders = nn.ModuleList(encoders.values())
 
-    def forward(self, images: Tensor, task_ids: Tensor) -> Tensor:
-        """`[B, 3, H, W], [B] -> [B, D]`."""
+    def forward(self, inputs: Inputs, task_ids: Tensor) -> Tensor:
+        """Features or logits `[B, D]`."""
 
-        def encode(task: int, part: Tensor) -> Tensor:
-            ids = torch.full((len(part),), task)
+        def encode(task: int, part: Inputs) -> Tensor:
+            ids = torch.full((rows.count(part),), task)
             return cast(Tensor, self.encoders[task](part, ids))
 
-        return by_task(encode, images, task_ids, len(self.tasks))
+        return by_task(encode, inputs, task_ids, len(self.tasks))
 
 
 def by_task(
-    encode: Callable[[int, Tensor], Tensor], images: Tensor, task_ids: Tensor, tasks: int
+    encode: Callable[[int, Inputs], Tensor], inputs: Inputs, task_ids: Tensor, tasks: int
 ) -> Tensor:
-    """`encode(task, its images)` for every task of a batch, rows put back in order.
+    """`encode(task, its inputs)` for every task of a batch, rows put back in order.
 
     Raises:
         AdamergeError: a task id outside `[0, tasks)`.
@@ -118,6 +121,7 @@ def by_task(
     order = ids.argsort(stable=True)
     parts = []
     for task in ids.unique().tolist():
-        rows = (ids == task).nonzero().squeeze(1)
-        parts.append(encode(task, images[rows.to(images.device)]))
-    return torch.cat(parts)[order.argsort().to(images.device)]
+        own = (ids == task).nonzero().squeeze(1)
+        part = rows.each(lambda tensor, own=own: tensor[own.to(tensor.device)], inputs)  # type: ignore[misc]
+        parts.append(encode(task, part))
+    return torch.cat(parts)[order.argsort().to(parts[0].device)]

@@ -12,39 +12,71 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge._base.errors import AdamergeError
+from adamerge.encoders import rows
 from adamerge.encoders.fast_paths import attention_for, use_patch_products
+from adamerge.encoders.rows import Inputs
+from adamerge.weights.differences import tied_names
 from adamerge.weights.task_vectors import TaskVectors
 
 Tap = Callable[[int, Tensor], Tensor | None]  # (index, output) -> what goes on; None: the same
 
 
 class Tower:
-    """An image tower without its weights: `tower(weights, images) -> features [B, D]`.
+    """A network without its weights: `tower(weights, inputs) -> features or logits [B, D]`.
 
-    Made of a whole encoder it takes its `task_ids` as well.
+    Of any module that gives a tensor `[B, D]`, a pair whose first is one, or an output with
+    `logits` or `pooler_output`. Made of a whole encoder it takes its `task_ids` as well.
 
     Its own parameters are empty (meta) tensors, so no second copy of the model is held, and the
     module it was made from is never touched. A plain object, so that it is registered nowhere.
+
+    >>> tower = Tower(nn.Linear(2, 1, bias=False))
+    >>> tower({"weight": torch.tensor([[1.0, 2.0]])}, torch.ones(3, 2)).flatten()
+    tensor([3., 3., 3.])
+
+    Args:
+        network: evaluated as in evaluation mode; left unchanged.
+
+    Attributes:
+        names: of its tensors, one of each that it holds more than once.
+        tied: further name of such a tensor -> its first name.
     """
 
     # What a call is made within (see `recompute`).
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
-    def __init__(self, backbone: nn.Module) -> None:
-        self.skeleton = _skeleton(backbone)
+    def __init__(self, network: nn.Module) -> None:
+        self._of(_skeleton(network))
+
+    def _of(self, skeleton: nn.Module) -> None:
+        self.skeleton, self.tied = skeleton, tied_names(skeleton)
+        self.names = frozenset(skeleton.state_dict()) - self.tied.keys()
+
+    def changed(self, change: Callable[[nn.Module], None]) -> Tower:
+        """Another tower, of a copy of the skeleton that `change` was called with."""
+        other = copy.copy(self)
+        skeleton = copy.deepcopy(self.skeleton)
+        change(skeleton)
+        other._of(skeleton.eval())
+        return other
 
     def __call__(
-        self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor | None = None
+        self, weights: Mapping[str, Tensor], inputs: Inputs, task_ids: Tensor | None = None
     ) -> Tensor:
-        inputs = (images,) if task_ids is None else (images, task_ids)
-        with attention_for(self.skeleton, images.device), self.around():
-            features = pooled(functional_call(self.skeleton, dict(weights), inputs, strict=False))
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            raise AdamergeError(
-                "the backbone does not return features [B, D] for images [B, 3, H, W]: use an "
-                "open_clip image tower with pooled output"
-            )
-        return features
+        given, named = rows.arguments(inputs) if task_ids is None else ((inputs, task_ids), {})
+        if not weights.keys() >= self.names:
+            raise AdamergeError(rows.missing(self.names - weights.keys()))
+        own = {n: w for n, w in weights.items() if n not in self.tied} if self.tied else weights
+        device = rows.tensors(inputs)[0].device
+        try:
+            with attention_for(self.skeleton, device), self.around():
+                output = functional_call(self.skeleton, dict(own), given, named, strict=False)
+        except (RuntimeError, TypeError) as error:
+            why = rows.misfit(self.skeleton, own, given, named)
+            if why is None:
+                raise
+            raise AdamergeError(why) from error
+        return rows.pooled(output, type(self.skeleton).__name__)
 
     def check(self, task_vectors: TaskVectors, per_task: bool = False) -> None:
         """Raises AdamergeError unless the task vectors are of exactly this tower's tensors.
@@ -63,7 +95,7 @@ class Tower:
         for name in [*shapes, *given]:
             found = list(given[name].shape) if name in given else "nothing"
             wanted = shapes.get(name, "nothing")
-            if found != wanted:
+            if found != wanted and not (name in self.tied and name not in given):
                 raise AdamergeError(
                     f"task vectors do not fit the backbone: tensor {name!r} is {found}, the "
                     f"backbone has {wanted}; use weights of the same architecture"
@@ -72,7 +104,8 @@ class Tower:
     def filled(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A module of this architecture that holds `weights` (not copied)."""
         module = copy.deepcopy(self.skeleton)
-        module.load_state_dict(dict(weights), strict=True, assign=True)
+        again = {name: weights[first] for name, first in self.tied.items()}
+        module.load_state_dict({**weights, **again}, strict=True, assign=True)
         return module.requires_grad_(False)
 
     def apply_buffers(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -83,20 +116,15 @@ class Tower:
                     module._buffers[name] = fn(buffer)
 
 
-def _skeleton(backbone: nn.Module) -> nn.Module:
+def _skeleton(network: nn.Module) -> nn.Module:
     empty: dict[int, Any] = {}
-    for tensor in backbone.state_dict(keep_vars=True).values():
+    for tensor in network.state_dict(keep_vars=True).values():
         meta = torch.empty_like(tensor, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         empty[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
-    skeleton = copy.deepcopy(backbone, empty).eval().requires_grad_(False)
+    skeleton = copy.deepcopy(network, empty).eval().requires_grad_(False)
     use_patch_products(skeleton)
     return skeleton
-
-
-def pooled(output: Any) -> Tensor:
-    """The features of a tower that may give its tokens beside them (`output_tokens` of a CoCa)."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def towers_of(module: nn.Module) -> list[Tower]:
@@ -180,9 +208,10 @@ class FoldedEncoder(nn.Module):
         super().__init__()
         self.backbone = tower.filled(weights)
 
-    def forward(self, images: Tensor, task_ids: Tensor | None = None) -> Tensor:
-        """`[B, 3, H, W] -> [B, D]`; `task_ids` is accepted and ignored."""
-        return pooled(self.backbone(images))
+    def forward(self, inputs: Inputs, task_ids: Tensor | None = None) -> Tensor:
+        """Features or logits `[B, D]`; `task_ids` is accepted and ignored."""
+        given, named = rows.arguments(inputs)
+        return rows.pooled(self.backbone(*given, **named))
 
 
 def merged_encoder(

@@ -18,7 +18,7 @@ from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
 from adamerge.learn.readings import Readings
 from adamerge.learn.step import step_loss
-from adamerge.methods.base import MergeMethod, Staged
+from adamerge.methods.base import MergeMethod, Staged, numbers_of
 
 # task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`, and
 # `targets` (see adamerge.learn.features). No labels.
@@ -125,11 +125,7 @@ class Adaptation(pl.LightningModule):
             metrics[f"entropy/{task}"] = sample_entropy(logits).mean()
             metrics[f"confidence/{task}"] = logits.float().softmax(-1).amax(-1).mean()
             metrics[f"marginal_entropy/{task}"] = marginal_entropy(logits) / math.log(classes)
-        table = self.method.coefficients_in_effect()
-        for row, task in enumerate(self.heads.tasks if table is not None else ()):
-            assert table is not None
-            for reduce in ("mean", "min", "max"):
-                metrics[f"coefficient_{reduce}/{task}"] = getattr(table[row], reduce)()
+        metrics |= numbers_of(self.method, self.heads.tasks)
         return {name: value.to(loss.device) for name, value in metrics.items()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

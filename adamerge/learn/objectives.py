@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
+from adamerge.learn.classifiers import TaskHeads, as_heads
 from adamerge.learn.losses import (
     entropy,
     expert_kl,
@@ -39,13 +40,7 @@ __all__ = [
 ]
 
 
-class TaskHeads(Protocol):
-    """What an objective asks of the heads (see `adamerge.heads.Heads`)."""
-
-    @property
-    def tasks(self) -> Sequence[str]: ...
-
-    def logits(self, features: Tensor, task: str) -> Tensor: ...
+AnyHeads = TaskHeads | Mapping[str, nn.Module] | nn.ModuleDict
 
 
 class Teacher(Protocol):
@@ -54,29 +49,38 @@ class Teacher(Protocol):
     @property
     def widths(self) -> Sequence[int]: ...
 
-    def __call__(self, images: Tensor, task_ids: Tensor) -> Tensor: ...
+    def __call__(self, images: Any, task_ids: Tensor) -> Tensor: ...
 
-    def trace(self, images: Tensor, task_ids: Tensor) -> Tensor: ...
+    def trace(self, images: Any, task_ids: Tensor) -> Tensor: ...
 
 
-class Objective:
+class Objective(nn.Module):
     """Base of the losses over tasks: sums `weights[task] * term(logits of the task's images)`.
 
+    A subclass gives `term`, of logits, or `value`, of features. Parameters of its own (and of its
+    heads) that require a gradient are learned along with the method; parameters and buffers are
+    saved in checkpoints and move with the module.
+
     Args:
-        heads: gives `logits(features, task)` and the order of the tasks.
+        heads: a mapping from tasks to classifiers, or what gives `logits(features, task)` and the
+            order of the tasks, as zero-shot heads do.
         weights: factor per task; tasks left out have 1.
 
     Attributes:
         additive: whether a task's value is a mean over its images, so that a step can be cut into
-            micro-batches whose values add up. Others get two passes, see `adaptation.step_loss`.
-        traces: whether it takes traces in place of features, see `MergeMethod.trace`.
+            micro-batches whose values add up. Others get two passes, see `step_loss`.
+        traces: whether it takes traces in place of features, see `methods.base.Traced`.
+        sees_image_ids: whether `value` is also given `image_ids` `[B_t]`, which of its task's
+            images each is: for what is kept of every image.
     """
 
     additive = False
     traces = False
+    sees_image_ids = False
 
-    def __init__(self, heads: TaskHeads, weights: Mapping[str, float] | None = None) -> None:
-        self.heads = heads
+    def __init__(self, heads: AnyHeads, weights: Mapping[str, float] | None = None) -> None:
+        super().__init__()
+        self.heads = heads = as_heads(heads)
         self.weights = {task: 1.0 for task in heads.tasks} | dict(weights or {})
         unknown = sorted(set(self.weights) - set(heads.tasks))
         if unknown:
@@ -93,13 +97,16 @@ class Objective:
 
     def term(self, logits: Tensor) -> Tensor:
         """The loss of one task's images, `[B_t, C_t] -> []`."""
-        raise NotImplementedError
+        raise AdamergeError(
+            f"{type(self).__name__} has no term(): give one that turns the logits [B, C] of a "
+            "task's images into its loss [], or value() for one of features"
+        )
 
     def value(self, features: Tensor, task: str, targets: Tensor | None) -> Tensor:
         """The loss of one task's images, of their features `[B_t, D]`."""
         return self.term(self.heads.logits(features, task))
 
-    def targets(self, images: Tensor, task_ids: Tensor) -> Tensor | None:
+    def targets(self, images: Any, task_ids: Tensor) -> Tensor | None:
         """What the features of these images are compared with, a row each; None: nothing."""
         return None
 
@@ -107,12 +114,13 @@ class Objective:
         """The features `[B, D]` in what this objective takes."""
         return features
 
-    def __call__(
+    def forward(
         self,
         features: Tensor,
         task_ids: Tensor,
         counts: Mapping[int, int] | None = None,
         targets: Tensor | None = None,
+        image_ids: Tensor | None = None,
     ) -> Tensor:
         """Unweighted value per task, `[T]`; tasks without images have 0.
 
@@ -122,23 +130,54 @@ class Objective:
             counts: images per task id in the whole step when this is one micro-batch of it
                 (additive objectives only): values then add up over the micro-batches.
             targets: what `targets` gave for the same images, where it gives anything.
+            image_ids: `[B]`, for objectives that see them.
+
+        Raises:
+            AdamergeError: a value that is no single number; image ids that are asked for and not
+                given.
         """
         ids = task_ids.cpu()
         found = _by_task(features, ids)
         wanted = {} if targets is None else _by_task(targets, ids)
+        more = self._more(image_ids, ids)
         values = []
         for index, task in enumerate(self.heads.tasks):
             if index not in found:
                 values.append(promote(features.new_zeros(())))
                 continue
-            value = self.value(found[index], task, wanted.get(index))
+            value = self.value(found[index], task, wanted.get(index), **more.get(index, {}))
+            if value.ndim:
+                raise AdamergeError(
+                    f"{type(self).__name__} gives {list(value.shape)} for the images of task "
+                    f"{task!r}: expected one number [], such as their mean"
+                )
             values.append(value if counts is None else value * (len(found[index]) / counts[index]))
         return torch.stack(values)
+
+    def _more(self, image_ids: Tensor | None, ids: Tensor) -> dict[int, dict[str, Tensor]]:
+        if not self.sees_image_ids:
+            return {}
+        if image_ids is None:
+            raise AdamergeError(
+                f"{type(self).__name__} keeps something of every image, and is not told which "
+                "images these are: give image_ids [B] with them"
+            )
+        return {index: {"image_ids": own} for index, own in _by_task(image_ids, ids).items()}
 
     def weigh(self, values: Tensor) -> Tensor:
         """The loss `Σ_t weight_t · value_t` of the `[T]` values of a call."""
         terms = zip(values.unbind(), self.heads.tasks, strict=True)
         return torch.stack([self.weights[task] * value for value, task in terms]).sum()
+
+    def loss(self, values: Tensor) -> Tensor:
+        """As `weigh`. Raises AdamergeError if nothing can be learned from it."""
+        loss = self.weigh(values)
+        if not loss.requires_grad:
+            raise AdamergeError(
+                f"the loss of {type(self).__name__} depends on nothing that is learned: neither "
+                "the method's encode nor the objective may detach what it computes"
+            )
+        return loss
 
 
 class Entropy(Objective):
@@ -171,13 +210,18 @@ class Taught(Objective):
     additive = True
 
     def __init__(
-        self, heads: TaskHeads, teacher: Teacher, weights: Mapping[str, float] | None = None
+        self, heads: AnyHeads, teacher: Teacher, weights: Mapping[str, float] | None = None
     ) -> None:
         super().__init__(heads, weights)
-        self.teacher = teacher
+        self._teacher = (teacher,)  # no part of the module: it is frozen, and in no checkpoint
+
+    @property
+    def teacher(self) -> Teacher:
+        """As given."""
+        return self._teacher[0]
 
     @torch.no_grad()
-    def targets(self, images: Tensor, task_ids: Tensor) -> Tensor:
+    def targets(self, images: Any, task_ids: Tensor) -> Tensor:
         teach = self.teacher.trace if self.traces else self.teacher
         return teach(images, task_ids)
 
@@ -193,7 +237,7 @@ class ExpertKL(Taught):
 
     def __init__(
         self,
-        heads: TaskHeads,
+        heads: AnyHeads,
         teacher: Teacher,
         temperature: float = 1.0,
         weights: Mapping[str, float] | None = None,
@@ -221,7 +265,7 @@ class ExpertL1(Taught):
 
     def __init__(
         self,
-        heads: TaskHeads,
+        heads: AnyHeads,
         teacher: Teacher,
         blocks: bool = False,
         weights: Mapping[str, float] | None = None,

@@ -19,6 +19,7 @@ from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.data import TaskData
 from adamerge.learn.features import StoredBatches, content_key, online_steps, stored_features
 from adamerge.learn.objectives import Taught
+from adamerge.methods.base import OnFrozenFeatures
 
 log = logging.getLogger("adamerge")
 
@@ -67,9 +68,9 @@ class Stores:
 
     def features(self) -> dict[str, np.ndarray] | None:
         """The frozen encoder's features of every task's images; None without such an encoder."""
-        if not stores_features(self.module):
-            return None
         method = self.module.method
+        if not isinstance(method, OnFrozenFeatures) or not stores_features(self.module):
+            return None
         weights = content_key(method.frozen_state())
         found = {}
         for task in self.data.tasks:
@@ -126,7 +127,9 @@ def stores_targets(module: Adaptation) -> bool:
 
 def stores_features(module: Adaptation) -> bool:
     """Whether the method learns on features that no step changes."""
-    return bool(module.method.frozen_state()) and not module.objective.traces
+    method = module.method
+    on_features = isinstance(method, OnFrozenFeatures) and bool(method.frozen_state())
+    return on_features and not module.objective.traces
 
 
 def prepare(stores: Stores, keep: bool, online: bool) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.experts import PerTaskEncoder, by_task
-from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder
+from adamerge.encoders.rows import Inputs
+from adamerge.encoders.tower import FoldedEncoder, merged_encoder
 from adamerge.methods.base import MergeMethod
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -26,7 +27,7 @@ class AdaMerging(MergeMethod):
     T merged models are in memory while it learns, and the fold is an encoder per task.
 
     Args:
-        backbone: the image tower (`model.visual`), for its architecture only; left unchanged.
+        backbone: the network (of a CLIP `model.visual`), for its architecture only; left unchanged.
         task_vectors: T task vectors of L layers; frozen, moved with the module, never saved in a
             state dict.
         granularity: `task` learns λ `[T]`; `layer` learns `[T, L]`, a coefficient per parameter
@@ -39,11 +40,16 @@ class AdaMerging(MergeMethod):
         coefficients: the learnable λ; float32, or float64 with float64 task vectors.
         groups: the names of the columns of λ.
 
+    >>> network, expert = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> method = AdaMerging(network, TaskVectors(network, {"a": expert}), granularity="task")
+    >>> network.load_state_dict(method.merged_state_dict())
+    <All keys matched successfully>
+
     Raises:
         AdamergeError: unknown granularity, or task vectors that do not fit the backbone.
     """
 
-    combines = True
+    combines = takes_per_task = True
 
     def __init__(
         self,
@@ -53,12 +59,9 @@ class AdaMerging(MergeMethod):
         init: float = 0.3,
         clamp: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, task_vectors)
         self.groups, self._column = _group(task_vectors.names, granularity)
         self.granularity, self.clamp = granularity, clamp
-        self.task_vectors = task_vectors
-        self._tower = Tower(backbone)
-        self._tower.check(task_vectors, per_task=True)
         first = task_vectors.pretrained[task_vectors.names[0]]
         self._column = self._column.to(first.device)
         tasks = len(task_vectors.tasks)
@@ -79,7 +82,7 @@ class AdaMerging(MergeMethod):
         its own); differentiable in `coefficients`."""
         used, dtype = self.layer_coefficients(), self._compute_type()
         if not self.task_vectors.per_task:
-            return {**self.task_vectors.combine(used, dtype), **self.task_vectors.constants}
+            return self.task_vectors.combine(used, dtype)
         return {
             f"{row}/{name}": tensor
             for row, own in enumerate(_rows(used))
@@ -91,25 +94,25 @@ class AdaMerging(MergeMethod):
         device = self.coefficients.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-    def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
+    def encode(self, weights: Mapping[str, Tensor], inputs: Any, task_ids: Tensor) -> Tensor:
         if not self.task_vectors.per_task:
-            return self._tower(weights, images)
+            return super().encode(weights, inputs, task_ids)
 
-        def own(row: int, part: Tensor) -> Tensor:
+        def own(row: int, part: Inputs) -> Tensor:
             merged = {name: weights[f"{row}/{name}"] for name in self.task_vectors.names}
-            return self._tower({**merged, **self.task_vectors.constants}, part)
+            return self.tower({**self.task_vectors.constants, **merged}, part)
 
-        return by_task(own, images, task_ids, len(self.task_vectors.tasks))
+        return by_task(own, inputs, task_ids, len(self.task_vectors.tasks))
 
     def fold(self) -> FoldedEncoder | PerTaskEncoder:
-        """The merged tower as a static encoder, or one for each task, on the device of the task
+        """The merged network as a static encoder, or one for each task, on the device of the task
         vectors."""
         used = self.layer_coefficients()
         if not self.task_vectors.per_task:
-            return merged_encoder(self._tower, self.task_vectors, used)
+            return merged_encoder(self.tower, self.task_vectors, used)
         rows = zip(self.task_vectors.tasks, _rows(used), strict=True)
         return PerTaskEncoder(
-            {task: merged_encoder(self._tower, self.task_vectors, own) for task, own in rows}
+            {task: merged_encoder(self.tower, self.task_vectors, own) for task, own in rows}
         )
 
     @property
@@ -120,23 +123,15 @@ class AdaMerging(MergeMethod):
     def own_fold(self) -> str | None:
         return "per_task" if self.task_vectors.per_task else None
 
+    def statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Nothing: its folds are exact."""
+
     def fold_as(self, name: str, statistics: None) -> nn.Module:
         return self.fold()
 
     def coefficient_table(self) -> tuple[list[str], Tensor]:
-        """Layer names and λ in effect, `[T, L]`, on the CPU."""
-        return list(self.task_vectors.names), self.layer_coefficients().detach().cpu()
-
-    def coefficients_in_effect(self) -> Tensor:
-        return self.layer_coefficients().detach()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaMerging:
-        """Takes the task vectors along when the module is moved; they are no buffers."""
-        super()._apply(fn, recurse)
-        self.task_vectors = self.task_vectors.apply(fn)
-        self._tower.apply_buffers(fn)
-        self._column = fn(self._column)
-        return self
+        """Layer names and λ in effect, `[T, L]`."""
+        return list(self.task_vectors.names), self.layer_coefficients().detach()
 
 
 def _rows(coefficients: Tensor) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from adamerge._base.errors import AdamergeError
-from adamerge.encoders.tower import FoldedEncoder, Tower
 from adamerge.methods.base import MergeMethod
 from adamerge.transforms.matrices import Device, Layers, is_tall, matrices_of, smaller_side
 from adamerge.weights.storage import Layer
@@ -31,7 +30,7 @@ class AdaRank(MergeMethod):
     of every τ with them. One decomposition per matrix and task, once.
 
     Args:
-        backbone: the image tower (`model.visual`), for its architecture only; left unchanged.
+        backbone: the network (of a CLIP `model.visual`), for its architecture only; left unchanged.
         task_vectors: T task vectors of L layers; frozen, moved with the module, never saved in a
             state dict.
         init: initial value of every coefficient λ.
@@ -64,10 +63,8 @@ class AdaRank(MergeMethod):
         layers: Layers = "blocks",
         device: Device = None,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, task_vectors)
         _check(rank, score, temperature)
-        self._tower = Tower(backbone)
-        self._tower.check(task_vectors)
         self.temperature, self.matrices = temperature, tuple(matrices_of(task_vectors, layers))
         self._bases: dict[str, Tensor] = {}
         rotated = _rotated(task_vectors, self.matrices, device, self._bases)
@@ -92,7 +89,7 @@ class AdaRank(MergeMethod):
                 merged[name] = _Components.apply(factors, base, layer, self._bases[name])
             else:
                 merged[name] = base + torch.tensordot(column, layer.dense(base), 1)
-        return {**merged, **vectors.constants}
+        return merged
 
     def _gates(self, scores: Tensor) -> Tensor:
         """1 for components that are merged and 0 for others, with the gradient of p."""
@@ -103,28 +100,13 @@ class AdaRank(MergeMethod):
         """How many components of every task are merged, `[T]`."""
         return torch.stack([(scores.detach() > 0).sum(1) for scores in self.scores]).sum(0)
 
-    def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
-        return self._tower(weights, images)
-
-    def fold(self) -> FoldedEncoder:
-        """The merged tower as a static encoder, on the device of the task vectors."""
-        with torch.no_grad():
-            return FoldedEncoder(self._tower, self.weights())
+    def readings(self) -> dict[str, Tensor]:
+        """Those of the coefficients, and how many components of every task are merged."""
+        return {**super().readings(), "merged_components": self.merged_components()}
 
     def coefficient_table(self) -> tuple[list[str], Tensor]:
-        """Layer names and λ, `[T, L]`, on the CPU."""
-        return list(self.task_vectors.names), self.coefficients.detach().cpu()
-
-    def coefficients_in_effect(self) -> Tensor:
-        return self.coefficients.detach()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaRank:
-        """Takes the task vectors along when the module is moved; they are no buffers."""
-        super()._apply(fn, recurse)
-        self.task_vectors = self.task_vectors.apply(fn)
-        self._bases = {name: fn(tensor) for name, tensor in self._bases.items()}
-        self._tower.apply_buffers(fn)
-        return self
+        """Layer names and λ, `[T, L]`."""
+        return list(self.task_vectors.names), self.coefficients.detach()
 
 
 def _check(rank: float, score: float, temperature: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from adamerge._base.errors import AdamergeError
-from adamerge.encoders.tower import FoldedEncoder, Tower
 from adamerge.methods.base import MergeMethod
 from adamerge.transforms.draws import uniform
 from adamerge.weights.storage import Layer, contract, merge
@@ -39,7 +37,7 @@ class Concrete(MergeMethod):
     checkpoint is as large as three.
 
     Args:
-        backbone: the image tower (`model.visual`), for its architecture only; left unchanged.
+        backbone: the network (of a CLIP `model.visual`), for its architecture only; left unchanged.
         task_vectors: T task vectors of L layers; frozen, moved with the module, never saved in a
             state dict.
         granularity: `layer` learns λ `[T, L]`, `task` λ `[T]`, `fixed` none.
@@ -70,11 +68,9 @@ class Concrete(MergeMethod):
         temperature: float = 0.5,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, task_vectors)
         _check(granularity, mask_steps, temperature)
-        self._tower = Tower(backbone)
-        self._tower.check(task_vectors)
-        self.task_vectors, self.granularity = task_vectors, granularity
+        self.granularity = granularity
         self.mask_steps, self.temperature, self.seed = mask_steps, temperature, seed
         self.learns: tuple[str, ...] = ("logits", "coefficients")
         self.sample: int | None = None
@@ -120,35 +116,19 @@ class Concrete(MergeMethod):
         for column, name in zip(self.layer_coefficients().unbind(1), vectors.names, strict=True):
             base, layer = vectors.pretrained[name], vectors.layers[name]
             merged[name] = _Masked.apply(column, self.mask(name), base, layer)
-        return {**merged, **vectors.constants}
+        return merged
 
-    def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
-        return self._tower(weights, images)
-
-    def fold(self) -> FoldedEncoder:
-        """The tower merged under the mask of the last sample, as a static encoder."""
+    def fold(self) -> nn.Module:
+        """The network merged under the mask of the last sample, as a static encoder."""
         sample, self.sample = self.sample, None
         try:
-            with torch.no_grad():
-                return FoldedEncoder(self._tower, self.weights())
+            return super().fold()
         finally:
             self.sample = sample
 
     def coefficient_table(self) -> tuple[list[str], Tensor]:
-        """Layer names and λ, `[T, L]`, on the CPU."""
-        return list(self.task_vectors.names), self.layer_coefficients().detach().cpu()
-
-    def coefficients_in_effect(self) -> Tensor:
-        return self.layer_coefficients().detach()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Concrete:
-        """Takes the task vectors along when the module is moved; they are no buffers."""
-        super()._apply(fn, recurse)
-        self.task_vectors = self.task_vectors.apply(fn)
-        if self.granularity == "fixed":
-            self.coefficients = fn(self.coefficients)
-        self._tower.apply_buffers(fn)
-        return self
+        """Layer names and λ, `[T, L]`."""
+        return list(self.task_vectors.names), self.layer_coefficients().detach()
 
 
 def _check(granularity: str, mask_steps: int, temperature: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
-from adamerge.encoders.tower import Tower, pooled, resblocks
+from adamerge.encoders.rows import pooled
+from adamerge.encoders.tower import Tower, resblocks
 from adamerge.methods.gated import Deltas, DenseDeltas, SparseDeltas, gated_linear, largest
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -170,13 +170,13 @@ def mlp_names(tower: Tower) -> list[str]:
 
 def mixture_tower(tower: Tower, weights: Mapping[str, Tensor]) -> Tower:
     """The same tower with its MLPs as mixtures of the shapes of `weights`."""
-    mixed = copy.copy(tower)
-    mixed.skeleton = copy.deepcopy(tower.skeleton)
-    spread = spread_router(tower, weights)
-    for name, block in zip(mlp_names(tower), resblocks(mixed.skeleton), strict=True):
-        cast(Any, block).mlp = Mixture(cast(nn.Module, block.mlp), within(spread, f"{name}."))
-    mixed.skeleton.eval()
-    return mixed
+    names, spread = mlp_names(tower), spread_router(tower, weights)
+
+    def mix(skeleton: nn.Module) -> None:
+        for name, block in zip(names, resblocks(skeleton), strict=True):
+            cast(Any, block).mlp = Mixture(cast(nn.Module, block.mlp), within(spread, f"{name}."))
+
+    return tower.changed(mix)
 
 
 def routers_of(tower: Tower) -> list[nn.Module]:

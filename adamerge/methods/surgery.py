@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -89,8 +89,6 @@ class Surgery(MergeMethod):
             return change(len(self._blocks), self._frozen_part(images, task_ids))
 
     def trace(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
-        if not self._blocks:
-            return super().trace(weights, images, task_ids)
         change = self._change(weights, task_ids)
         return traced(
             self._blocks,
@@ -109,6 +107,13 @@ class Surgery(MergeMethod):
     @property
     def traceable(self) -> bool:
         return bool(self._blocks)
+
+    @property
+    def looks_inside(self) -> bool:
+        return self.traceable
+
+    def statistics(self, batches: object) -> None:
+        """Its folds need none."""
 
     def frozen_state(self) -> dict[str, Tensor]:
         return {} if self._blocks else dict(self._frozen)
@@ -171,10 +176,3 @@ class Surgery(MergeMethod):
 
     def fold_as(self, name: str, statistics: None) -> nn.Module:
         return self.fold_linear()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Surgery:
-        """Takes the frozen encoder along when the module is moved; it is no part of it."""
-        super()._apply(fn, recurse)
-        self._frozen = {name: fn(tensor) for name, tensor in self._frozen.items()}
-        self._tower.apply_buffers(fn)
-        return self

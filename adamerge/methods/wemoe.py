@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -181,11 +181,7 @@ class WEMoE(MergeMethod):
     def coefficient_table(self) -> tuple[list[str], Tensor] | None:
         """Blocks and their gates `[T, blocks]`, where these do not depend on the image."""
         table = self._static_gates()
-        return None if table is None else (list(self.blocks), table.T.cpu())
-
-    def coefficients_in_effect(self) -> Tensor | None:
-        table = self._static_gates()
-        return None if table is None else table.T
+        return None if table is None else (list(self.blocks), table.T)
 
     def _static_gates(self) -> Tensor | None:
         """`[blocks, T]` of routers without layers."""
@@ -202,14 +198,6 @@ class WEMoE(MergeMethod):
             own = within(weights, f"routers.{0 if self.shared_router else index}.")
             full |= {f"{block}.router.{name}": tensor for name, tensor in own.items()}
         return full
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WEMoE:
-        """Takes the frozen tensors along when the module is moved; they are no buffers."""
-        super()._apply(fn, recurse)
-        self._frozen = {name: fn(tensor) for name, tensor in self._frozen.items()}
-        self.tower.apply_buffers(fn)
-        self._mixed.apply_buffers(fn)
-        return self
 
 
 def _average(gates: Tensor, task_ids: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from adamerge._base.memory import memory_available
 from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.precomputed import stores_features, stores_targets
 from adamerge.learn.step import step_loss
+from adamerge.methods.base import OnFrozenFeatures
 from adamerge.report.findings import Finding
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -115,7 +116,7 @@ def _measured(
         images = len(module.heads.tasks) * batch_size
         together = min(module.micro_batch or images, images)
         activations = max(kept_by_two - kept_by_one, 0) * together / len(module.heads.tasks)
-        merged = sum(w.untyped_storage().nbytes() for w in module.method.weights().values())
+        merged = sum(w.untyped_storage().nbytes() for w in module.method.shared_weights().values())
         by_parts = together < images
         passing = merged + activations if by_parts else max(merged, activations)
         memory = int(_held(module) + merged + passing)
@@ -190,8 +191,11 @@ class _Probe:
         if not self.stored:
             return batch, None
         targets = module.objective.targets(batch, ids) if stores_targets(module) else None
-        known = module.method.frozen_features(batch, ids) if stores_features(module) else None
-        return (batch if known is None else known), targets
+        method = module.method
+        if isinstance(method, OnFrozenFeatures) and stores_features(module):
+            known = method.frozen_features(batch, ids)
+            batch = batch if known is None else known
+        return batch, targets
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -15,7 +15,7 @@ from adamerge.encoders.clip import Normalizer
 from adamerge.export.card import IMAGES
 from adamerge.images.batches import stream_seed
 from adamerge.learn.data import TaskData
-from adamerge.methods.base import MergeMethod
+from adamerge.methods.base import FoldsInWays, MergeMethod, folds_of
 from adamerge.report.evaluation import Row, Scorer
 
 log = logging.getLogger("adamerge")
@@ -25,9 +25,9 @@ _TITLES = {"per_task": "folded per task", "single": "folded to one"}
 
 def check(fold: str | None, method: MergeMethod, name: str) -> None:
     """Raises AdamergeError unless the method has the fold; None, its exact one, all have."""
-    if fold is None or fold in method.folds:
+    if fold is None or fold in folds_of(method):
         return
-    others = ", ".join(method.folds)
+    others = ", ".join(folds_of(method))
     raise AdamergeError(
         f"fold is {fold!r}, which method {name} with these settings does not have: expected null "
         f"(its exact fold){f' or {others}' if others else ''}"
@@ -49,7 +49,7 @@ def statistics(
         device: where the images are encoded; the method is on the CPU again afterwards.
         size: images encoded at a time.
     """
-    if not method.folds:
+    if not isinstance(method, FoldsInWays) or not method.folds:
         return None
     method.to(device)
     found = method.statistics(_batches(data, normalizer.to(device), device, size))
@@ -60,9 +60,11 @@ def statistics(
 
 def rows(method: MergeMethod, name: str, found: Any, scorer: Scorer) -> list[Row]:
     """A row for every fold that is not the method's own exact one."""
-    scored = []
-    for fold in method.folds if scorer.measures else ():
-        if fold == method.own_fold:
+    scored: list[Row] = []
+    if not isinstance(method, FoldsInWays) or not scorer.measures:
+        return scored
+    for fold in method.folds:
+        if fold == method.own_fold or fold not in _TITLES:
             continue
         log.info("scoring: %s", title(method, name, fold))
         row = scorer.row(title(method, name, fold), method.fold_as(fold, found))
@@ -73,7 +75,7 @@ def rows(method: MergeMethod, name: str, found: Any, scorer: Scorer) -> list[Row
 
 def encoder(method: MergeMethod, fold: str | None, found: Any) -> tuple[nn.Module, bool]:
     """The encoder of a fold, and whether it keeps every feature."""
-    if fold is None:
+    if fold is None or not isinstance(method, FoldsInWays):
         return method.fold(), True
     return method.fold_as(fold, found), method.folds[fold]
 

@@ -31,7 +31,7 @@ def coefficients_figure(
     course = _course(metrics, tasks)
     figure = Figure(figsize=(11, 6.5 if course else 3.4), layout="constrained")
     axes = figure.subplots(2 if course else 1, 1, squeeze=False)[:, 0]
-    table = values.double().numpy()
+    table = values.double().cpu().numpy()
     reach = max(0.05, float(np.abs(table - init).max()))
     image = axes[0].imshow(
         table,

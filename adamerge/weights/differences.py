@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
 from adamerge.weights.formats.fitting import other_shape
@@ -13,6 +13,7 @@ from adamerge.weights.formats.fitting import other_shape
 _STATISTICS = ("running_mean", "running_var")
 _SAME = "use an expert fine-tuned from this architecture"
 StateDict = Mapping[str, Tensor]
+Model = StateDict | nn.Module
 
 
 class Where:
@@ -99,6 +100,32 @@ class Differences:
         keys = self.promoted.setdefault(str(tensor.dtype).removeprefix("torch."), [])
         if key not in keys:
             keys.append(key)
+
+
+def state_of(model: Model, what: str, again: Collection[str] = ()) -> StateDict:
+    """A model's tensors without those named in `again`; without any, a mapping is given back.
+
+    Args:
+        what: names the model in a message.
+
+    Raises:
+        AdamergeError: it is neither a module nor a mapping.
+    """
+    if not isinstance(model, nn.Module | Mapping):
+        raise AdamergeError(
+            f"{what} is a {type(model).__name__}: expected a torch module or its state dict"
+        )
+    state: StateDict = model.state_dict() if isinstance(model, nn.Module) else model
+    if state is model and not again:
+        return state
+    return {n: t for n, t in state.items() if isinstance(t, Tensor) and n not in again}
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Further name of a tensor that a module holds more than once -> its first name."""
+    first: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    return {n: f for n, t in state.items() if (f := first.setdefault(id(t), n)) != n}
 
 
 def is_buffer(name: str, tensor: Tensor, known: Collection[str] = ()) -> bool:

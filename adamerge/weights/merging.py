@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from adamerge.weights import fused
 from adamerge.weights.storage import Layer, contract, merge
+
+_TOGETHER = 2**20  # numbers of small layers that are merged together
 
 
 class Source(Protocol):
@@ -89,3 +91,18 @@ def contract_all(
 def as_type(base: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The type of a merged layer: matrices in `dtype` if there is one, vectors as θ0."""
     return base.dtype if dtype is None or base.ndim < 2 else dtype
+
+
+def neighbours(layers: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """Neighbouring layers to be merged together: as many as are no larger than the largest layer,
+    or a million numbers."""
+    most = max(_TOGETHER, *(tensor.numel() for tensor in layers.values()))
+    groups: list[list[str]] = []
+    room = 0
+    for name, tensor in layers.items():
+        room -= tensor.numel()
+        if room < 0 or not groups:
+            groups.append([])
+            room = most - tensor.numel()
+        groups[-1].append(name)
+    return [tuple(group) for group in groups]

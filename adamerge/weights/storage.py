@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,11 @@ class Layer:
         """The same on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
+    def moved(self, fn: Callable[[Tensor], Tensor], like: Tensor, device: torch.device) -> Layer:
+        """Mapped by `fn` where it is kept in the type of `like`; else on the device, in its own."""
+        whole = self.scales is None and self.values.dtype == like.dtype
+        return self.map(fn) if whole else self.to(device)
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Layer:
         """`fn` of every tensor."""
         return Layer(fn(self.values), None if self.scales is None else fn(self.scales))
@@ -115,6 +120,22 @@ class Layer:
             stop = min(start + step, height)
             part = self.rows(start, stop).dense(like)
             yield slice(start * width, stop * width), part.reshape(tasks, -1)
+
+
+class Dense(Mapping[str, Tensor]):
+    """Dense τ `[T, *shape]` by layer, each made when it is asked for, in the type of `like`."""
+
+    def __init__(self, layers: Mapping[str, Layer], like: Mapping[str, Tensor]) -> None:
+        self._layers, self._like = layers, like
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._layers[name].dense(self._like[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
 
 
 def keep(deltas: Tensor, dtype: str) -> Layer:

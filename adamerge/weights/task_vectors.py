@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,23 +11,16 @@ import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
-from adamerge._base.files import parse_json
-from adamerge.weights.differences import Differences, StateDict, Where, identical, is_buffer
-from adamerge.weights.disk import MappedLayers, Shelf, storing
-from adamerge.weights.merging import Merge
+from adamerge.weights.differences import Model, StateDict, Where
+from adamerge.weights.disk import MappedLayers, storing
+from adamerge.weights.merging import Merge, neighbours
 from adamerge.weights.prefetch import Ahead
-from adamerge.weights.storage import Layer, Storage, keep
-
-log = logging.getLogger("adamerge")
-
-_PIECE = 2**18  # numbers per task vector promoted to float64 at a time
-_TOGETHER = 2**20  # numbers of small layers that are merged together
-_FORMAT = 1  # of the metadata in a file of task vectors
-_NOTES = ("tasks", "names", "promoted", "norms", "format")  # the texts in it
+from adamerge.weights.reading import Contents, read, read_file, squares
+from adamerge.weights.storage import Dense, Layer, Storage, keep
 
 
 class TaskVectors:
-    """The pretrained weights θ0 and the task vectors τ_t = θ_t − θ0 of T experts.
+    """The pretrained weights θ0 and the task vectors τ_t = θ_t − θ0 of T experts of any network.
 
     Editing Models with Task Arithmetic (arXiv 2212.04089). A *layer* is one tensor; layers keep the
     order of `pretrained`. Everything is computed in float32 (float64 where `pretrained` is
@@ -44,14 +35,20 @@ class TaskVectors:
 
     Not an `nn.Module` on purpose: task vectors must appear in no checkpoint and no DDP broadcast.
 
+    >>> start, a, b = ({"w": torch.tensor(w)} for w in ([1.0, 1.0], [3.0, 1.0], [1.0, 5.0]))
+    >>> vectors = TaskVectors(start, {"a": a, "b": b})
+    >>> vectors.combine(torch.tensor([0.5, 0.5]))["w"]
+    tensor([2., 3.])
+
     Args:
-        pretrained: state dict of the image tower. Any mapping works; each tensor is read once.
-        experts: state dicts by task name (a mapping, or pairs in order).
+        pretrained: a module, or its state dict (any mapping; each tensor is read once).
+        experts: modules or state dicts by task name (a mapping, or pairs in order).
         sources: where each input came from (`"pretrained"` or a task -> file), for error messages.
         share: keep the pretrained tensors themselves, not copies, where their type is the right
             one: one model less in memory, if nothing changes them afterwards.
         storage: in which type and place τ is kept.
-        buffers: names that are no parameters, beside those of batch norm, which are known.
+        buffers: names that are no parameters, beside those of batch norm, which are known, and
+            those that a module tells.
 
     Attributes:
         tasks: the T task names, in order.
@@ -85,8 +82,8 @@ class TaskVectors:
 
     def __init__(
         self,
-        pretrained: StateDict,
-        experts: Mapping[str, StateDict] | Iterable[tuple[str, StateDict]],
+        pretrained: Model,
+        experts: Mapping[str, Model] | Iterable[tuple[str, Model]],
         *,
         sources: Mapping[str, str] | None = None,
         share: bool = False,
@@ -94,52 +91,14 @@ class TaskVectors:
         buffers: Collection[str] = (),
     ) -> None:
         pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
-        where = Where(sources or {})
-        differences = Differences(pretrained, pairs, where)
-        self.tasks, self.promoted = differences.tasks, differences.promoted
-        self.storage = storage or Storage()
-        self.pretrained, self.constants, self.buffers = {}, {}, {}
-        self._norms = torch.zeros(len(pairs), dtype=torch.float64)
-        with storing(self.storage, list(pretrained)) as shelf:
-            for name in pretrained:
-                base = pretrained[name].detach()
-                if is_buffer(name, base, buffers):
-                    self._keep_buffer(name, differences.values(name, base))
-                elif base.is_floating_point():
-                    self._read(name, base if share else base.clone(), differences, shelf)
-                else:
-                    self.constants[name] = base.clone()
-            self._finish(shelf, where)
-        for stored, keys in self.promoted.items():
-            log.info("stored in %s, promoted to float32: %s", stored, ", ".join(map(str, keys)))
+        storage, where = storage or Storage(), Where(sources or {})
+        self._hold(read(pretrained, pairs, buffers, share, storage, where), storage)
 
-    def _read(self, name: str, base: Tensor, differences: Differences, shelf: Shelf) -> None:
-        tensor, deltas = differences.read(name, base)
-        if not bool(deltas.count_nonzero()):
-            self.constants[name] = tensor
-            return
-        self.pretrained[name] = tensor
-        self._norms += _squares(deltas)
-        shelf.add(name, keep(deltas, self.storage.dtype))
-
-    def _keep_buffer(self, name: str, values: Tensor) -> None:
-        self.buffers[name] = values
-        mean = values[1:].mean(0)
-        self.constants[name] = mean.clamp_min(0) if name.endswith("running_var") else mean
-
-    def _finish(self, shelf: Shelf, where: Where) -> None:
-        self.names = tuple(self.pretrained)
-        if not self.names and any(tensor.is_floating_point() for tensor in self.constants.values()):
-            raise identical(where, self.tasks[0])
-        if not self.names:
-            raise AdamergeError(f"{where('pretrained')} holds no floating-point tensor to merge")
-        self._norms = self._norms.sqrt()
-        self.layers = shelf.close(self._metadata())
-        self._check_distinct(where)
-
-    def _metadata(self) -> dict[str, str]:
-        known = [self.tasks, self.names, self.promoted, self._norms.tolist()]
-        return {k: json.dumps(v) for k, v in zip(_NOTES, [*known, _FORMAT], strict=True)}
+    def _hold(self, contents: Contents, storage: Storage) -> None:
+        self.tasks, self.names = contents.tasks, tuple(contents.pretrained)
+        self.pretrained, self.layers = contents.pretrained, contents.layers
+        self.constants, self.buffers = contents.constants, contents.buffers
+        self.promoted, self._norms, self.storage = contents.promoted, contents.lengths, storage
 
     @classmethod
     def mapped(
@@ -159,32 +118,8 @@ class TaskVectors:
         Raises:
             AdamergeError: no such file, a damaged one, or one of another model.
         """
-        if storage.file is None:
-            raise AdamergeError("no file of task vectors is named: give Storage(file=…)")
         other = object.__new__(cls)
-        layers = MappedLayers(storage.file).verified()
-        try:
-            read = {key: parse_json(layers.metadata[key]) for key in _NOTES}
-            other.tasks, other.names = tuple(read["tasks"]), tuple(read["names"])
-            other.promoted = dict(read["promoted"])
-            other._norms = torch.tensor(read["norms"], dtype=torch.float64)
-            fits = read["format"] == _FORMAT and all(
-                pretrained[n].shape == layers[n].values.shape[1:] for n in other.names
-            )
-        except (KeyError, ValueError, TypeError) as error:
-            raise _another_model(storage, str(error)) from error
-        if not fits:
-            raise _another_model(storage, "its tensors have other shapes")
-        promote = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-        base = {n: t.detach().to(promote.get(t.dtype, t.dtype)) for n, t in pretrained.items()}
-        other.pretrained = {name: base[name] for name in other.names}
-        other.constants = {name: base[name] for name in base if name not in other.pretrained}
-        other.layers, other.storage, other.buffers = layers, storage, {}
-        known = [name for name in base if is_buffer(name, base[name], buffers)]
-        if known:
-            differences = Differences(pretrained, list((experts or {}).items()), Where({}))
-            for name in known:
-                other._keep_buffer(name, differences.values(name, pretrained[name].detach()))
+        other._hold(read_file(pretrained, storage, list((experts or {}).items()), buffers), storage)
         return other
 
     @property
@@ -193,7 +128,7 @@ class TaskVectors:
 
         What is stored in another type or place is brought there when it is asked for.
         """
-        return _Deltas(self)
+        return Dense(self.layers, self.pretrained)
 
     def combine(self, coefficients: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Merged weights `W_l = θ0_l + Σ_t λ[t, l] τ[t, l]`, differentiable in `coefficients`.
@@ -232,20 +167,8 @@ class TaskVectors:
         layer (or a million numbers), or on a GPU that holds them all, all."""
         if self._groups is None:
             at_once = not self.storage.stays and self.device.type == "cuda"
-            self._groups = [self.names] if at_once else self._neighbours()
+            self._groups = [self.names] if at_once else neighbours(self.pretrained)
         return self._groups
-
-    def _neighbours(self) -> list[tuple[str, ...]]:
-        most = max(_TOGETHER, *(tensor.numel() for tensor in self.pretrained.values()))
-        groups: list[list[str]] = []
-        room = 0
-        for name, tensor in self.pretrained.items():
-            room -= tensor.numel()
-            if room < 0 or not groups:
-                groups.append([])
-                room = most - tensor.numel()
-            groups[-1].append(name)
-        return [tuple(group) for group in groups]
 
     def bases(self, group: int) -> list[Tensor]:
         """θ0 of a group's layers."""
@@ -309,7 +232,7 @@ class TaskVectors:
         other._norms = torch.zeros(len(self.tasks), dtype=torch.float64)
         with storing(other.storage, list(self.names), named=False) as shelf:
             for name, changed in deltas.items() if isinstance(deltas, Mapping) else deltas:
-                other._norms += _squares(changed)
+                other._norms += squares(changed)
                 shelf.add(name, keep(changed, other.storage.dtype))
             other._norms = other._norms.sqrt()
             other.layers = shelf.close({})
@@ -339,7 +262,7 @@ class TaskVectors:
         other.buffers = {name: fn(tensor) for name, tensor in self.buffers.items()}
         if not self.storage.stays:
             other.layers = {
-                name: _mapped(layer, fn, self.pretrained[name], moved.device)
+                name: layer.moved(fn, self.pretrained[name], moved.device)
                 for name, layer in self.layers.items()
             }
         other._home = weakref.ref(self) if moved.device != first.device else self._home
@@ -370,59 +293,3 @@ class TaskVectors:
             largest = max(sum(sizes[name] for name in group) for group in self.groups)
             return 2 * largest if on_gpu else largest
         return sum(sizes.values())
-
-    def _check_distinct(self, where: Where) -> None:
-        norms = self._norms.tolist()
-        for row, task in enumerate(self.tasks):
-            if norms[row] == 0.0:
-                raise identical(where, task)
-            for other in range(row):
-                if norms[other] == norms[row] and self._equal(other, row):
-                    raise AdamergeError(
-                        f"{where(task)} is identical to {where(self.tasks[other])}: give every "
-                        "task its own fine-tuned checkpoint"
-                    )
-
-    def _equal(self, one: int, other: int) -> bool:
-        return all(
-            torch.equal(layer.row(one, base), layer.row(other, base))
-            for layer, base in ((self.layers[n], t) for n, t in self.pretrained.items())
-        )
-
-
-class _Deltas(Mapping[str, Tensor]):
-    """Dense τ by layer, each made when it is asked for."""
-
-    def __init__(self, vectors: TaskVectors) -> None:
-        self._vectors = vectors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._vectors.layers[name].dense(self._vectors.pretrained[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._vectors.names)
-
-    def __len__(self) -> int:
-        return len(self._vectors.names)
-
-
-def _squares(deltas: Tensor) -> Tensor:
-    """`Σ τ²` of each task, `[T]`, float64 on the CPU; a little at a time."""
-    total = torch.zeros(len(deltas), dtype=torch.float64, device=deltas.device)
-    for piece in deltas.reshape(len(deltas), -1).split(_PIECE, dim=1):
-        total += piece.double().square().sum(1)
-    return total.cpu()
-
-
-def _mapped(
-    layer: Layer, fn: Callable[[Tensor], Tensor], base: Tensor, device: torch.device
-) -> Layer:
-    whole = layer.scales is None and layer.values.dtype == base.dtype
-    return layer.map(fn) if whole else layer.to(device)
-
-
-def _another_model(storage: Storage, why: Any) -> AdamergeError:
-    return AdamergeError(
-        f"{storage.file} holds task vectors of another model or format ({why}): delete it, and it "
-        "is made again"
-    )

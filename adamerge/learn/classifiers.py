@@ -1,0 +1,98 @@
+"""Heads of any kind, as an objective asks for them: zero-shot ones, classifiers, or none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+from torch import Tensor, nn
+
+from adamerge._base.errors import AdamergeError
+
+
+@runtime_checkable
+class TaskHeads(Protocol):
+    """What an objective asks of the heads (see `adamerge.heads.Heads`)."""
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """The T tasks, the order of task ids."""
+        ...
+
+    def logits(self, features: Tensor, task: str) -> Tensor:
+        """`[B, D] -> [B, C]` of a task."""
+        ...
+
+
+class Classifiers(nn.Module):
+    """A classifier per task: any modules from features `[B, D]` to logits `[B, C]`.
+
+    >>> heads = Classifiers({"a": nn.Linear(8, 3), "b": nn.Linear(8, 5)})
+    >>> heads.logits(torch.ones(2, 8), "b").shape
+    torch.Size([2, 5])
+
+    Args:
+        classifiers: by task, in the order of the task ids; copied, and frozen in evaluation mode.
+    """
+
+    def __init__(self, classifiers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.tasks = tuple(classifiers)
+        own = [copy.deepcopy(classifier) for classifier in classifiers.values()]
+        self.by_task = nn.ModuleList(own).requires_grad_(False).eval()
+
+    def logits(self, features: Tensor, task: str) -> Tensor:
+        """`[B, D] -> [B, C]` of a task."""
+        return cast(Tensor, self.by_task[self.tasks.index(task)](features))
+
+    def train(self, mode: bool = True) -> Classifiers:
+        """Stays in evaluation mode."""
+        return self
+
+
+class Logits:
+    """No heads: what the network gives are the logits `[B, C]`.
+
+    Args:
+        tasks: in the order of the task ids.
+    """
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = tuple(tasks)
+
+    def logits(self, features: Tensor, task: str) -> Tensor:
+        """The features themselves."""
+        return features
+
+
+def as_heads(heads: Any, tasks: Sequence[str] = ()) -> TaskHeads:
+    """What a user gives for heads, as an objective asks for them.
+
+    Args:
+        heads: an object with `tasks` and `logits`, as it is; a mapping task -> module; one module
+            for all `tasks`; or None, where the network gives logits.
+
+    Raises:
+        AdamergeError: anything else, or a mapping without one of `tasks`.
+    """
+    if isinstance(heads, nn.ModuleDict):
+        heads = dict(heads.items())
+    if isinstance(heads, nn.Module) and tasks and not isinstance(heads, TaskHeads):
+        heads = dict.fromkeys(tasks, heads)
+    if isinstance(heads, Mapping) and all(isinstance(h, nn.Module) for h in heads.values()):
+        missing = [task for task in tasks if task not in heads]
+        if missing or not heads:
+            raise AdamergeError(
+                f"there is no head for task {missing[0] if missing else ''!r} among "
+                f"{', '.join(map(str, heads)) or 'none'}: give a module per task"
+            )
+        return Classifiers({task: heads[task] for task in tasks or heads})
+    if heads is None and tasks:
+        return Logits(tasks)
+    if isinstance(heads, TaskHeads):
+        return heads
+    raise AdamergeError(
+        f"heads is a {type(heads).__name__}: expected a mapping from tasks to modules, an object "
+        "with tasks and logits(features, task), or (in adamerge.adapt) one module or None"
+    )
