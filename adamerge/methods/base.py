@@ -259,15 +259,6 @@ class FoldsInWays(Protocol):
         ...
 
 
-@runtime_checkable
-class Staged(Protocol):
-    """A method whose steps differ by their number, so that none stands for another."""
-
-    def begin(self, step: int) -> None:
-        """Told before every step of training its number, counted from 0 on, resumed or not."""
-        ...
-
-
 def numbers_of(method: MergeMethod, tasks: Sequence[str]) -> dict[str, Tensor]:
     """The readings of a method as numbers `[]` by name; one for each task as `name/task`.
 
