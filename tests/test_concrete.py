@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import adamerge
 from adamerge import AdamergeError
 from adamerge.methods import Concrete
 from adamerge.transforms.draws import uniform
@@ -110,3 +111,14 @@ def test_the_levels_of_the_paper_are_learned_apart() -> None:
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         concrete(**settings)
+
+
+def test_a_plain_loop_goes_through_both_phases() -> None:
+    images, ids = golden.batch(0)
+    again = concrete(mask_steps=2)
+    adamerge.adapt(again, [(images, ids)], heads=golden.heads(), steps=4, lr=0.1)
+    short = concrete(mask_steps=2)
+    adamerge.adapt(short, [(images, ids)], heads=golden.heads(), steps=2, lr=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(again.logits, short.logits, strict=True))
+    assert any(tensor.any() for tensor in short.logits)
+    assert not torch.equal(again.coefficients, short.coefficients)

@@ -26,10 +26,10 @@ from adamerge.config.device import place, ranks, run_device
 from adamerge.config.settings import Config
 from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
-from adamerge.learn.adaptation import Staged
 from adamerge.learn.blocks import compiled, recomputing
 from adamerge.learn.callbacks import Checkpoints, Progress, Sharding, StopOnSignal, Watch
 from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, check_fingerprint, read_checkpoint
+from adamerge.methods.contract import Staged
 from adamerge.report import tables, tracking
 from adamerge.report.tracking import is_main_process
 

@@ -21,11 +21,12 @@ from adamerge.config.settings_check import shape_problems
 from adamerge.config.suite_files import entries
 from adamerge.encoders.architectures import architecture_names
 from adamerge.images.sources import data_problems
-from adamerge.learn.adaptation import Adaptation, Staged
+from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_compiling, refuse_recomputing
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
 from adamerge.methods.base import MergeMethod, tracing
+from adamerge.methods.contract import Staged
 from adamerge.weights.task_vectors import TaskVectors
 
 # Arguments of Lightning's Trainer that make sense here: others would be set twice, cut the endless

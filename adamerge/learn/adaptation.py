@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,7 @@ from adamerge.learn.objectives import Objective
 from adamerge.learn.readings import Readings
 from adamerge.learn.step import step_loss
 from adamerge.methods.base import MergeMethod, numbers_of
+from adamerge.methods.contract import Staged
 
 # task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`, and
 # `targets` (see adamerge.learn.features). No labels.
@@ -27,15 +28,6 @@ OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 _FAILED = "failed"  # whether a step was not finite, among the numbers of a step
-
-
-@runtime_checkable
-class Staged(Protocol):
-    """A method whose steps differ by their number, so that none stands for another."""
-
-    def begin(self, step: int) -> None:
-        """Told before every step of training its number, counted from 0 on, resumed or not."""
-        ...
 
 
 class Adaptation(pl.LightningModule):
