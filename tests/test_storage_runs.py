@@ -127,3 +127,15 @@ def test_surgery_takes_a_base_merged_from_any_storage(base: list[str], tmp_path:
         assert train(*words, f"task_vectors.device={place}", f"run_dir={tmp_path / place}") == 0
     one, two = (tiny.learned(tmp_path / place) for place in ("auto", "disk"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", ["adarank", "concrete"])
+def test_methods_that_stream_learn_the_same_from_any_place(
+    method: str, base: list[str], tmp_path: Path
+) -> None:
+    words = [*base, f"method={method}", "preflight=off", "evaluate.baselines=false"]
+    words += ["trainer.max_steps=2", "task_vectors.dtype=int8"]
+    for place in ("auto", "disk"):
+        assert train(*words, f"task_vectors.device={place}", f"run_dir={tmp_path / place}") == 0
+    one, two = (tiny.learned(tmp_path / place) for place in ("auto", "disk"))
+    assert all(torch.equal(one[name], two[name]) for name in one)

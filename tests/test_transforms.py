@@ -17,14 +17,21 @@ from tests import reference
 
 # Every transform, as a function of task vectors alone: a new one adds a row.
 TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
+    "ace": transforms.ace,
+    "ace: uneven": lambda tv: transforms.ace(tv, spread=0.0),
     "breadcrumbs": transforms.breadcrumbs,
     "breadcrumbs: rows": lambda tv: transforms.breadcrumbs(tv, rows=True),
+    "cart": transforms.cart,
+    "centre": transforms.centre,
     "consensus": transforms.consensus,
     "dare": transforms.dare,
     "della": transforms.della,
+    "doge": lambda tv: transforms.doge(tv, steps=3),
     "elect": transforms.elect,
     "emr": transforms.emr,
     "emr: by layers": lambda tv: transforms.emr(tv, by_layers=True),
+    "iso_c": transforms.iso_c,
+    "iso_cts": transforms.iso_cts,
     "karcher": transforms.karcher,
     "lines": transforms.lines,
     "magmax": transforms.magmax,
@@ -32,11 +39,16 @@ TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
     "metagpt": transforms.metagpt,
     "model_stock": transforms.model_stock,
     "multislerp": transforms.multislerp,
+    "opcm": transforms.opcm,
     "pcb": transforms.pcb,
     "pcb: readme": lambda tv: transforms.pcb(tv, "readme"),
     "slerp": transforms.slerp,
+    "svc": transforms.svc,
     "tall": transforms.tall,
     "ties": transforms.ties,
+    "truncate": transforms.truncate,
+    "tsv_m": transforms.tsv_m,
+    "wudi": lambda tv: transforms.wudi(tv, steps=3),
 }
 TASKS = {"slerp": 2}  # where not all
 # Of the largest entry of a layer: what a type of storage may be off by.

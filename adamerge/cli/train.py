@@ -36,6 +36,7 @@ from adamerge.learn.resume import (
     check_fingerprint,
     read_checkpoint,
 )
+from adamerge.methods.contract import Staged
 from adamerge.report import tables, tracking
 from adamerge.report.tracking import is_main_process
 
@@ -229,7 +230,7 @@ def _fit(
 
     checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())
     trainer = _trainer(
-        settings,
+        _in_parts(settings) if isinstance(job.module.method, Staged) else settings,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
             Progress(),
@@ -259,6 +260,14 @@ def _fit(
         except SystemExit as end:  # what Lightning makes of a Ctrl-C
             raise end.__context__ or end from None
     return stop.received
+
+
+def _in_parts(settings: Config) -> Config:
+    """Settings of a run some of whose steps learn a part alone, which DDP wants to be told."""
+    given = settings["trainer"]
+    if ranks(given) == 1 or given.get("strategy", "auto") not in ("auto", "ddp"):
+        return settings
+    return {**settings, "trainer": {**given, "strategy": "ddp_find_unused_parameters_true"}}
 
 
 def _trainer(settings: Config, **ours: Any) -> Trainer:

@@ -13,6 +13,7 @@ import torch
 from adamerge._base.binding import call, find, function_to, nearest, problems, subclass_of
 from adamerge._base.errors import AdamergeError
 from adamerge.config.arguments import SUPPLIED, Supplies, base_problems, split_base, supplies
+from adamerge.config.device import run_device
 from adamerge.config.inputs import Suite, normalizer
 from adamerge.config.settings import Config
 from adamerge.config.settings import problems as problems_of_config
@@ -25,6 +26,7 @@ from adamerge.learn.blocks import refuse_inside
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
 from adamerge.methods.base import MergeMethod, tracing
+from adamerge.methods.contract import Staged
 from adamerge.weights.task_vectors import TaskVectors
 
 # Arguments of Lightning's Trainer that make sense here: others would be set twice, cut the endless
@@ -34,7 +36,7 @@ _TRAINER = (
     *("gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "plugins"),
 )
 _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
-    "method": (subclass_of(MergeMethod), "a MergeMethod class", SUPPLIED),
+    "method": (subclass_of(MergeMethod), "a MergeMethod class", (*SUPPLIED, "device")),
     "objective": (subclass_of(Objective), "an Objective class", SUPPLIED),
     "optim": (subclass_of(torch.optim.Optimizer), "a torch optimizer class", ("params",)),
     "scheduler": (
@@ -45,7 +47,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "transform": (
         function_to(TaskVectors),
         "a function from TaskVectors annotated to return TaskVectors",
-        ("task_vectors", "architecture", "experts"),
+        ("task_vectors", "architecture", "experts", "device"),
     ),
 }
 
@@ -103,7 +105,8 @@ def _storage_problems(config: Config, method: Callable[..., Any]) -> list[str]:
             "whole layers: leave it out, or use AdaMerging"
         ]
     smaller = asked["dtype"] != "float32" or asked["device"] in ("host", "disk")
-    if smaller and "task_vectors" in inspect.signature(method).parameters:
+    held = "task_vectors" in inspect.signature(method).parameters
+    if smaller and held and not getattr(method, "streams", False):
         return [
             f"task_vectors.dtype and .device are set, but {name} holds task vectors of its own "
             "making: leave them as they are, or use AdaMerging (a method of yours that uses "
@@ -167,6 +170,7 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
                 "task_vectors": functools.partial(_itself, vectors),
                 "architecture": functools.partial(architecture_names, suite.clip.config),
                 "experts": functools.partial(_itself, suite.task_vectors),
+                "device": functools.partial(run_device, config["trainer"]),
             }
             vectors = _construct(key, target, arguments, given)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small
@@ -175,6 +179,7 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     arguments, own = split_base(target, arguments)
     known = (suite.clip, suite.task_vectors, vectors, suite.heads)
     given = supplies(*known, own, suite.files, config["protocol"], suite.digest)
+    given = {**given, "device": functools.partial(run_device, config["trainer"])}
     method: MergeMethod = _construct("method", target, arguments, given)
     return method
 
@@ -239,7 +244,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         scheduler,
         config["micro_batch"],
         config["log_every"],
-        config["cuda_graph"] and _can_be_recorded(config),
+        config["cuda_graph"] and _can_be_recorded(config) and not isinstance(method, Staged),
     )
 
 

@@ -15,6 +15,7 @@ from adamerge.learn.classifiers import as_heads
 from adamerge.learn.objectives import AnyHeads, Entropy, InfoMax, Objective
 from adamerge.learn.step import learnables, step_loss
 from adamerge.methods.base import MergeMethod
+from adamerge.methods.contract import Staged
 
 Batches = Mapping[str, Iterable[Any]] | Iterable[tuple[Inputs, Tensor]]
 
@@ -88,7 +89,9 @@ def adapt(
         loss_of.to(device)
         method.train()
         try:
-            for inputs, task_ids in _steps(batches, loss_of.heads.tasks, steps):
+            for step, (inputs, task_ids) in enumerate(_steps(batches, loss_of.heads.tasks, steps)):
+                if isinstance(method, Staged):
+                    method.begin(step)
                 moved = rows.each(lambda tensor: tensor.to(device, non_blocking=True), inputs)
                 update.zero_grad()
                 loss, values, _ = step_loss(method, loss_of, moved, task_ids, micro_batch)

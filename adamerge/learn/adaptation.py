@@ -21,6 +21,7 @@ from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import step_loss
 from adamerge.methods.base import MergeMethod, numbers_of
+from adamerge.methods.contract import Staged
 
 # task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`, and
 # `targets` (see adamerge.learn.features). No labels.
@@ -77,6 +78,8 @@ class Adaptation(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
         images, targets, task_ids = self._collect(batch)
+        if isinstance(self.method, Staged):
+            self.method.begin(self.global_step)
         loss, self._values, features = self._step(images, task_ids, targets)
         self._images += len(task_ids)
         if self._is_logged():

@@ -1,8 +1,10 @@
 """The methods: one file each, none importing another."""
 
 from adamerge.methods.adamerging import AdaMerging
+from adamerge.methods.adarank import AdaRank
 from adamerge.methods.base import MergeMethod
+from adamerge.methods.concrete import Concrete
 from adamerge.methods.surgery import Surgery
 from adamerge.methods.wemoe import WEMoE
 
-__all__ = ["AdaMerging", "MergeMethod", "Surgery", "WEMoE"]
+__all__ = ["AdaMerging", "AdaRank", "Concrete", "MergeMethod", "Surgery", "WEMoE"]

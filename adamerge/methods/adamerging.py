@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.experts import PerTaskEncoder, by_task
+from adamerge.encoders.rows import Inputs
 from adamerge.encoders.tower import FoldedEncoder, merged_encoder
 from adamerge.methods.base import MergeMethod
 from adamerge.weights.task_vectors import TaskVectors
@@ -48,8 +49,7 @@ class AdaMerging(MergeMethod):
         AdamergeError: unknown granularity, or task vectors that do not fit the backbone.
     """
 
-    combines = True
-    takes_per_task = True
+    combines = takes_per_task = True
 
     def __init__(
         self,
@@ -96,9 +96,9 @@ class AdaMerging(MergeMethod):
 
     def encode(self, weights: Mapping[str, Tensor], inputs: Any, task_ids: Tensor) -> Tensor:
         if not self.task_vectors.per_task:
-            return self.tower(weights, inputs)
+            return super().encode(weights, inputs, task_ids)
 
-        def own(row: int, part: Any) -> Tensor:
+        def own(row: int, part: Inputs) -> Tensor:
             merged = {name: weights[f"{row}/{name}"] for name in self.task_vectors.names}
             return self.tower({**self.task_vectors.constants, **merged}, part)
 
@@ -124,7 +124,7 @@ class AdaMerging(MergeMethod):
         return "per_task" if self.task_vectors.per_task else None
 
     def statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """No fold needs any."""
+        """Nothing: its folds are exact."""
 
     def fold_as(self, name: str, statistics: None) -> nn.Module:
         return self.fold()

@@ -42,7 +42,9 @@ class MergeMethod(nn.Module):
     # Whether all that is done with task vectors is `TaskVectors.combine`, whose layers may then be
     # stored in any type and place, and shared out among processes: set as `self.task_vectors`.
     combines = False
-    # Whether it takes task vectors of which each makes an encoder of its own.
+    # Whether task vectors are used a layer at a time as they are stored, in any type and place.
+    streams = False
+    # Whether it takes task vectors that make an encoder of its own for every task.
     takes_per_task = False
     tower: Tower
     task_vectors: TaskVectors
@@ -54,7 +56,7 @@ class MergeMethod(nn.Module):
         super().__init__()
         if backbone is not None and task_vectors is not None:
             self.tower, self.task_vectors = Tower(backbone), task_vectors
-            self.tower.check(task_vectors, self.takes_per_task)
+            self.tower.check(task_vectors, per_task=self.takes_per_task)
             self.tower.apply_buffers(lambda buffer: buffer.to(task_vectors.device))
 
     def weights(self) -> dict[str, Tensor]:

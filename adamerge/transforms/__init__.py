@@ -5,18 +5,27 @@ the sum is a whole merge, about 0.3 where the vectors were only cleaned.
 """
 
 from adamerge.transforms.competition import pcb
+from adamerge.transforms.interference import ace, doge, wudi
 from adamerge.transforms.masks import consensus, elect, emr, magmax, tall
+from adamerge.transforms.projections import cart, centre, opcm, truncate
 from adamerge.transforms.scale import lines, metagpt, model_stock
 from adamerge.transforms.sparse import breadcrumbs, dare, della, magnitude, ties
+from adamerge.transforms.spectral import iso_c, iso_cts, svc, tsv_m
 from adamerge.transforms.spherical import karcher, multislerp, slerp
 
 __all__ = [
+    "ace",
     "breadcrumbs",
+    "cart",
+    "centre",
     "consensus",
     "dare",
     "della",
+    "doge",
     "elect",
     "emr",
+    "iso_c",
+    "iso_cts",
     "karcher",
     "lines",
     "magmax",
@@ -24,8 +33,13 @@ __all__ = [
     "metagpt",
     "model_stock",
     "multislerp",
+    "opcm",
     "pcb",
     "slerp",
+    "svc",
     "tall",
     "ties",
+    "truncate",
+    "tsv_m",
+    "wudi",
 ]
