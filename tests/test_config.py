@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
+import tracemalloc
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from adamerge import AdamergeError
 from adamerge.cli.command import _parsed
 from adamerge.config import build
 from adamerge.config import settings as config
+from adamerge.config.references import resolved
 
 
 @pytest.mark.parametrize("group", config.GROUPS)
@@ -173,7 +177,10 @@ MISTAKES = [
     ("seed=-1", r"seed is -1: expected at least 0"),
     ("run_dir=5", r"run_dir is 5: expected str"),
     ("trainer=5", r"trainer is 5: expected trainer\.max_steps"),
-    ("trainer.accumulate_grad_batches=2", r"accumulate_grad_batches is unknown or not for"),
+    (
+        "trainer.accumulate_grad_batches=2",
+        r"accumulate_grad_batches is not for adamerge: .*set batch_size",
+    ),
     ("trainer.precision=64-true", r"trainer\.precision is '64-true': expected 32-true"),
     ("transform=5", r"transform is 5: expected a list"),
     ("suite.architecture=5", r"suite\.architecture is 5: expected a name or a path"),
@@ -199,7 +206,7 @@ MISTAKES = [
     ("method.name=a\\b", r"method\.name is .*, which cannot"),
     ("objective.name=" + "x" * 300, r"objective\.name is .*, which cannot"),
     ("optim={_target_: torch.optim.SparseAdam}", r"optim: SparseAdam does not support dense"),
-    ("optim=5", r"optim is 5: expected its keys and values"),
+    ("optim=5", r"optim is 5: expected optim\._target_"),
     ("task_vectors=5", r"task_vectors is 5: expected task_vectors\.dtype"),
     ("seed=${nothing}", r"Interpolation key 'nothing' not found \(in seed\)"),
     ("method={1: 2}", r"no such method"),
@@ -230,8 +237,74 @@ def test_words_and_names(suite: Path) -> None:
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{inner}: &{inner} [*{outer}, *{outer}, *{outer}, *{outer}]\n"
-    for outer, inner in itertools.pairwise("abcdefghijklmnop")
+    for outer, inner in pairwise("abcdefghijklmnop")
 )
+
+
+def doubling(start: Any, twice: Callable[[str], Any]) -> dict[str, Any]:
+    """Thirty settings, each made of twice the one before: 2 ** 30 of the first."""
+    links = pairwise([f"a{i}" for i in range(31)])
+    return {"a0": start} | {b: twice(f"${{vars.{a}}}") for a, b in links}
+
+
+MANY = r"what its \$\{…\} name is more than 4 MB in all"
+
+
+@pytest.mark.parametrize(
+    ("start", "twice"),
+    [
+        ("x" * 1000, lambda a: a + a),
+        ("x" * 1000, lambda a: [a, a]),
+        ({"x": "x" * 1000}, lambda a: {"x": a, "y": a}),
+        ("x" * 1000, lambda a: f"${{.a0}}{a}${{vars.a0}}{a}"),
+    ],
+)
+def test_references_of_references_do_not_explode(start: Any, twice: Callable[[str], Any]) -> None:
+    tracemalloc.start()
+    with pytest.raises(AdamergeError, match=MANY):
+        resolved({"vars": doubling(start, twice)})
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", ["suite", "defaults", "task", "word"])
+def test_references_do_not_explode_wherever_they_stand(tmp_path: Path, place: str) -> None:
+    bomb = {"vars": doubling("x" * 1000, lambda a: a + a)}
+    own: dict[str, Any] = {**bomb, "tasks": {}}
+    words = ["suite.tasks={a: {expert: '${vars.a30}'}}"] if place == "word" else []
+    if place == "defaults":
+        own["defaults"] = {"wandb": {"project": "${suite.vars.a30}"}}
+    elif place == "task":
+        own = {"tasks": {"a": {"task": "task.yaml"}}}
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump({**bomb, "classes": ["${vars.a30}"]}))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(AdamergeError, match=MANY):
+        config.load([f"suite={tmp_path / 'own.yaml'}", *words])
+
+
+def test_aliases_in_a_word_do_not_explode() -> None:
+    links = [f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghijklmnop")]
+    with pytest.raises(AdamergeError, match="the value is not valid YAML"):
+        config.load([f"optim={{a: &a [x, x], {', '.join(links)}}}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("${trainer.max_steps}", 7),
+        ("${seed}-${trainer.max_steps}", "3-7"),
+        ("${vars.${vars.which}}", 5),
+        ("${tasks.a.list[1].x}", 9),
+        ("${...b}", None),
+        ("${suite.vars.five}", 5),
+    ],
+)
+def test_references_from_anywhere_to_anything(tmp_path: Path, text: str, expected: Any) -> None:
+    tasks = {"b": None, "a": {"list": [1, {"x": 9}], "c": {"d": text}}}
+    own = {"vars": {"five": 5, "which": "five"}, "tasks": tasks}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    settings = config.load([f"suite={tmp_path / 'own.yaml'}", "trainer.max_steps=7", "seed=3"])
+    assert settings["suite"]["tasks"]["a"]["c"]["d"] == expected
 
 
 @pytest.mark.parametrize(
@@ -250,7 +323,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
         ("tasks: &a [*a]", r"its aliases stand for more than"),
         ("tasks: 5\n5: 6", r"suite\.5 is unknown"),
         ("tasks: ${tasks}", r"(?i)recursive|interpolation"),
-        ("defaults: {optim: [1]}", r"suite\.defaults cannot be used"),
+        ("defaults: {optim: [1]}", r"optim is \[1\]: expected optim\._target_"),
         ("defaults: ${x}", r"suite\.defaults is '\$\{x\}': expected settings"),
     ],
 )

@@ -23,8 +23,8 @@ from adamerge.cli import check, main
 from adamerge.cli.job import load_job
 from adamerge.config import inputs
 from adamerge.config import settings as config
-from adamerge.config.device import run_device
 from adamerge.config.inputs import normalizer
+from adamerge.config.trainer import run_device
 from adamerge.encoders.clip import build_clip, with_other_activation
 from adamerge.encoders.tower import Tower
 from adamerge.report import accuracy_matrix, findings, preflight

@@ -16,7 +16,7 @@ from adamerge._base.kept import Kept
 from adamerge.cli.job import Job, load_job
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
-from adamerge.config.device import place, ranks, run_device
+from adamerge.config.trainer import check_place, ranks, run_device
 from adamerge.encoders.architectures import is_known
 from adamerge.encoders.clip import with_other_activation
 from adamerge.encoders.tower import Tower
@@ -44,7 +44,7 @@ def check(words: Sequence[str], to: Path | None = None) -> int:
     """
     settings = config.load(words)
     build.check(settings)
-    place(settings)
+    check_place(settings)
     seed_everything(settings["seed"], verbose=False)
     report = look(load_job(settings), log.info)
     if to is not None:

@@ -18,9 +18,9 @@ from adamerge.cli.job import Job, load_job
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
 from adamerge.config.arguments import INIT
-from adamerge.config.device import run_device
 from adamerge.config.inputs import Inputs
 from adamerge.config.settings import Config
+from adamerge.config.trainer import run_device
 from adamerge.encoders.experts import Experts
 from adamerge.encoders.tower import Tower
 from adamerge.export import load, read, write

@@ -8,10 +8,8 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
 from adamerge._base.errors import AdamergeError
@@ -22,8 +20,8 @@ from adamerge.cli.job import Job, load_job
 from adamerge.cli.processes import LostProcess, outlived, together
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
-from adamerge.config.device import place, ranks, run_device
 from adamerge.config.settings import Config
+from adamerge.config.trainer import build_trainer, check_place, ranks, run_device
 from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
 from adamerge.learn.blocks import compiled, recomputing
@@ -45,7 +43,7 @@ def train(words: Sequence[str]) -> int:
     """
     settings, run_dir, resumed = _open_run(words)
     build.check(settings)
-    place(settings)
+    check_place(settings)
     seed_everything(settings["seed"], verbose=False)
     if is_main_process():
         with alone_in(run_dir):
@@ -217,8 +215,8 @@ def _fit(
         found = job.scorer(job.module.device).accuracy(job.module.method.fold())
         return {f"accuracy/{task}": value for task, value in found.items()}
 
-    trainer = _trainer(
-        settings,
+    trainer = build_trainer(
+        settings["trainer"],
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
             Progress(every),
@@ -247,19 +245,3 @@ def _fit(
         except SystemExit as end:  # what Lightning makes of a Ctrl-C
             raise end.__context__ or end from None
     return stop.received
-
-
-def _trainer(settings: Config, **ours: Any) -> Trainer:
-    """Lightning's Trainer; what it refuses is a mistake in `trainer:`."""
-    try:
-        return Trainer(
-            **settings["trainer"],
-            **ours,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise AdamergeError(f"trainer: {reason}") from error

@@ -17,9 +17,9 @@ from adamerge import __version__
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import locked, sha256
 from adamerge._base.kept import Digest, Kept, remembered
-from adamerge.config.device import may_touch_gpu
 from adamerge.config.settings import Config
-from adamerge.config.suite_files import require_root
+from adamerge.config.suite import require_root
+from adamerge.config.trainer import may_touch_gpu
 from adamerge.encoders.architectures import is_known
 from adamerge.encoders.clip import Clip, Normalizer, build_clip
 from adamerge.encoders.heads import Heads, Prompts, zero_shot_heads
