@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 
 from adamerge import AdamergeError
 from adamerge.cli.command import _parsed
 from adamerge.config import build
 from adamerge.config import settings as config
 from adamerge.config.references import resolved
+from adamerge.config.trainer import build_trainer
 
 
 @pytest.mark.parametrize("group", config.GROUPS)
@@ -182,6 +186,39 @@ MISTAKES = [
         r"accumulate_grad_batches is not for adamerge: .*set batch_size",
     ),
     ("trainer.precision=64-true", r"trainer\.precision is '64-true': expected 32-true"),
+    (
+        "trainer.callbacks=5",
+        r"trainer\.callbacks\.0 has no _target_: expected the dotted path of a",
+    ),
+    ("trainer.callbacks=[a]", r"trainer\.callbacks\.0 has no _target_"),
+    (
+        "trainer.callbacks=[{_target_: os.system}]",
+        r"'os\.system' is not a callback or another part",
+    ),
+    ("trainer.callbacks=[{_target_: tests.tiny.Recording}]", r"is not a callback or another part"),
+    ("trainer.callbacks=[{_target_: lightning.pytorch.Trainer}]", r"is not a callback or another"),
+    (
+        "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.Timer, durations: 5}]",
+        r"trainer\.callbacks\.0\.durations is unknown \(did you mean 'duration'\?\)",
+    ),
+    (
+        "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint}]",
+        r"ModelCheckpoint is not for adamerge: checkpoints are written every checkpoint_every",
+    ),
+    (
+        "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy, "
+        "cluster_environment: {_target_: builtins.eval}}",
+        r"strategy\.cluster_environment\._target_: 'builtins\.eval' is not a callback or another",
+    ),
+    ("trainer.profiler=5", r"trainer\.profiler is 5: expected Profiler or str or none"),
+    ("wandb.entity=5", r"wandb\.entity is 5: expected str"),
+    ("wandb.tags=a", r"wandb\.tags is 'a': expected a list"),
+    ("scheduler=5", r"scheduler is 5: expected its keys and values"),
+    (
+        "scheduler={_target_: torch.optim.lr_scheduler.ChainedScheduler, schedulers: [{_target_: "
+        "torch.optim.lr_scheduler.StepLR}]}",
+        r"scheduler\.schedulers\.0\.step_size is missing",
+    ),
     ("transform=5", r"transform is 5: expected a list"),
     ("suite.architecture=5", r"suite\.architecture is 5: expected a name or a path"),
     ("suite.tasks.dots.templates=5", r"dots\.templates is 5: expected a list"),
@@ -218,6 +255,32 @@ MISTAKES = [
 def test_mistakes_are_named(suite: Path, word: str, message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         build.check(config.load([f"suite={suite}", word]))
+
+
+def test_every_argument_of_the_trainer_is_taken_or_refused_with_the_reason(suite: Path) -> None:
+    taken = []
+    for name, parameter in inspect.signature(Trainer).parameters.items():
+        settings = config.load([f"suite={suite}", "trainer.accelerator=cpu"])
+        settings["trainer"].setdefault(name, parameter.default)
+        try:
+            build.check(settings)
+        except AdamergeError as error:
+            assert re.fullmatch(rf"trainer\.{name} is not for adamerge: .*", str(error))
+        else:
+            taken.append(name)
+            build_trainer(settings["trainer"], callbacks=[], plugins=[], logger=False)
+    assert len(taken) == len(inspect.signature(Trainer).parameters) - 14
+
+
+def test_schedulers_within_a_scheduler() -> None:
+    inner = "{_target_: torch.optim.lr_scheduler.LinearLR, start_factor: 0.5, total_iters: 2}"
+    chained = "_target_: torch.optim.lr_scheduler.ChainedScheduler"
+    word = f"scheduler={{{chained}, schedulers: [{inner}, {inner}]}}"
+    settings = config.load([word, "optim.lr=0.1"])
+    build.check(settings)
+    optimizer = build._optimizer(settings["optim"], [torch.nn.Parameter(torch.zeros(2))])
+    scheduler = build._scheduler(settings["scheduler"], optimizer)
+    assert len(scheduler._schedulers) == 2 and optimizer.param_groups[0]["lr"] == 0.1 / 4
 
 
 def test_all_mistakes_in_one_message(suite: Path) -> None:

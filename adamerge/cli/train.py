@@ -21,7 +21,7 @@ from adamerge.cli.processes import LostProcess, outlived, together
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
 from adamerge.config.settings import Config
-from adamerge.config.trainer import build_trainer, check_place, ranks, run_device
+from adamerge.config.trainer import build_trainer, check_place, one_sentence, ranks, run_device
 from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
 from adamerge.learn.blocks import compiled, recomputing
@@ -130,10 +130,15 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
             raise AdamergeError("resume= goes on in the run's own folder: leave run_dir= out")
         return config.load_run(run_dir, rest), run_dir, True
     settings = config.load(words)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{settings['suite']['name']}-{settings['method']['name']}-{stamp}".replace("/", "-")
+    parts = [settings["suite"]["name"], settings["method"]["name"], time.strftime("%Y%m%d-%H%M%S")]
+    if "WANDB_SWEEP_ID" in os.environ:  # whose agents may start runs in the same second
+        parts.append(os.environ.get("WANDB_RUN_ID", str(os.getpid())))
     given = None if is_main_process() else os.environ.get(_RUN_DIR)
-    return settings, Path(str(given or settings["run_dir"] or Path("runs") / name)), False
+    return (
+        settings,
+        Path(given or settings["run_dir"] or Path("runs") / "-".join(map(str, parts))),
+        False,
+    )
 
 
 def _clear(run_dir: Path, resumed: bool) -> None:
@@ -235,6 +240,7 @@ def _fit(
     resume = checkpoint if step else None
     method = job.module.method
     with (
+        one_sentence(),
         together(trainer, run_dir),
         stop.listening(),
         compiled(method, settings["compile"]),

@@ -43,6 +43,7 @@ _KINDS: dict[str, Kinds] = {
     "preflight.images": (_SIZE,),
     "evaluate.batch_size": (_SIZE,),
     "wandb.mode": ("auto", "online", "offline", "off"),
+    **{f"wandb.{key}": (None, str) for key in ("entity", "group", "notes")},
 }
 _SAID: dict[type, str] = {list: "a list", dict: "its keys and values"}
 _LONGEST = 100  # of a name that a folder is called by

@@ -75,12 +75,11 @@ def target_problems(key: str, part: Any, kind: Kind) -> list[str]:
 
 def _parts_in(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Whatever has a `_target_` within a value, and where it stands."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for name, inner in items:
+    items = enumerate(value) if isinstance(value, list) else ()
+    for name, inner in value.items() if isinstance(value, Mapping) else items:
         if isinstance(inner, Mapping) and "_target_" in inner:
             yield f"{key}.{name}", inner
-        if isinstance(inner, Mapping | list):
-            yield from _parts_in(f"{key}.{name}", inner)
+        yield from _parts_in(f"{key}.{name}", inner)
 
 
 def build(key: str, part: Any, kind: Kind, supplied: Supplied) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ _BREAKING = {  # callbacks of Lightning -> why not
     callbacks.StochasticWeightAveraging: "the exported merge is that of the last step",
     callbacks.BatchSizeFinder: "set batch_size, or micro_batch to save memory",
     callbacks.LearningRateFinder: "set optim.lr",
+    callbacks.ThroughputMonitor: "images_per_second is logged already",
 }
 _LISTS = ("callbacks", "plugins")
 _PARTS = (Callback, Strategy, Accelerator, Profiler, Precision, LayerSync, ClusterEnvironment)
@@ -90,7 +93,7 @@ def build_trainer(trainer: Config, **more: Any) -> Trainer:
     Raises:
         AdamergeError: what Lightning refuses.
     """
-    try:
+    with one_sentence(ValueError, TypeError):
         given = build("trainer", trainer, _PART, {})
         for key in _LISTS:
             more[key] = [*more[key], *_listed(given.get(key))]
@@ -99,7 +102,14 @@ def build_trainer(trainer: Config, **more: Any) -> Trainer:
             enable_checkpointing=False,
             use_distributed_sampler=False,
         )
-    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
+
+
+@contextlib.contextmanager
+def one_sentence(*more: type[Exception]) -> Iterator[None]:
+    """Makes one sentence of what Lightning refuses, and of exceptions of `more` types."""
+    try:
+        yield
+    except (MisconfigurationException, ImportError, *more) as error:
         raise AdamergeError(f"trainer: {' '.join(str(error).split())}") from error
 
 
