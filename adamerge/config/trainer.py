@@ -107,9 +107,10 @@ def build_trainer(trainer: Config, **more: Any) -> Trainer:
 @contextlib.contextmanager
 def one_sentence(*more: type[Exception]) -> Iterator[None]:
     """Makes one sentence of what Lightning refuses, and of exceptions of `more` types."""
+    refusals: tuple[type[BaseException], ...] = (MisconfigurationException, ImportError, *more)
     try:
         yield
-    except (MisconfigurationException, ImportError, *more) as error:
+    except refusals as error:
         raise AdamergeError(f"trainer: {' '.join(str(error).split())}") from error
 
 
