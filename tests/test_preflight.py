@@ -220,7 +220,7 @@ def test_look_changes_nothing_in_a_job(base: list[str]) -> None:
     before, mode = method.coefficients.detach().clone(), method.training
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    report = check.look(job)
+    report = check.report_of(job)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(method.coefficients, before) and method.coefficients.grad is None
     assert method.training is mode
@@ -267,7 +267,9 @@ def test_activations_are_counted_for_the_images_encoded_together(
 ) -> None:
     def memory(batch_size: int) -> int:
         words = [*base, f"batch_size={batch_size}", f"micro_batch={micro_batch or 'null'}"]
-        return check.look(load_job(config.load([*words, "preflight.images=2"]))).estimate.memory
+        return check.report_of(
+            load_job(config.load([*words, "preflight.images=2"]))
+        ).estimate.memory
 
     small, large = memory(4), memory(8)
     assert large == small if micro_batch else large > small
@@ -294,7 +296,7 @@ def test_a_confused_activation_is_suspected(
         suite["architecture"] = str(folder)
 
     words = [demo_suite(tmp_path, use), cache, "preflight.images=16"]
-    report = check.look(load_job(config.load(words)))
+    report = check.report_of(load_job(config.load(words)))
     texts = [f.text for f in report.findings if f.kind == "activation"]
     assert len(texts) == flag
     if flag:
@@ -416,7 +418,7 @@ def test_a_gpu_that_is_too_small_is_said(base: list[str], monkeypatch: pytest.Mo
 
     job = load_job(config.load([*base, "preflight.images=2"]))
     monkeypatch.setattr("adamerge.report.estimate.step_loss", too_much)
-    report = check.look(job)
+    report = check.report_of(job)
     assert report.estimate is None and "estimated" not in as_markdown(report)
     (found,) = (f for f in report.problems if f.kind == "memory")
     assert "two images per task are more than the GPU's memory holds" in found.text

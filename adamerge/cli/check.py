@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from adamerge._base.kept import Kept
 from adamerge.cli.job import Job, load_job
-from adamerge.config import build, inputs
+from adamerge.config import build
 from adamerge.config import settings as config
-from adamerge.config.trainer import check_place, ranks, run_device
+from adamerge.config.trainer import check_place, ranks
 from adamerge.encoders.architectures import is_known
 from adamerge.encoders.clip import with_other_activation
 from adamerge.encoders.tower import Tower
@@ -46,7 +46,7 @@ def check(words: Sequence[str], to: Path | None = None) -> int:
     build.check(settings)
     check_place(settings)
     seed_everything(settings["seed"], verbose=False)
-    report = look(load_job(settings), log.info)
+    report = report_of(load_job(settings), log.info)
     if to is not None:
         tables.write(report, to)
     print(tables.as_markdown(report), end="")
@@ -60,7 +60,7 @@ def before_training(job: Job, run_dir: Path) -> None:
     """
     if not job.settings["preflight"]["enabled"]:
         return
-    report = look(job, log.info)
+    report = report_of(job, log.info)
     tables.write(report, run_dir)
     log.info("%s (%s)", report.summary(), run_dir / tables.FILES[1])
     for finding in report.findings:
@@ -69,10 +69,10 @@ def before_training(job: Job, run_dir: Path) -> None:
         log.info("%s", report.estimate.text())
 
 
-def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
+def report_of(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
     """All measurements and verdicts of a job, on a few unlabeled images per task."""
     settings, suite = job.settings, job.suite
-    device = run_device(settings["trainer"])
+    device, normalizer = job.device, job.normalizer
     images = preflight.choose(job.data, settings["preflight"]["images"], settings["seed"])
     vectors, files = suite.task_vectors, preflight.sources(suite.files)
     products = torch.tensor(
@@ -80,7 +80,6 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         dtype=torch.float64,
     )
     cosines, norms = preflight.cosines(products), products.diagonal().sqrt()
-    normalizer = inputs.normalizer(suite.clip)
     kept = job.kept("preflight", preflight.key(images, suite.heads, normalizer, device))
 
     def measure() -> dict[str, Any]:
@@ -128,8 +127,8 @@ def _of_activation(
     other = with_other_activation(suite.clip.backbone)
     if other is None:
         return
-    few, normalizer = images.first(_FOR_ACTIVATION), inputs.normalizer(suite.clip)
-    given = (other, suite.task_vectors, suite.heads, normalizer, few, own, device)
+    few = images.first(_FOR_ACTIVATION)
+    given = (other, suite.task_vectors, suite.heads, job.normalizer, few, own, device)
     change = kept("activation", lambda: preflight.activation_change(*given).tolist())
     yield from of_activation(torch.tensor(change, dtype=torch.float64), _mend(job))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from adamerge.config import build, inputs
 from adamerge.config.inputs import Inputs
 from adamerge.config.settings import Config
 from adamerge.learn.adaptation import Adaptation
+from adamerge.learn.resume import CHECKPOINT, check_fingerprint, read_checkpoint
 from adamerge.report import folds
 
 # What the result of a run depends on, besides files and images.
@@ -61,6 +63,17 @@ class Job(Inputs):
             add(f"images of {task}", images.key)
         add("model config", json.dumps(self.suite.clip.config, sort_keys=True))
         return flat
+
+    def resume(self, run_dir: Path) -> int:
+        """Takes what a run has learned out of its last checkpoint; returns its step.
+
+        Raises:
+            AdamergeError: there is none, it is damaged, or it is of other settings or inputs.
+        """
+        saved = read_checkpoint(run_dir / CHECKPOINT)
+        check_fingerprint(saved, self.fingerprint(), run_dir)
+        self.module.load_state_dict(saved["state_dict"])
+        return int(saved["global_step"])
 
 
 def load_job(settings: Config) -> Job:

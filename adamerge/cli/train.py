@@ -21,12 +21,12 @@ from adamerge.cli.processes import LostProcess, outlived, together
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
 from adamerge.config.settings import Config
-from adamerge.config.trainer import build_trainer, check_place, one_sentence, ranks, run_device
+from adamerge.config.trainer import build_trainer, check_place, one_sentence, ranks
 from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
 from adamerge.learn.blocks import compiled, recomputing
 from adamerge.learn.callbacks import Checkpoints, Progress, Sharding, StopOnSignal, Watch
-from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, check_fingerprint, read_checkpoint
+from adamerge.learn.resume import CHECKPOINT, CheckpointFiles
 from adamerge.report import tables, tracking
 from adamerge.report.tracking import is_main_process
 
@@ -61,22 +61,16 @@ def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
     if is_main_process():
         _clear(run_dir, resumed)
     job = load_job(settings)
-    checkpoint = run_dir / CHECKPOINT
-    step = 0
-    if resumed:
-        saved = read_checkpoint(checkpoint)
-        check_fingerprint(saved, job.fingerprint(), run_dir)
-        step = int(saved["global_step"])
-        job.module.load_state_dict(saved["state_dict"])
+    step = job.resume(run_dir) if resumed else 0
     if is_main_process():
         _make_folder(run_dir, settings)
         _announce(job, run_dir)
         if not resumed:
             check.before_training(job, run_dir)
-            results.look_before(job, run_dir)
+            results.keep_signs(job, run_dir)
     _prepare(job)
     wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
-    stopped_by = _fit(job, run_dir, checkpoint, step, wandb)
+    stopped_by = _fit(job, run_dir, step, wandb)
     if not is_main_process():
         return 0
     if stopped_by is None:
@@ -103,17 +97,14 @@ def _finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
 def _prepare(job: Job) -> None:
     """Stores what frozen encoders say of the images, says where these are kept, and counts the
     steps of an online run."""
-    settings, trainer = job.settings, job.settings["trainer"]
-    device = run_device(trainer)
+    settings, trainer, device = job.settings, job.settings["trainer"], job.device
     if settings["online"]:
         trainer["max_steps"] = precomputed.steps_online(job.data)
-    steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
     folder = inputs.cache_root(settings) / "features"
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
-    made = precomputed.Stores(
-        job.module, job.data, job.suite.files, shape, folder, device, steps, ranks(trainer)
-    )
-    precomputed.prepare(made, settings["store"], settings["online"])
+    given = (job.suite.files, shape, folder, device, trainer["max_steps"], ranks(trainer))
+    stores = precomputed.Stores(job.module, job.data, *given)
+    precomputed.prepare(stores, settings["store"], settings["online"])
     drawn = not (settings["store"] and precomputed.stores_features(job.module))
     if settings["images_on_device"] and drawn:
         refuse_too_large(job.data.held(device), device, memory_available(device))
@@ -188,44 +179,34 @@ def _announce(job: Job, run_dir: Path) -> None:
     base = sum(float(t.double().square().sum()) for t in vectors.pretrained.values()) ** 0.5
     log.info(
         "suite %s: %d tasks, %d layers, %.2f M parameters; method %s, protocol %s",
-        settings["suite"]["name"],
-        len(vectors.tasks),
-        len(vectors.names),
-        vectors.numel() / 1e6,
-        settings["method"]["name"],
-        settings["protocol"],
+        *(settings["suite"]["name"], len(vectors.tasks), len(vectors.names)),
+        *(vectors.numel() / 1e6, settings["method"]["name"], settings["protocol"]),
     )
     for task, norm in zip(vectors.tasks, vectors.norms().tolist(), strict=True):
-        log.info(
-            "  %s: %d images, %d classes, task vector %.3f of the pretrained norm",
-            task,
-            len(job.data.tasks[task].images),
-            len(job.suite.heads.classes[task]),
-            norm / base,
-        )
-    for task, found in job.unseen[1].tasks.items() if job.unseen is not None else ():
-        log.info("  %s: %d images, unseen: only scored", task, len(found.images))
+        count, classes = len(job.data.tasks[task].images), len(job.suite.heads.classes[task])
+        said = "  %s: %d images, %d classes, task vector %.3f of the pretrained norm"
+        log.info(said, task, count, classes, norm / base)
+    for task, unseen in job.unseen[1].tasks.items() if job.unseen is not None else ():
+        log.info("  %s: %d images, unseen: only scored", task, len(unseen.images))
     log.info("run folder: %s", run_dir)
 
 
-def _fit(
-    job: Job, run_dir: Path, checkpoint: Path, step: int, wandb: WandbLogger | None
-) -> int | None:
+def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int | None:
     """Trains from `step` on; returns the signal that stopped it, if one did."""
     settings, every = job.settings, job.settings["log_every"]
-    stop = StopOnSignal(every)
+    method, checkpoint, stop = job.module.method, run_dir / CHECKPOINT, StopOnSignal(every)
 
-    def look(_: int) -> dict[str, float]:
+    def measure(_: int) -> dict[str, float]:
         tracking.log_pictures(wandb, results.draw_coefficients(job, run_dir))
-        found = job.scorer(job.module.device).accuracy(job.module.method.fold())
-        return {f"accuracy/{task}": value for task, value in found.items()}
+        accuracy = job.scorer(job.module.device).accuracy(method.fold())
+        return {f"accuracy/{task}": value for task, value in accuracy.items()}
 
     trainer = build_trainer(
         settings["trainer"],
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
             Progress(every),
-            Watch(settings["eval_every"], look),
+            Watch(settings["eval_every"], measure),
             stop,
             Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint()),
             *([Sharding()] if settings["task_vectors"]["shard"] else []),
@@ -238,7 +219,6 @@ def _fit(
         log.info("step %d of %d is reached already", step, trainer.max_steps)
         return None
     resume = checkpoint if step else None
-    method = job.module.method
     with (
         one_sentence(),
         together(trainer, run_dir),
