@@ -153,7 +153,7 @@ def test_variables_are_resolved_after_the_command_line(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    ("a: {task: svnh, expert: a.pt}", "", r"suite\.tasks\.a\.task: no such task 'svnh' \(did you "
+    ("a: {task: svnh, expert: a.pt}", "", r"suite\.tasks\.a\.task=svnh: no such task \(did you "
      r"mean 'svhn'\?\); expected a file or one of cifar10, "),
     ("svhn: {expert: a.pt}", "", r"suite\.tasks\.svhn\.classes is missing \(add task: svhn\)"),
     ("svhn: {task: svhn}", "", r"suite\.tasks\.svhn\.expert is missing$"),

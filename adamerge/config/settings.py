@@ -63,9 +63,16 @@ def load(words: Sequence[str] = ()) -> Config:
     folder = Path()
     for group in GROUPS:
         chosen = [value for key, value in settings if key == group]
-        path = _group_file(group, str([config[group], *chosen][-1]))
+        name = str([config[group], *chosen][-1])
+        path = _named_file(f"{group}={name}", group, name, Path(os.path.expanduser(name)))
         part = {"name": path.stem, **_read(path)}
-        defaults = _defaults(group, part.pop("defaults", {}))
+        defaults = part.pop("defaults", {})
+        if not isinstance(defaults, dict) or "suite" in defaults:
+            said = "sets suite" if isinstance(defaults, dict) else f"is {defaults!r}"
+            raise AdamergeError(
+                f"{group}.defaults {said}: expected settings of configs/train.yaml other than "
+                "suite; write what belongs to a suite into its file"
+            )
         if group == "suite":
             folder = path.resolve().parent
             name_by_text(part)  # before the words, whose keys are texts
@@ -163,23 +170,20 @@ def _read(path: Path) -> Config:
 
 def _refuse_many_aliases(content: bytes) -> None:
     """A few hundred bytes of aliases of aliases (`b: [*a, *a]`) can stand for gigabytes."""
-    known: dict[int, int] = {}
+    counts: dict[int, int] = {}
 
     def count(node: Any) -> int:
+        if isinstance(node, tuple):  # a key and its value
+            return count(node[0]) + count(node[1])
         if node is None or isinstance(node.value, str):
             return 1
-        if id(node) not in known:
-            known[id(node)] = 10**9  # of one that holds itself
-            parts = [part for inner in node.value for part in _pair(inner)]
-            known[id(node)] = 1 + sum(map(count, parts))
-        return known[id(node)]
+        if id(node) not in counts:
+            counts[id(node)] = 10**9  # of one that holds itself
+            counts[id(node)] = 1 + sum(map(count, node.value))
+        return counts[id(node)]
 
     if b"&" in content and count(yaml.compose(content, yaml.SafeLoader)) > _MOST_VALUES:
         raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
-
-
-def _pair(inner: Any) -> tuple[Any, ...]:
-    return inner if isinstance(inner, tuple) else (inner,)
 
 
 def _word(word: str) -> tuple[str, Any]:
@@ -229,40 +233,22 @@ def _merged(below: Config, above: Config) -> Config:
     return {**below, **above, **both}
 
 
-def _group_file(group: str, name: str) -> Path:
-    for path in (config_root() / group / f"{name}.yaml", Path(os.path.expanduser(name))):
+def _task(where: str, source: str, folder: Path) -> Config:
+    """The keys of a shipped task file, or of one beside the suite or in the working folder."""
+    path = _named_file(f"{where}={source}", "task", source, folder / source, Path(source))
+    task = resolved(_read(path), f"task {source}")
+    locate_data(task, path.resolve().parent)
+    return task
+
+
+def _named_file(said: str, group: str, name: str, *others: Path) -> Path:
+    """The shipped config of a group, or the first other file that is there."""
+    for path in (config_root() / group / f"{name}.yaml", *others):
         if path.is_file():
             return path
     raise AdamergeError(
-        f"{group}={name}: no such {group}{nearest(name, names(group))}; expected a file or one "
-        f"of {', '.join(names(group))}"
-    )
-
-
-def _defaults(group: str, found: Any) -> Config:
-    """What a group's file sets of the run; what these refer to are settings of the run, too."""
-    if not isinstance(found, dict):
-        raise AdamergeError(
-            f"{group}.defaults is {found!r}: expected settings of configs/train.yaml"
-        )
-    if "suite" in found:
-        raise AdamergeError(
-            f"{group}.defaults sets suite: expected other settings of configs/train.yaml; "
-            "write what belongs to a suite into its file"
-        )
-    return {str(key): value for key, value in found.items()}
-
-
-def _task(where: str, source: str, folder: Path) -> Config:
-    """The keys of a shipped task file, or of one beside the suite or in the working folder."""
-    for path in (config_root() / "task" / f"{source}.yaml", folder / source, Path(source)):
-        if path.is_file():
-            task = resolved(_read(path), f"task {source}")
-            locate_data(task, path.resolve().parent)
-            return task
-    raise AdamergeError(
-        f"{where}: no such task {source!r}{nearest(source, names('task'))}; expected a file or one "
-        f"of {', '.join(names('task'))}"
+        f"{said}: no such {group}{nearest(name, names(group))}; expected a file or one of "
+        f"{', '.join(names(group))}"
     )
 
 

@@ -176,7 +176,6 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
     for key in ("architecture", "pretrained", "root"):
         if not isinstance(suite.get(key), str | None):
             yield f"suite.{key} is {suite[key]!r}: expected a name or a path"
-    yield from _missing_problems("suite", suite)
     scale = suite.get("logit_scale")
     if scale is not None and not (type(scale) in (int, float) and 0 < scale < 1e6):
         yield f"suite.logit_scale is {scale!r}: expected what similarities are multiplied with"
@@ -195,7 +194,6 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
         unseen = {}
     for name, task in tasks.items():
         yield from _task_problems("suite.tasks", name, task, ("expert", *TASK_FILE), shipped)
-        yield from _missing_problems(f"suite.tasks.{name}", task)
     for name, task in (unseen or {}).items():
         where = f"suite.unseen.{name}"
         if name in tasks:
@@ -204,15 +202,6 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
             yield f"{where}.expert: an unseen task is only scored; move it to suite.tasks to merge"
             task = {key: value for key, value in task.items() if key != "expert"}
         yield from _task_problems("suite.unseen", name, task, TASK_FILE, shipped)
-
-
-def _missing_problems(where: str, given: Any) -> Iterator[str]:
-    value = given.get("missing") if isinstance(given, Mapping) else None
-    if value not in (None, "pretrained"):
-        yield (
-            f"{where}.missing is {value!r}: expected pretrained, which takes the pretrained "
-            "tensors for those that an expert's file lacks"
-        )
 
 
 def _task_problems(
@@ -273,3 +262,8 @@ def _key_problems(
     for key in needed:
         if given.get(key) is None:
             yield f"{where}.{key} is missing"
+    if given.get("missing") not in (None, "pretrained"):
+        yield (
+            f"{where}.missing is {given['missing']!r}: expected pretrained, which takes the "
+            "pretrained tensors for those that an expert's file lacks"
+        )
