@@ -31,7 +31,7 @@ _OTHER = (".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf", ".zip", ".gz",
 _TOKENS = ("token_embedding.weight", "word_embeddings.weight")
 _TOWER = re.compile(r"(^|\.)(visual|trunk|vision_model)\.")
 _TEXT_BLOCK = re.compile(
-    r"text_model\.encoder\.|\.text\.transformer|^(?!.*\.visual\.).*resblocks\."
+    r"text_model\.encoder\.|(^|\.)text\.transformer\.|^(?!(.*\.)?visual\.).*resblocks\."
 )
 
 

@@ -46,14 +46,11 @@ class _Resolver:
 
     def value(self, value: Any, at: Path) -> Any:
         """What stands at a path, with all references in it replaced."""
-        self._count(64)
+        self._count(64 if self.open else 0)
         if isinstance(value, dict):
-            return {
-                str(self._text(key, at)) if isinstance(key, str) else key: self.value(
-                    inner, (*at, str(key))
-                )
-                for key, inner in value.items()
-            }
+            keys = [str(self._text(key, at)) if isinstance(key, str) else key for key in value]
+            inner = [self.value(part, (*at, str(key))) for key, part in value.items()]
+            return dict(zip(keys, inner, strict=True))
         if isinstance(value, list):
             return [self.value(inner, (*at, str(index))) for index, inner in enumerate(value)]
         return self._text(value, at) if isinstance(value, str) else value
@@ -65,7 +62,7 @@ class _Resolver:
         while before != text:
             if whole := _REFERENCE.fullmatch(text):
                 return self._named(whole[1], at)
-            self._count(len(text))
+            self._count(len(text) if before or self.open else 0)
             before, text = text, _REFERENCE.sub(lambda match: str(self._named(match[1], at)), text)
         if "${" in text:  # a configuration is written to files and to W&B: no place for secrets
             raise AdamergeError(
@@ -98,7 +95,7 @@ class _Resolver:
         raise self._error(f"Interpolation key {key!r} not found", at)
 
     def _count(self, size: int) -> None:
-        self.left -= size if self.open else 0
+        self.left -= size
         if self.left < 0:
             raise AdamergeError(
                 f"{self.where}: what its ${{…}} name is more than {_MOST >> 20} MB in all: let "
