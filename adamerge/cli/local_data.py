@@ -19,19 +19,12 @@ _FILES = (".parquet", ".arrow", ".tar", ".npz", ".npy")
 
 @dataclass
 class LocalData:
-    """One data set on this disk.
-
-    Attributes:
-        path: the file or folder.
-        keys: what it needs beside its path (`split`, `image`, `label`), all of them where known.
-        classes: its class names in the order of its labels, where it tells them.
-        ordered: whether that order is the data set's own, and not that of folders' names.
-    """
+    """One data set on this disk: a file, or a folder."""
 
     path: Path
-    keys: dict[str, Any] = field(default_factory=dict)
-    classes: list[str] | None = None
-    ordered: bool = True
+    keys: dict[str, Any] = field(default_factory=dict)  # split, image, label: all that are known
+    classes: list[str] | None = None  # in the order of the labels, where they are told
+    ordered: bool = True  # that order is the data set's own, and not that of folders' names
 
 
 def local_data(folder: Path, same: Callable[[str], bool]) -> LocalData | None:

@@ -35,21 +35,14 @@ class Line(NamedTuple):
 
 @dataclass
 class Task:
-    """A task of the suite.
-
-    Attributes:
-        expert: its path as the suite names it.
-        shipped: the shipped task it is, by its name.
-        names: what the checkpoint is called, for images and heads named so.
-        head, rows: the path of a stored head, and how many classes it has.
-    """
+    """A task of the suite; paths are as the suite names them."""
 
     name: str
     expert: str
-    shipped: str | None
-    names: tuple[str, ...]
-    head: str | None = None
-    rows: int = 0
+    shipped: str | None  # the shipped task it is, by its name
+    names: tuple[str, ...]  # what the checkpoint is called, for images and heads named so
+    head: str | None = None  # a stored one
+    rows: int = 0  # of the head
 
     def is_named(self, name: str) -> bool:
         """Whether a file or folder of that name is of this task."""

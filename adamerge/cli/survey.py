@@ -37,27 +37,16 @@ _TEXT_BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Candidate:
-    """One checkpoint of a folder.
-
-    Attributes:
-        path: the file or folder.
-        kind: `clip` (both towers), `tower` (an image tower), `lora` or `head`.
-        tower: the image tower's shape; None of an adapter, a head or another kind of tower.
-        features: what the tower is projected to, or a head takes; None where nothing says.
-        classes: of a head.
-        tells: whether it is a folder whose config tells the architecture of a whole CLIP.
-        quick_gelu: the activation its own config states.
-        base: the model it says it was fine-tuned from.
-    """
+    """One checkpoint of a folder: a file, or a folder."""
 
     path: Path
-    kind: str
-    tower: Tower | None = None
-    features: int | None = None
-    classes: int = 0
-    tells: bool = False
-    quick_gelu: bool | None = None
-    base: str | None = None
+    kind: str  # clip (both towers), tower (an image tower), lora or head
+    tower: Tower | None = None  # the image tower's shape, where it is a plain vision transformer
+    features: int | None = None  # what the tower is projected to, or a head takes, where known
+    classes: int = 0  # of a head
+    tells: bool = False  # a folder whose config tells the architecture of a whole CLIP
+    quick_gelu: bool | None = None  # the activation, where it is stated
+    base: str | None = None  # the model it says it was fine-tuned from
 
     @property
     def name(self) -> str:
@@ -78,14 +67,12 @@ def survey(folder: Path) -> tuple[list[Candidate], list[str]]:
     for path in _paths(folder):
         name = path.relative_to(folder) if path != folder else path
         try:
-            candidate = inspect(path)
+            if (candidate := inspect(path)) is not None:
+                candidates.append(candidate)
+            else:
+                skipped.append(f"{name} holds neither an image tower nor a head")
         except (AdamergeError, OSError) as error:
             skipped.append(str(error) if str(path) in str(error) else f"{name}: {error}")
-            continue
-        if candidate is None:
-            skipped.append(f"{name} holds neither an image tower nor a head")
-        else:
-            candidates.append(candidate)
     return candidates, skipped
 
 
@@ -97,10 +84,8 @@ def _paths(folder: Path) -> Iterator[Path]:
         whole = any(path.name in hub.WEIGHTS for path in files)
         if whole:
             yield place
-        for path in files:
-            part = path.name in hub.WEIGHTS or _SHARD.search(path.name)
-            if path.suffix in (*hub.SUFFIXES, *_OTHER) and not (whole and part):
-                yield path
+            files = [f for f in files if f.name not in hub.WEIGHTS and not _SHARD.search(f.name)]
+        yield from (path for path in files if path.suffix in (*hub.SUFFIXES, *_OTHER))
 
 
 def inspect(path: Path) -> Candidate | None:
@@ -143,10 +128,8 @@ def _tower(tensors: Mapping[str, Tensor]) -> tuple[Tower | None, int | None]:
     """Shape and features of the image tower, from three tensors and the names."""
     state = _under_our_names(unwrapped(tensors))
     blocks = {n.split(".")[2] for n in state if n.startswith("transformer.resblocks.")}
-    if not blocks or "positional_embedding" not in state or "conv1.weight" not in state:
-        return None, None
-    patches, places = state["conv1.weight"], state["positional_embedding"]
-    if patches.ndim != 4 or places.ndim != 2:
+    patches, places = state.get("conv1.weight"), state.get("positional_embedding")
+    if patches is None or patches.ndim != 4 or places is None or places.ndim != 2 or not blocks:
         return None, None
     shape = Tower(patches.shape[0], len(blocks), patches.shape[-1], places.shape[0])
     return shape, state["proj"].shape[-1] if "proj" in state else None
@@ -158,9 +141,7 @@ def _under_our_names(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tower_from_transformers(tensors, prefix)
     starts = [n.removesuffix("conv1.weight") for n in tensors if f".{n}".endswith(".conv1.weight")]
     starts = [start for start in starts if start.endswith("visual.")] or starts
-    if len(starts) != 1:
-        return {}
-    inside = [name for name in tensors if name.startswith(starts[0])]
+    inside = [name for name in tensors if len(starts) == 1 and name.startswith(starts[0])]
     return renamed(tensors, {name.removeprefix(starts[0]): name for name in inside})
 
 
@@ -200,13 +181,11 @@ def one_shape(models: Sequence[Candidate], folder: Path) -> Tower | None:
         if one.tower is not None:
             by_shape.setdefault(one.tower, []).append(os.path.relpath(one.path, folder))
     if len(by_shape) > 1:
-        said = "; ".join(
-            f"{[*names_of(shape, None), shape][0]}: {', '.join(names[:4])}{' …' * bool(names[4:])}"
-            for shape, names in by_shape.items()
-        )
+        said = [f"{[*names_of(t, None), t][0]}: {', '.join(n[:4])}" for t, n in by_shape.items()]
         raise AdamergeError(
-            f"{folder} holds checkpoints of {len(by_shape)} architectures ({said}): a suite merges "
-            "experts of one; name it with --architecture, or give a folder that holds one"
+            f"{folder} holds checkpoints of {len(by_shape)} architectures ({'; '.join(said)}): a "
+            "suite merges experts of one; name it with --architecture, or give a folder that holds "
+            "one"
         )
     return next(iter(by_shape), None)
 
