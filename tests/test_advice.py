@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adamerge.cli import main
 from adamerge.cli.job import load_job
-from adamerge.cli.results import look
+from adamerge.cli.results import signs_of
 from adamerge.config import settings as config
 from adamerge.encoders.heads import Heads
 from adamerge.report.advice import Signs, advice, signs
@@ -96,7 +96,7 @@ def test_a_run_reports_its_signs(tmp_path: Path) -> None:
     assert all(f"Advice: {sentence}." in text for sentence in results["advice"])
     settings = config.load_run(run)
     job = load_job(settings)
-    again = look(job, job.module.method.fold())
+    again = signs_of(job, job.module.method.fold())
     assert dataclasses.asdict(again) == results["signs"]["before"]
     assert main(["train", *words, "preflight=off", f"run_dir={tmp_path / 'off'}"]) == 0
     assert "signs" not in json.loads((tmp_path / "off" / "results.json").read_text())

@@ -281,6 +281,7 @@ def test_code_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_targets_that_are_no_part_of_a_run(canary: Canary, target: str) -> None:
     part = f"{{_target_: '{target}', args: 'touch {canary.path}'}}"
     words = [f"{key}={part}" for key in ("optim", "scheduler")]
+    words += [f"trainer.callbacks=[{part}]", f"trainer.strategy={part}"]
     words += [f"transform=[{part}]", f"suite.tasks.digits.data={part}"]
     words.append(f"optim={{_target_: torch.optim.Adam, lr: 0.1, betas: {part}}}")
     for word in words:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
+import re
+import tracemalloc
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch import Trainer
 
 from adamerge import AdamergeError
 from adamerge.cli.command import _parsed
 from adamerge.config import build
 from adamerge.config import settings as config
+from adamerge.config.references import resolved
+from adamerge.config.trainer import build_trainer
 
 
 @pytest.mark.parametrize("group", config.GROUPS)
@@ -173,8 +181,44 @@ MISTAKES = [
     ("seed=-1", r"seed is -1: expected at least 0"),
     ("run_dir=5", r"run_dir is 5: expected str"),
     ("trainer=5", r"trainer is 5: expected trainer\.max_steps"),
-    ("trainer.accumulate_grad_batches=2", r"accumulate_grad_batches is unknown or not for"),
+    (
+        "trainer.accumulate_grad_batches=2",
+        r"accumulate_grad_batches is not for adamerge: .*set batch_size",
+    ),
     ("trainer.precision=64-true", r"trainer\.precision is '64-true': expected 32-true"),
+    (
+        "trainer.callbacks=5",
+        r"trainer\.callbacks\.0 has no _target_: expected the dotted path of a",
+    ),
+    ("trainer.callbacks=[a]", r"trainer\.callbacks\.0 has no _target_"),
+    (
+        "trainer.callbacks=[{_target_: os.system}]",
+        r"'os\.system' is not a callback or another part",
+    ),
+    ("trainer.callbacks=[{_target_: tests.tiny.Recording}]", r"is not a callback or another part"),
+    ("trainer.callbacks=[{_target_: lightning.pytorch.Trainer}]", r"is not a callback or another"),
+    (
+        "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.Timer, durations: 5}]",
+        r"trainer\.callbacks\.0\.durations is unknown \(did you mean 'duration'\?\)",
+    ),
+    (
+        "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint}]",
+        r"ModelCheckpoint is not for adamerge: checkpoints are written every checkpoint_every",
+    ),
+    (
+        "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy, "
+        "cluster_environment: {_target_: builtins.eval}}",
+        r"strategy\.cluster_environment\._target_: 'builtins\.eval' is not a callback or another",
+    ),
+    ("trainer.profiler=5", r"trainer\.profiler is 5: expected Profiler or str or none"),
+    ("wandb.entity=5", r"wandb\.entity is 5: expected str"),
+    ("wandb.tags=a", r"wandb\.tags is 'a': expected a list"),
+    ("scheduler=5", r"scheduler is 5: expected its keys and values"),
+    (
+        "scheduler={_target_: torch.optim.lr_scheduler.ChainedScheduler, schedulers: [{_target_: "
+        "torch.optim.lr_scheduler.StepLR}]}",
+        r"scheduler\.schedulers\.0\.step_size is missing",
+    ),
     ("transform=5", r"transform is 5: expected a list"),
     ("suite.architecture=5", r"suite\.architecture is 5: expected a name or a path"),
     ("suite.tasks.dots.templates=5", r"dots\.templates is 5: expected a list"),
@@ -199,7 +243,7 @@ MISTAKES = [
     ("method.name=a\\b", r"method\.name is .*, which cannot"),
     ("objective.name=" + "x" * 300, r"objective\.name is .*, which cannot"),
     ("optim={_target_: torch.optim.SparseAdam}", r"optim: SparseAdam does not support dense"),
-    ("optim=5", r"optim is 5: expected its keys and values"),
+    ("optim=5", r"optim is 5: expected optim\._target_"),
     ("task_vectors=5", r"task_vectors is 5: expected task_vectors\.dtype"),
     ("seed=${nothing}", r"Interpolation key 'nothing' not found \(in seed\)"),
     ("method={1: 2}", r"no such method"),
@@ -211,6 +255,32 @@ MISTAKES = [
 def test_mistakes_are_named(suite: Path, word: str, message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         build.check(config.load([f"suite={suite}", word]))
+
+
+def test_every_argument_of_the_trainer_is_taken_or_refused_with_the_reason(suite: Path) -> None:
+    taken = []
+    for name, parameter in inspect.signature(Trainer).parameters.items():
+        settings = config.load([f"suite={suite}", "trainer.accelerator=cpu"])
+        settings["trainer"].setdefault(name, parameter.default)
+        try:
+            build.check(settings)
+        except AdamergeError as error:
+            assert re.fullmatch(rf"trainer\.{name} is not for adamerge: .*", str(error))
+        else:
+            taken.append(name)
+            build_trainer(settings["trainer"], callbacks=[], plugins=[], logger=False)
+    assert len(taken) == len(inspect.signature(Trainer).parameters) - 14
+
+
+def test_schedulers_within_a_scheduler() -> None:
+    inner = "{_target_: torch.optim.lr_scheduler.LinearLR, start_factor: 0.5, total_iters: 2}"
+    chained = "_target_: torch.optim.lr_scheduler.ChainedScheduler"
+    word = f"scheduler={{{chained}, schedulers: [{inner}, {inner}]}}"
+    settings = config.load([word, "optim.lr=0.1"])
+    build.check(settings)
+    optimizer = build._optimizer(settings["optim"], [torch.nn.Parameter(torch.zeros(2))])
+    scheduler = build._scheduler(settings["scheduler"], optimizer)
+    assert len(scheduler._schedulers) == 2 and optimizer.param_groups[0]["lr"] == 0.1 / 4
 
 
 def test_all_mistakes_in_one_message(suite: Path) -> None:
@@ -230,8 +300,74 @@ def test_words_and_names(suite: Path) -> None:
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{inner}: &{inner} [*{outer}, *{outer}, *{outer}, *{outer}]\n"
-    for outer, inner in itertools.pairwise("abcdefghijklmnop")
+    for outer, inner in pairwise("abcdefghijklmnop")
 )
+
+
+def doubling(start: Any, twice: Callable[[str], Any]) -> dict[str, Any]:
+    """Thirty settings, each made of twice the one before: 2 ** 30 of the first."""
+    links = pairwise([f"a{i}" for i in range(31)])
+    return {"a0": start} | {b: twice(f"${{vars.{a}}}") for a, b in links}
+
+
+MANY = r"what its \$\{…\} name is more than 4 MB in all"
+
+
+@pytest.mark.parametrize(
+    ("start", "twice"),
+    [
+        ("x" * 1000, lambda a: a + a),
+        ("x" * 1000, lambda a: [a, a]),
+        ({"x": "x" * 1000}, lambda a: {"x": a, "y": a}),
+        ("x" * 1000, lambda a: f"${{.a0}}{a}${{vars.a0}}{a}"),
+    ],
+)
+def test_references_of_references_do_not_explode(start: Any, twice: Callable[[str], Any]) -> None:
+    tracemalloc.start()
+    with pytest.raises(AdamergeError, match=MANY):
+        resolved({"vars": doubling(start, twice)})
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", ["suite", "defaults", "task", "word"])
+def test_references_do_not_explode_wherever_they_stand(tmp_path: Path, place: str) -> None:
+    bomb = {"vars": doubling("x" * 1000, lambda a: a + a)}
+    own: dict[str, Any] = {**bomb, "tasks": {}}
+    words = ["suite.tasks={a: {expert: '${vars.a30}'}}"] if place == "word" else []
+    if place == "defaults":
+        own["defaults"] = {"wandb": {"project": "${suite.vars.a30}"}}
+    elif place == "task":
+        own = {"tasks": {"a": {"task": "task.yaml"}}}
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump({**bomb, "classes": ["${vars.a30}"]}))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(AdamergeError, match=MANY):
+        config.load([f"suite={tmp_path / 'own.yaml'}", *words])
+
+
+def test_aliases_in_a_word_do_not_explode() -> None:
+    links = [f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghijklmnop")]
+    with pytest.raises(AdamergeError, match="the value is not valid YAML"):
+        config.load([f"optim={{a: &a [x, x], {', '.join(links)}}}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("${trainer.max_steps}", 7),
+        ("${seed}-${trainer.max_steps}", "3-7"),
+        ("${vars.${vars.which}}", 5),
+        ("${tasks.a.list[1].x}", 9),
+        ("${...b}", None),
+        ("${suite.vars.five}", 5),
+    ],
+)
+def test_references_from_anywhere_to_anything(tmp_path: Path, text: str, expected: Any) -> None:
+    tasks = {"b": None, "a": {"list": [1, {"x": 9}], "c": {"d": text}}}
+    own = {"vars": {"five": 5, "which": "five"}, "tasks": tasks}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    settings = config.load([f"suite={tmp_path / 'own.yaml'}", "trainer.max_steps=7", "seed=3"])
+    assert settings["suite"]["tasks"]["a"]["c"]["d"] == expected
 
 
 @pytest.mark.parametrize(
@@ -250,7 +386,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
         ("tasks: &a [*a]", r"its aliases stand for more than"),
         ("tasks: 5\n5: 6", r"suite\.5 is unknown"),
         ("tasks: ${tasks}", r"(?i)recursive|interpolation"),
-        ("defaults: {optim: [1]}", r"suite\.defaults cannot be used"),
+        ("defaults: {optim: [1]}", r"optim is \[1\]: expected optim\._target_"),
         ("defaults: ${x}", r"suite\.defaults is '\$\{x\}': expected settings"),
     ],
 )

@@ -256,11 +256,11 @@ def test_signs_of_another_shape_are_left_out(
     tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "signs.json").write_text(content)
-    assert results._signs_before(tmp_path / "signs.json") is None
+    assert results._kept_signs(tmp_path / "signs.json") is None
     assert "signs.json cannot be read" in caplog.text
     parts = ("agreement", "spread", "expert_spread")
     (tmp_path / "signs.json").write_text(json.dumps({p: dict.fromkeys(CLASSES, 1) for p in parts}))
-    assert results._signs_before(tmp_path / "signs.json") is not None
+    assert results._kept_signs(tmp_path / "signs.json") is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a b", b"x" * 100])

@@ -24,7 +24,7 @@ BELOW = {  # room -> the rooms that it may import from, beside itself
     "cli": "_base weights encoders transforms methods images learn export report config",
 }
 USERS = {  # library -> the rooms, or the one module, that know it
-    "lightning": "learn report cli",
+    "lightning": "learn report config.trainer cli",
     "omegaconf": "config.settings",
     "wandb": "report.tracking",
     "datasets": "images",

@@ -180,7 +180,8 @@ def as_b32(path: Path, prefix: str = "", patch: int = 32, **more: Tensor) -> Non
 def test_a_copy_of_the_papers_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "ViT-B-32"
     rest = {"model.token_embedding.weight": torch.zeros(9, 4)}
-    for name in ("zeroshot", "SUN397/finetuned", "Cars/finetuned", "Cars/nonlinear_finetuned"):
+    as_b32(folder / "zeroshot.pt", "visual.", **{"token_embedding.weight": torch.zeros(9, 4)})
+    for name in ("SUN397/finetuned", "Cars/finetuned", "Cars/nonlinear_finetuned"):
         as_b32(folder / f"{name}.pt", "model.visual.", **rest)
     for name, rows in (("SUN397", 397), ("Cars", 190), ("Pets", 37)):
         head = {"weight": torch.zeros(rows, 512), "bias": torch.zeros(rows)}

@@ -197,13 +197,13 @@ def test_labels_and_device_are_part_of_the_key(
 
 def test_a_second_look_measures_nothing(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*base, "preflight.images=4"]
-    first = check.look(load_job(config.load(words)))
+    first = check.report_of(load_job(config.load(words)))
     for name in ("measure", "gram"):
         monkeypatch.setattr(preflight, name, lambda *_: refuse())
-    second = check.look(load_job(config.load(words)))
+    second = check.report_of(load_job(config.load(words)))
     assert {**second, "estimate": 0} == {**first, "estimate": 0}
     with pytest.raises(AssertionError, match="must not be made again"):
-        check.look(load_job(config.load([*words, "seed=7"])))
+        check.report_of(load_job(config.load([*words, "seed=7"])))
 
 
 def test_a_second_run_scores_only_itself(

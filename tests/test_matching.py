@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from adamerge import AdamergeError, TaskVectors
-from adamerge.config.suite_check import suite_problems
+from adamerge.config.suite import suite_problems
 from adamerge.encoders.clip import Clip, build_clip
 from adamerge.encoders.model_configs import from_transformers
 from adamerge.encoders.pretrained import load_pretrained

@@ -23,8 +23,8 @@ from adamerge.cli import check, main
 from adamerge.cli.job import load_job
 from adamerge.config import inputs
 from adamerge.config import settings as config
-from adamerge.config.device import run_device
 from adamerge.config.inputs import normalizer
+from adamerge.config.trainer import run_device
 from adamerge.encoders.clip import build_clip, with_other_activation
 from adamerge.encoders.tower import Tower
 from adamerge.report import estimate as estimates
@@ -220,7 +220,7 @@ def test_look_changes_nothing_in_a_job(base: list[str]) -> None:
     before, mode = method.coefficients.detach().clone(), method.training
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    report = check.look(job)
+    report = check.report_of(job)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(method.coefficients, before) and method.coefficients.grad is None
     assert method.training is mode
@@ -268,7 +268,7 @@ def test_activations_are_counted_for_the_images_encoded_together(
 ) -> None:
     def memory(batch_size: int) -> int:
         words = [*base, f"batch_size={batch_size}", f"micro_batch={micro_batch or 'null'}"]
-        report = check.look(load_job(config.load([*words, "preflight.images=2"])))
+        report = check.report_of(load_job(config.load([*words, "preflight.images=2"])))
         return int(report["estimate"]["memory"])
 
     small, large = memory(4), memory(8)
@@ -296,7 +296,7 @@ def test_a_confused_activation_is_suspected(
         suite["architecture"] = str(folder)
 
     words = [demo_suite(tmp_path, use), cache, "preflight.images=16"]
-    report = check.look(load_job(config.load(words)))
+    report = check.report_of(load_job(config.load(words)))
     texts = [f["text"] for f in report["findings"] if f["kind"] == "activation"]
     assert len(texts) == flag
     if flag:
@@ -418,7 +418,7 @@ def test_a_gpu_that_is_too_small_is_said(base: list[str], monkeypatch: pytest.Mo
 
     job = load_job(config.load([*base, "preflight.images=2"]))
     monkeypatch.setattr("adamerge.report.estimate.step_loss", too_much)
-    report = check.look(job)
+    report = check.report_of(job)
     assert report["estimate"] is None and "estimated" not in tables.as_markdown(report)
     (found,) = (f for f in tables.problems(report) if f["kind"] == "memory")
     assert "two images per task are more than the GPU's memory holds" in found["text"]
@@ -438,7 +438,7 @@ def test_a_step_is_taken_where_memory_does(
     monkeypatch.setattr(estimates, "step_loss", counted)
     monkeypatch.setattr(estimates, "memory_available", lambda device: available)
     monkeypatch.setattr(estimates, "_held", lambda module: 0)
-    report = check.look(load_job(config.load([*base, "preflight.images=3"])))
+    report = check.report_of(load_job(config.load([*base, "preflight.images=3"])))
     wrong, seconds = tables.problems(report), report["estimate"]["seconds"]
     if available > 1000:
         assert taken == [2, 4, 8] and seconds > 0 and not wrong

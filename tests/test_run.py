@@ -358,6 +358,19 @@ def test_images_that_the_device_cannot_hold_are_refused(
     assert train(*words, "images_on_device=false") == 0
 
 
+def test_parts_of_lightnings_trainer(base: list[str], tmp_path: Path, capsys: Capture) -> None:
+    monitor = "{_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
+    words = [*base, "evaluate.baselines=false", f"trainer.callbacks=[{monitor}]"]
+    words += ["trainer.num_sanity_val_steps=0", "trainer.deterministic=true"]
+    strategy = "{_target_: lightning.pytorch.strategies.SingleDeviceStrategy, device: cpu}"
+    words += ["trainer.profiler=simple", f"trainer.strategy={strategy}"]
+    assert train(*words, f"run_dir={tmp_path / 'run'}") == 0
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        assert float(next(csv.DictReader(file))["lr-Adam"]) == 1e-3
+    assert train(*words, "trainer.accelerator=gpuu", f"run_dir={tmp_path / 'other'}") == 2
+    assert "error: trainer: You selected an invalid accelerator" in capsys.readouterr().err
+
+
 def test_bf16_mixed(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tower computes in bfloat16; the merge, the logits and the loss do not."""
     seen = set()

@@ -11,7 +11,7 @@ from adamerge import AdamergeError
 from adamerge.cli import main
 from adamerge.config import inputs
 from adamerge.config import settings as config
-from adamerge.config.suite_files import require_root
+from adamerge.config.suite import require_root
 from tests import tiny
 from tests.test_suites import load as load_suite
 from tests.test_suites import task_file
@@ -153,14 +153,14 @@ def test_variables_are_resolved_after_the_command_line(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    ("a: {task: svnh, expert: a.pt}", "", r"suite\.tasks\.a\.task: no such task 'svnh' \(did you "
+    ("a: {task: svnh, expert: a.pt}", "", r"suite\.tasks\.a\.task=svnh: no such task \(did you "
      r"mean 'svhn'\?\); expected a file or one of cifar10, "),
     ("svhn: {expert: a.pt}", "", r"suite\.tasks\.svhn\.classes is missing \(add task: svhn\)"),
     ("svhn: {task: svhn}", "", r"suite\.tasks\.svhn\.expert is missing$"),
     ("own: {expert: a.pt}", "", r"suite\.tasks\.own\.classes is missing;"),
     ("a: {tsk: svhn, expert: a.pt}", "", r"a\.tsk is unknown \(did you mean 'task'\?\)"),
     ("a: {task: svhn, expert: '${vars.x}'}", "",
-     r"key 'vars\.x' not found \(in tasks\.a\.expert\): write another value there, or set what"),
+     r"key 'vars\.x' not found \(in suite\.tasks\.a\.expert\): write another value there, or "),
     ("a: {task: svhn, expert: a.pt, classes: [yes, no]}", "",
      r"suite\.tasks\.a\.classes: True is no text to YAML .*: quote it; .*False is no text"),
     ("a: {task: svhn, expert: a.pt, classes: [a, null]}", "", r"classes: None is no text .*quote"),

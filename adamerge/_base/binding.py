@@ -149,9 +149,9 @@ def call(
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain configuration value can be of an annotated type; unknown types accept all."""
     options = _options(hint)
-    choices = [choice for option in options for choice in _choices(option)]
-    if choices:
-        return value in choices or (value is None and type(None) in options)
+    if any(value in _choices(option) for option in options):
+        return True
+    options = {option for option in options if not _choices(option)}
     plain = {bool, int, float, str, type(None)}
     if not plain & options or type(value) not in plain:
         return not options <= plain  # only a plain type says no to a list or a dictionary

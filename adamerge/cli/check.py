@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from adamerge._base.kept import Kept
 from adamerge.cli.job import Job, load_job
-from adamerge.config import build, inputs
+from adamerge.config import build
 from adamerge.config import settings as config
-from adamerge.config.device import place, ranks, run_device
+from adamerge.config.trainer import check_place, ranks
 from adamerge.encoders.architectures import is_known
 from adamerge.encoders.clip import with_other_activation
 from adamerge.encoders.tower import Tower
@@ -40,9 +40,9 @@ def check(words: Sequence[str], to: Path | None = None) -> int:
     """
     settings = config.load(words)
     build.check(settings)
-    place(settings)
+    check_place(settings)
     seed_everything(settings["seed"], verbose=False)
-    report = look(load_job(settings))
+    report = report_of(load_job(settings))
     if to is not None:
         tables.write(report, to)
     print(tables.as_markdown(report), end="")
@@ -56,7 +56,7 @@ def before_training(job: Job, run_dir: Path) -> None:
     """
     if not job.settings["preflight"]["enabled"]:
         return
-    report = look(job)
+    report = report_of(job)
     tables.write(report, run_dir)
     log.info("%s (%s)", tables.summary(report), run_dir / tables.FILES[1])
     for finding in report["findings"]:
@@ -65,10 +65,10 @@ def before_training(job: Job, run_dir: Path) -> None:
         log.info("%s", Estimate(**report["estimate"]).text())
 
 
-def look(job: Job) -> dict[str, Any]:
+def report_of(job: Job) -> dict[str, Any]:
     """All measurements of a job on a few unlabeled images per task, and what they say."""
     settings, suite = job.settings, job.suite
-    device, normalizer = run_device(settings["trainer"]), inputs.normalizer(suite.clip)
+    device, normalizer = job.device, job.normalizer
     images = preflight.choose(job.data, settings["preflight"]["images"])
     vectors, files = suite.task_vectors, {n: file["path"] for n, file in suite.files.items()}
     kept = job.kept("preflight")("gram", lambda: preflight.gram(vectors).tolist())
@@ -106,8 +106,7 @@ def _of_activation(
     other = with_other_activation(suite.clip.backbone)
     if other is None:
         return
-    normalizer = inputs.normalizer(suite.clip)
-    given = (other, suite.task_vectors, suite.heads, normalizer, images, matrix, device)
+    given = (other, suite.task_vectors, suite.heads, job.normalizer, images, matrix, device)
     change = kept("activation", lambda: preflight.activation_change(*given))
     yield from findings.of_activation(torch.tensor(change, dtype=torch.float64), _mend(job))
 

@@ -15,17 +15,18 @@ from pathlib import Path
 from types import FrameType
 
 _SETTINGS = "settings as key=value (see `adamerge show config`), like optim.lr=1e-3"
+_SHOWN = ("all", "suites", "methods", "objectives", "tasks", "config")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: train, check, evaluate, export, convert, show."""
+    """The command line: train, check, evaluate, export, convert, init, show."""
     top = argparse.ArgumentParser(
         prog="adamerge",
         description="Merge fine-tuned experts into one model by learning how to merge, "
         "without labels.",
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
+    add = top.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
+    train = add(
         "train",
         help="learn a merge and export it",
         description="Learn merging coefficients on unlabeled images, score the merged model and "
@@ -33,53 +34,30 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples: adamerge train suite=demo method=layer_wise_pp objective=infomax "
         "optim.lr=3e-3 | adamerge train resume=runs/demo-layer_wise-20260101-120000",
     )
-    train.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
-    check = commands.add_parser(
+    check = add(
         "check",
         help="look at a suite before training: does every expert solve its own task?",
         description="Load everything the settings name, score every expert on every task on a few "
         "images, estimate memory and time, and say what looks wrong. Status 1 if there is a "
         "problem.",
     )
-    check.add_argument("--to", type=Path, default=None, help="also write preflight.json, .md here")
-    check.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
-    evaluate = commands.add_parser(
+    check.add_argument("--to", type=Path, help="also write preflight.json, .md here")
+    evaluate = add(
         "evaluate",
         help="score a run or an exported folder",
         description="Score an exported folder on a suite, beside the suite's own baselines.",
     )
-    evaluate.add_argument("--to", type=Path, default=None, help="default: TARGET/evaluation")
+    evaluate.add_argument("--to", type=Path, help="default: TARGET/evaluation")
     evaluate.add_argument("target", type=Path, help="a run folder, or an exported folder")
-    evaluate.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
-    export = commands.add_parser(
+    export = add(
         "export",
         help="export a run's last checkpoint",
         description="Fold the last checkpoint of a run and export it, verified. fold=per_task or "
         "fold=single choose another fold of methods that have one.",
     )
     export.add_argument("run", type=Path, help="a run folder")
-    export.add_argument("--to", type=Path, default=None, help="default: RUN/merged")
-    export.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
-    _add_convert(commands)
-    _add_init(commands)
-    show = commands.add_parser(
-        "show",
-        help="list suites, methods, objectives, tasks; print a resolved config",
-        description="List what can be named on the command line, or print the resolved "
-        "configuration of a set of settings.",
-    )
-    show.add_argument(
-        "what",
-        nargs="?",
-        default="all",
-        choices=["all", "suites", "methods", "objectives", "tasks", "config"],
-    )
-    show.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
-    return top
-
-
-def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    convert = commands.add_parser(
+    export.add_argument("--to", type=Path, help="default: RUN/merged")
+    convert = add(
         "convert",
         help="write any checkpoint as an open_clip or transformers folder",
         description="Write a checkpoint of any format that can be read (open_clip, transformers, "
@@ -89,14 +67,8 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.add_argument("source", help="file, folder, or hf://owner/repo[@revision][/file]")
     convert.add_argument("folder", type=Path, help="a new folder")
     convert.add_argument("--to", default="open_clip", choices=["open_clip", "transformers"])
-    convert.add_argument(
-        "--pretrained", help="the whole CLIP a tower or adapter was fine-tuned from"
-    )
-    convert.add_argument("--architecture", help="an open_clip model name or folder, if not told")
-
-
-def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    init = commands.add_parser(
+    convert.add_argument("--pretrained", help="the CLIP a tower or adapter was fine-tuned from")
+    init = add(
         "init",
         help="write a suite by looking at a folder of checkpoints",
         description="Look at the checkpoints in a folder and one level below, and write a suite of "
@@ -106,8 +78,19 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     init.add_argument("folder", type=Path, help="weight files, or a folder per checkpoint")
     init.add_argument("--to", type=Path, default=Path("my_suite.yaml"), help="a new file")
     init.add_argument("--pretrained", help="an open_clip tag, path or hf://…, if not told")
-    init.add_argument("--architecture", help="an open_clip model name or folder, if not told")
     init.add_argument("--data", type=Path, help="a folder with images per task, named like them")
+    for command in (convert, init):
+        command.add_argument("--architecture", help="an open_clip name or folder, if not told")
+    show = add(
+        "show",
+        help="list suites, methods, objectives, tasks; print a resolved config",
+        description="List what can be named on the command line, or print the resolved "
+        "configuration of a set of settings.",
+    )
+    show.add_argument("what", nargs="?", default="all", choices=_SHOWN)
+    for command in (train, check, evaluate, export, show):
+        command.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,10 +180,10 @@ def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker and DDP processes
     warnings.filterwarnings("ignore", module=r"(lightning|torch|open_clip|timm)\b")
     if options.command == "convert":
-        from adamerge.cli import convert
+        from adamerge.cli.convert import convert
 
-        given = (options.pretrained, options.architecture)
-        convert.convert(options.source, options.folder, options.to, *given)
+        given = (options.to, options.pretrained, options.architecture)
+        convert(options.source, options.folder, *given)
         print(f"converted, and read back with equal weights: {options.folder}")
         return 0
     from adamerge.cli import check, results, train
@@ -227,11 +210,11 @@ def _show(what: str, settings: Sequence[str]) -> int:
         return 0
     for group in (*config.GROUPS, "task"):
         if what in ("all", f"{group}s"):
-            print(f"{group}s ({config.config_root() / group}):")
-            width = max(map(len, config.names(group))) + 2
-            for name in config.names(group):
-                file = config.config_root() / group / f"{name}.yaml"
-                first = file.read_text(encoding="utf-8").split("\n")[0]
-                said = first.removeprefix("#").strip() if first[:1] == "#" else ""
-                print(f"  {name:<{width}}{said}")
+            folder, names = config.config_root() / group, config.names(group)
+            print(f"{group}s ({folder}):")
+            width = max(map(len, names)) + 2
+            for name in names:
+                with (folder / f"{name}.yaml").open(encoding="utf-8") as file:
+                    first = file.readline().rstrip()
+                print(f"  {name:<{width}}{first[1:].strip() if first[:1] == '#' else ''}")
     return 0

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import replacing
-from adamerge.cli.inference import (
-    Answer,
+from adamerge.cli.suite_text import Line, Task, path_from, text
+from adamerge.cli.survey import (
+    Candidate,
     architecture_answer,
-    file_name,
+    inspect,
     is_pretrained,
     one_shape,
+    pretrained_among,
     pretrained_answer,
-    pretrained_of,
+    survey,
 )
-from adamerge.cli.suite_text import Entry, Suite, text
-from adamerge.cli.survey import Found, look, survey
 from adamerge.cli.task_names import (
     key,
     normal,
@@ -57,155 +55,132 @@ def init(
     """
     if to.exists():
         raise AdamergeError(f"{to} exists already: name another file with --to")
-    if not to.absolute().parent.is_dir():
+    here = to.resolve().parent
+    if not here.is_dir():
         raise AdamergeError(f"{to} lies in no folder that exists: name another with --to")
-    found, skipped = survey(folder)
-    models = [one for one in found if one.kind != "head"]
-    chosen = _chosen(pretrained, models, folder)
-    experts = []
-    for one in models:
-        if chosen is not None and one.path == chosen.path:
+    candidates, skipped = survey(folder)
+    chosen = _chosen(pretrained, candidates, folder)
+    experts, wanted = [], shape_named(architecture)
+    for one in candidates:
+        if one.kind == "head" or (chosen is not None and one.path == chosen.path):
             continue
-        if is_pretrained(one.path):
-            skipped.append(f"{_at(one.path, folder)} is named as a pretrained model, left out")
+        if is_pretrained(one):
+            skipped.append(
+                f"{path_from(folder, one.path)} is named as a pretrained model, left out"
+            )
+        elif wanted is not None and one.tower not in (None, wanted):
+            skipped.append(f"{path_from(folder, one.path)} is not of {architecture}, left out")
         else:
             experts.append(one)
-    experts, others = _of_architecture(experts, architecture)
-    skipped += [f"{_at(one.path, folder)} is not of {architecture}, left out" for one in others]
     if not experts:
-        raise AdamergeError(_no_experts(folder, chosen, skipped))
-    suite = _suite(folder, to, pretrained, architecture, chosen, experts)
-    entries, more = _entries(folder, experts)
-    more += _heads(entries, [one for one in found if one.kind == "head"], suite, folder)
-    written, missing = text(suite, entries, data)
+        alone = f", but the pretrained model {path_from(folder, chosen.path)}" if chosen else ""
+        damaged = f" (skipped: {' | '.join(skipped[:3])})" if skipped else ""
+        raise AdamergeError(
+            f"{folder} holds no experts{alone}{damaged}: expected weight files "
+            f"({', '.join(hub.SUFFIXES)}) or folders of open_clip, transformers or PEFT, in it or "
+            "one level below"
+        )
+    shared = _shared(folder, here, pretrained, architecture, chosen, experts)
+    tasks, more = _tasks(folder, experts)
+    features = next((one.features for one in (*experts, chosen) if one and one.features), None)
+    for head in (one for one in candidates if one.kind == "head"):
+        more += _take_head(tasks, head, features, path_from(folder, head.path))
+    lines = [*shared, *(line for task in tasks for line in task.lines(data, here))]
     with replacing(to) as temporary:
-        temporary.write_text(written, encoding="utf-8")
-    lines = [f"{to}: {len(entries)} task{'s' if len(entries) > 1 else ''}"]
-    for name, answer in (("architecture", suite.architecture), ("pretrained", suite.pretrained)):
-        if answer.value is not None:
-            why = f" ({answer.why})" if answer.why else ""
-            lines.append(f"  {name}: {answer.value or 'left out'}{why}")
-    lines += [f"  tasks.{entry.name}: {entry.expert}" for entry in entries]
-    lines += [f"skipped: {' '.join(line.split())}" for line in (*skipped, *more)]
-    lines += [f"fill in {where}: {why}" for where, why in missing]
-    return lines
+        temporary.write_text(text(to.name, lines), encoding="utf-8")
+    return [
+        f"{to}: {len(tasks)} task{'s' if len(tasks) > 1 else ''}",
+        *(
+            f"  {key}: {value or 'left out'}{f' ({why})' if why else ''}"
+            for key, value, why in shared[:2]
+            if value is not None
+        ),
+        *(f"  tasks.{task.name}: {task.expert}" for task in tasks),
+        *(f"skipped: {' '.join(line.split())}" for line in (*skipped, *more)),
+        *(f"fill in suite.{line.key}: {line.comment}" for line in lines if line.value is None),
+    ]
 
 
-def _chosen(given: str | None, models: Sequence[Found], folder: Path) -> Found | None:
+def _chosen(given: str | None, models: Sequence[Candidate], folder: Path) -> Candidate | None:
     """The pretrained checkpoint on this disk, if it is on it."""
     if given is None:
-        return pretrained_of(models, folder)
+        return pretrained_among(models, folder)
     path = next((p for p in (folder / given, Path(given)) if p.exists()), None)
     if path is None or hub.is_hub(given):
         return None
     same = (one for one in models if one.path.resolve() == path.resolve())
-    found = next(same, None) or look(path)
-    if found is None or found.kind != "clip":
+    chosen = next(same, None) or inspect(path)
+    if chosen is None or chosen.kind != "clip":
         raise AdamergeError(
             f"--pretrained {given} is not a whole CLIP: expected one, because the heads are made "
             "by its text tower; name its open_clip tag (like openai), folder or file"
         )
-    return found
+    return chosen
 
 
-def _of_architecture(
-    experts: Sequence[Found], architecture: str | None
-) -> tuple[list[Found], list[Found]]:
-    """Experts of the architecture that was named, and the others."""
-    wanted = shape_named(architecture)
-    fits = [one for one in experts if None in (wanted, one.tower) or one.tower == wanted]
-    return fits, [one for one in experts if one not in fits]
-
-
-def _no_experts(folder: Path, chosen: Found | None, skipped: Sequence[str]) -> str:
-    alone = f", but the pretrained model {_at(chosen.path, folder)}" if chosen else ""
-    damaged = f" (skipped: {' | '.join(skipped[:3])})" if skipped else ""
-    return (
-        f"{folder} holds no experts{alone}{damaged}: expected weight files "
-        f"({', '.join(hub.SUFFIXES)}) or folders of open_clip, transformers or PEFT, in it or one "
-        "level below"
-    )
-
-
-def _suite(
+def _shared(
     folder: Path,
-    to: Path,
+    here: Path,
     pretrained: str | None,
     architecture: str | None,
-    chosen: Found | None,
-    experts: Sequence[Found],
-) -> Suite:
+    chosen: Candidate | None,
+    experts: Sequence[Candidate],
+) -> list[Line]:
+    """What all tasks share: architecture, pretrained, and root, where it is another folder."""
     shape = one_shape([*experts, chosen] if chosen else experts, folder)
-    here = to.resolve().parent
-    at = "" if chosen is None else _pretrained_path(chosen.path, folder, here)
-    given = at if chosen is not None and pretrained is not None else pretrained
-    answer = pretrained_answer(given, chosen, experts, shape, at)
-    named = Answer(architecture, "") if architecture else None
-    if architecture and Path(architecture).exists():
-        named = Answer(_at(Path(architecture).resolve(), here), "")
-    used = chosen if chosen is not None and chosen.kind == "clip" else None
-    told = architecture_answer(answer.value, used, experts, shape)
-    features = next((one.features for one in (*experts, chosen) if one and one.features), None)
-    root = _at(folder.resolve(), here)
-    return Suite(to, named or told, answer, "" if root == "." else root, features)
+    at = ""
+    if chosen is not None:
+        path, root = chosen.path, folder.resolve()
+        if path == folder:  # whose weights lie beside the experts
+            path = next(folder / name for name in hub.WEIGHTS if (folder / name).is_file())
+        at = path_from(root if path.resolve().is_relative_to(root) else here, path.resolve())
+    source, why = pretrained_answer(chosen, experts, shape, at)
+    if pretrained is not None:
+        source, why = (pretrained if chosen is None else at), ""
+    whole = chosen if chosen is not None and chosen.kind == "clip" else None
+    name, said = architecture_answer(source, whole, experts, shape)
+    if architecture is not None:
+        place = Path(architecture)
+        name, said = (path_from(here, place.resolve()) if place.exists() else architecture), ""
+    lines = [Line("architecture", name, said), Line("pretrained", source, why)]
+    if folder.resolve() != here:
+        said = "where pretrained and experts are looked for first"
+        lines.append(Line("root", path_from(here, folder.resolve()), said))
+    return lines
 
 
-def _pretrained_path(path: Path, folder: Path, here: Path) -> str:
-    if path == folder:  # whose weights lie beside the experts
-        path = next(folder / name for name in hub.WEIGHTS if (folder / name).is_file())
-    inside = path.resolve().is_relative_to(folder.resolve())
-    return _at(path.resolve(), folder.resolve() if inside else here)
-
-
-def _at(path: Path, base: Path) -> str:
-    """A path as the suite names it: relative to what it lies in, else absolute."""
-    path, base = path.absolute(), base.absolute()
-    return os.path.relpath(path, base) if path.is_relative_to(base) else str(path)
-
-
-def _entries(folder: Path, experts: Sequence[Found]) -> tuple[list[Entry], list[str]]:
+def _tasks(folder: Path, experts: Sequence[Candidate]) -> tuple[list[Task], list[str]]:
     """A task for every expert, and a line for each further expert of a task."""
     stems = Counter(one.path.stem for one in experts if one.path.parent != folder)
-    raw = []
+    names = []
     for one in experts:
-        name, outer = file_name(one.path), one.path.parent
-        vague = says_nothing(name) or (one.path.is_file() and stems[one.path.stem] > 1)
-        raw.append(outer.name if vague and outer != folder else name)
-    names = [task_name(name) for name in raw]
-    cut = without_common_start(names)
-    entries: dict[str, Entry] = {}
-    more = []
-    order = sorted(range(len(experts)), key=lambda i: normal(experts[i].path.stem) != "finetuned")
-    for i in order:
-        shipped = shipped_names("task")
-        task = shipped_task(names[i], shipped) or shipped_task(cut[i], shipped, cut=True)
-        name, at = task or key(cut[i]), _at(experts[i].path, folder)
-        if name in entries:
+        vague = says_nothing(one.name) or (one.path.is_file() and stems[one.path.stem] > 1)
+        outer = one.path.parent
+        names.append(task_name(outer.name if vague and outer != folder else one.name))
+    named = zip(experts, names, without_common_start(names), strict=True)
+    tasks: dict[str, Task] = {}
+    more, known = [], shipped_names("task")
+    for one, whole, cut in sorted(named, key=lambda n: normal(n[0].path.stem) != "finetuned"):
+        shipped = shipped_task(whole, known) or shipped_task(cut, known, cut=True)
+        name, at = shipped or key(cut), path_from(folder, one.path)
+        if name in tasks:
             more.append(f"{at} is of {name} too: set suite.tasks.{name}.expert to merge it instead")
-            continue
-        entries[name] = Entry(name, at, task, (names[i], cut[i]))
-    return [entries[name] for name in sorted(entries)], more
-
-
-def _heads(entries: list[Entry], heads: Sequence[Found], suite: Suite, folder: Path) -> list[str]:
-    """Gives every head to its task, and a line for each that is of none or does not fit."""
-    lines = []
-    for one in heads:
-        name, at = file_name(one.path), _at(one.path, folder)
-        name = one.path.parent.name if says_nothing(name) else task_name(name)
-        place = next((i for i, entry in enumerate(entries) if entry.is_named(name)), None)
-        assert one.head is not None  # it is of that kind
-        rows, features = one.head
-        if place is None:
-            lines.append(f"{at} is a head, of no task here")
-            continue
-        entry = entries[place]
-        wanted = len(entry.task_file().get("classes", ())) or rows
-        if rows != wanted or features != (suite.features or features):
-            lines.append(
-                f"{at} is a head of {rows} classes and {features} features, where {entry.name} has "
-                f"{wanted} classes and its expert {suite.features} features"
-            )
         else:
-            entries[place] = dataclasses.replace(entry, head=at, rows=rows)
-    return lines
+            tasks[name] = Task(name, at, shipped, (whole, cut))
+    return [tasks[name] for name in sorted(tasks)], more
+
+
+def _take_head(tasks: Sequence[Task], head: Candidate, features: int | None, at: str) -> list[str]:
+    """Gives a head to its task; a line where it is of none or does not fit."""
+    name = head.path.parent.name if says_nothing(head.name) else task_name(head.name)
+    task = next((task for task in tasks if task.is_named(name)), None)
+    if task is None:
+        return [f"{at} is a head, of no task here"]
+    wanted = len(task.file().get("classes", ())) or head.classes
+    if (head.classes, head.features) != (wanted, features or head.features):
+        return [
+            f"{at} is a head of {head.classes} classes and {head.features} features, where "
+            f"{task.name} has {wanted} classes and its expert {features} features"
+        ]
+    task.head, task.rows = at, head.classes
+    return []

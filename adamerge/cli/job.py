@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from adamerge.config import build, inputs
-from adamerge.config.fingerprint import fingerprint
 from adamerge.config.inputs import Inputs
 from adamerge.config.settings import Config
 from adamerge.export import folds
 from adamerge.learn.adaptation import Adaptation
+from adamerge.learn.resume import CHECKPOINT, check_fingerprint, read_checkpoint
+
+# What the result of a run depends on, besides files and images.
+_DECISIVE = (
+    *("suite", "method", "objective", "transform", "protocol", "seed"),
+    *("batch_size", "micro_batch", "optim", "scheduler", "store", "online"),
+)
+_OF_TRAINER = (
+    *("devices", "num_nodes", "precision", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("deterministic", "benchmark", "plugins"),
+)
+# Where a file lies does not matter; its content does. Unseen tasks are only scored, and variables
+# are in what they stand in.
+_PLACES = (
+    *(".expert", ".head", ".data.path", "suite.pretrained", "suite.architecture", "suite.root"),
+    "method.base",
+)
+_ASIDE = ("suite.unseen", "suite.vars.")
 
 
 @dataclass
@@ -19,8 +40,40 @@ class Job(Inputs):
     module: Adaptation
 
     def fingerprint(self) -> dict[str, str]:
-        """What the run's result depends on."""
-        return fingerprint(self.settings, self.suite, self.data)
+        """What the run's result depends on, as `key: value` texts: settings, files, images."""
+        config, flat = self.settings, {}
+
+        def add(key: str, value: Any) -> None:
+            if isinstance(value, Mapping):
+                for inner, item in value.items():
+                    add(f"{key}.{inner}", item)
+            elif not key.endswith(_PLACES) and not key.startswith(_ASIDE):
+                flat[key] = str(value)
+
+        for key in _DECISIVE:
+            add(key, config[key])
+        for key in _OF_TRAINER:
+            add(f"trainer.{key}", config["trainer"].get(key))
+        if config["task_vectors"]["dtype"] != "float32":
+            add("task_vectors.dtype", config["task_vectors"]["dtype"])
+        add("order of tasks", ", ".join(config["suite"]["tasks"]))
+        for name, file in self.suite.files.items():
+            add(f"sha256 of {name}", file["sha256"])
+        for task, images in self.data.tasks.items():
+            add(f"images of {task}", images.key)
+        add("model config", json.dumps(self.suite.clip.config, sort_keys=True))
+        return flat
+
+    def resume(self, run_dir: Path) -> int:
+        """Takes what a run has learned out of its last checkpoint; returns its step.
+
+        Raises:
+            AdamergeError: there is none, it is damaged, or it is of other settings or inputs.
+        """
+        saved = read_checkpoint(run_dir / CHECKPOINT)
+        check_fingerprint(saved, self.fingerprint(), run_dir)
+        self.module.load_state_dict(saved["state_dict"])
+        return int(saved["global_step"])
 
 
 def load_job(settings: Config) -> Job:

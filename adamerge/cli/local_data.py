@@ -15,24 +15,16 @@ from adamerge.images.decoding import is_image
 from adamerge.images.local_files import split_names, subfolder
 
 _FILES = (".parquet", ".arrow", ".tar", ".npz", ".npy")
-_LARGEST = 1 << 26  # bytes of what `datasets` says of a data set
 
 
 @dataclass
 class LocalData:
-    """One data set on this disk.
-
-    Attributes:
-        path: the file or folder.
-        keys: what it needs beside its path (`split`, `image`, `label`), all of them where known.
-        classes: its class names in the order of its labels, where it tells them.
-        ordered: whether that order is the data set's own, and not that of folders' names.
-    """
+    """One data set on this disk: a file, or a folder."""
 
     path: Path
-    keys: dict[str, Any] = field(default_factory=dict)
-    classes: list[str] | None = None
-    ordered: bool = True
+    keys: dict[str, Any] = field(default_factory=dict)  # split, image, label: all that are known
+    classes: list[str] | None = None  # in the order of the labels, where they are told
+    ordered: bool = True  # that order is the data set's own, and not that of folders' names
 
 
 def local_data(folder: Path, same: Callable[[str], bool]) -> LocalData | None:
@@ -54,11 +46,11 @@ def local_data(folder: Path, same: Callable[[str], bool]) -> LocalData | None:
     return None
 
 
-def agree(found: LocalData, classes: Collection[str]) -> bool:
+def agree(data: LocalData, classes: Collection[str]) -> bool:
     """Whether a data set's classes can be a suite's: the same names; in an order of its own, or as
     numbers, also as many."""
-    names = found.classes or []
-    numbered = found.ordered or all(name.isdigit() for name in names)
+    names = data.classes or []
+    numbered = data.ordered or all(name.isdigit() for name in names)
     same = {*map(normal, names)} <= {*map(normal, classes)}
     return same or (numbered and len(names) == len(classes))
 
@@ -72,30 +64,21 @@ def _folder(path: Path) -> LocalData:
         return _saved(path, path / saved, saved)
     if (path / "state.json").is_file():
         return _saved(path, path, None)
-    split, inner = _split(path)
-    entries = sorted(entry for entry in inner.iterdir() if entry.name[0] != ".")
-    if not any(map(is_image, entries)):
-        classes = [entry.name for entry in entries if entry.is_dir() and _has_pictures(entry)]
-        if len(classes) > 1:
-            keys = {"split": split, "image": "image", "label": "label"}
-            return LocalData(path, keys, classes, ordered=False)
-        if not classes:  # shards, perhaps of several splits, or nothing that is known here
-            return LocalData(path)
-    return LocalData(path, {"split": split, "image": "image", "label": None})
-
-
-def _split(path: Path) -> tuple[str | None, Path]:
-    """The split to name, and its folder: that of `test` is found unnamed, else `validation`'s."""
-    for split in (None, "validation"):
+    split, inner = None, path
+    for name in ("validation", None):  # that of `test` is found unnamed
         with contextlib.suppress(AdamergeError):  # folders of other splits
-            inner = subfolder(path, split)
-            if inner != path:
-                return split, inner
-    return None, path
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(map(is_image, folder.iterdir()))
+            if (place := subfolder(path, name)) != path:
+                split, inner = name, place
+    entries = sorted(entry for entry in inner.iterdir() if entry.name[0] != ".")
+    keys = {"split": split, "image": "image", "label": None}
+    if any(map(is_image, entries)):
+        return LocalData(path, keys)
+    folders = [entry for entry in entries if entry.is_dir()]
+    classes = [entry.name for entry in folders if any(map(is_image, entry.iterdir()))]
+    if len(classes) > 1:
+        return LocalData(path, {**keys, "label": "label"}, classes, ordered=False)
+    # Else shards, perhaps of several splits, or nothing that is known here.
+    return LocalData(path, keys if classes else {})
 
 
 def _saved(path: Path, inner: Path, split: str | None) -> LocalData:

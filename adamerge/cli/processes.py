@@ -48,15 +48,11 @@ def together(trainer: pl.Trainer, run_dir: Path) -> Iterator[None]:
         yield
         if alone and dist.is_initialized():
             dist.destroy_process_group()
-    except RuntimeError as error:
+    except BaseException as error:
         started.kill()
-        if trainer.world_size > 1 and (
-            isinstance(error, dist.DistError) or _LOST.search(str(error))
-        ):
+        broken = isinstance(error, dist.DistError) or _LOST.search(str(error))
+        if trainer.world_size > 1 and isinstance(error, RuntimeError) and broken:
             raise _explained(error, run_dir) from None
-        raise
-    except BaseException:
-        started.kill()
         raise
     finally:
         over.set()
@@ -106,9 +102,8 @@ def _watch(started: Started, run_dir: Path, over: threading.Event) -> None:
         lost = started.lost()
         if lost is not None and not over.wait(_PATIENCE):
             started.kill()
-            rank, status = lost
-            reason = f"rank {rank} ended with status {status}"
-            print(f"\nerror: {_sentence(reason, run_dir)}", file=sys.stderr, flush=True)
+            error = _lost("rank {} ended with status {}".format(*lost), run_dir)
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
             os._exit(2)
 
 
@@ -119,11 +114,11 @@ def _explained(error: RuntimeError, run_dir: Path) -> AdamergeError:
             f"port {os.environ.get('MASTER_PORT')}, where the processes of the run meet, is taken: "
             "set MASTER_PORT to a free one, or unset it"
         )
-    return LostProcess(_sentence(reason[:150], run_dir))
+    return _lost(reason[:150], run_dir)
 
 
-def _sentence(reason: str, run_dir: Path) -> str:
-    return (
+def _lost(reason: str, run_dir: Path) -> LostProcess:
+    return LostProcess(
         f"a process of the run was lost ({reason}): go on from the last checkpoint with "
         f"resume={run_dir}, or start again where there is none yet"
     )

@@ -18,14 +18,12 @@ from adamerge.cli.job import Job, load_job
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
 from adamerge.config.arguments import INIT
-from adamerge.config.device import run_device
 from adamerge.config.inputs import Inputs
 from adamerge.encoders.experts import Experts
 from adamerge.encoders.tower import Tower
 from adamerge.export import folds, load, read, write
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Taught
-from adamerge.learn.resume import CHECKPOINT, check_fingerprint, read_checkpoint
 from adamerge.methods.base import folds_of
 from adamerge.report import advice, evaluation, pictures, preflight, tracking
 from adamerge.report.evaluation import Row
@@ -37,33 +35,45 @@ log = logging.getLogger("adamerge")
 SIGNS = "signs.json"  # in a run's folder
 
 
-def look(job: Job, encoder: torch.nn.Module) -> advice.Signs:
-    """Label-free signs of an encoder, on the images that the pre-flight looks at."""
-    settings, suite, device = job.settings, job.suite, run_device(job.settings["trainer"])
+def signs_of(job: Job, encoder: torch.nn.Module) -> advice.Signs:
+    """Label-free signs of an encoder, on the images that the pre-flight takes."""
+    settings, suite, device = job.settings, job.suite, job.device
     chosen = preflight.choose(job.data, settings["preflight"]["images"])
-    normalizer, heads = inputs.normalizer(suite.clip).to(device), suite.heads.to(device)
+    normalizer, heads = job.normalizer.to(device), suite.heads.to(device)
     images = {task: normalizer(pixels.to(device)) for task, pixels in chosen.pixels.items()}
     teacher = Experts(suite.clip.backbone, suite.task_vectors)
-    found = advice.signs(encoder.to(device), teacher, heads, images)
+    signs = advice.signs(encoder.to(device), teacher, heads, images)
     heads.to("cpu")
     encoder.to("cpu")
-    return found
+    return signs
 
 
-def look_before(job: Job, run_dir: Path) -> None:
-    """Signs before anything is learned, kept in the run's folder; with the pre-flight only."""
+def keep_signs(job: Job, run_dir: Path) -> None:
+    """Writes the signs before anything is learned to the run's folder; with the pre-flight only."""
     if job.settings["preflight"]["enabled"]:
-        found = dataclasses.asdict(look(job, job.module.method.fold()))
+        signs = dataclasses.asdict(signs_of(job, job.module.method.fold()))
         with replacing(run_dir / SIGNS) as temporary:
-            temporary.write_text(json.dumps(found, indent=2))
+            temporary.write_text(json.dumps(signs, indent=2))
+
+
+def _kept_signs(path: Path) -> advice.Signs | None:
+    """What `keep_signs` wrote; None where it did not, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        kept = vars(advice.Signs(**read_json(path))).values()
+        return advice.Signs(*({task: float(v) for task, v in part.items()} for part in kept))
+    except (AdamergeError, AttributeError, TypeError, ValueError) as error:
+        log.warning("%s cannot be read (%s): the results say nothing of before", path, error)
+        return None
 
 
 def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
     """Signs before and after, and what they speak for, for the results."""
-    before = _signs_before(run_dir / SIGNS)
+    before = _kept_signs(run_dir / SIGNS)
     if before is None:
         return {}
-    after = look(job, encoder)
+    after = signs_of(job, encoder)
     taught = isinstance(job.module.objective, Taught)  # by the experts: nothing to advise
     taught = taught or job.settings["trainer"]["max_steps"] == 0  # nor of no objective at all
     said = [] if taught else advice.advice(job.settings["objective"]["name"], before, after)
@@ -73,31 +83,15 @@ def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
     return {"signs": signs, "advice": said}
 
 
-def _signs_before(path: Path) -> advice.Signs | None:
-    """What `look_before` kept; None where no look was taken, or the file is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        found = advice.Signs(**read_json(path))
-        kept = [{task: float(v) for task, v in p.items()} for p in vars(found).values()]
-        return advice.Signs(*kept)
-    except (AdamergeError, AttributeError, TypeError, ValueError) as error:
-        log.warning("%s cannot be read (%s): the results say nothing of before", path, error)
-        return None
-
-
 def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     """Folds, scores, draws and exports a trained job, and prints the table."""
-    method, tasks = job.module.method.eval(), job.suite.heads.tasks
-    write.write_coefficients(run_dir / "coefficients.csv", method, tasks)
-    name, size = job.settings["method"]["name"], job.settings["evaluate"]["batch_size"]
-    normalizer, found = inputs.normalizer(job.suite.clip), None
-    device = run_device(job.settings["trainer"])
-    folded = method.fold()
-    rows = score(job, folded, name)
-    if job.scorer(device).measures:
-        found = folds.statistics(method, job.data, normalizer, device, size)
-        rows += evaluation.fold_rows(method, name, found, job.scorer(device))
+    method, name = job.module.method.eval(), job.settings["method"]["name"]
+    write.write_coefficients(run_dir / "coefficients.csv", method, job.suite.heads.tasks)
+    folded, scorer = method.fold(), job.scorer()
+    rows, statistics = score(job, folded, name), None
+    if scorer.measures:
+        statistics = _statistics(job)
+        rows += evaluation.fold_rows(method, name, statistics, scorer)
     results = _results(job, rows, name) | _exported(job)
     results |= _signs(job, folded, run_dir)
     table = write_results(results, run_dir)
@@ -105,11 +99,17 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     if results["rows"][0]["accuracy"]:
         drawn["accuracy"] = run_dir / "accuracy.png"
         pictures.save(pictures.accuracy_figure(results), drawn["accuracy"])
-    done = export_merged(job, run_dir / "merged", results, table, found)
+    done = export_merged(job, run_dir / "merged", results, table, statistics)
     artifact = run_dir / "merged" if job.settings["wandb"]["artifact"] else None
     tracking.log_results(wandb, results, drawn, artifact)
     print(f"\n{table}")
     _say_exported(run_dir / "merged", done)
+
+
+def _statistics(job: Job) -> Any:
+    """What the folds of the job's method must know of the images that were adapted on."""
+    size = job.settings["evaluate"]["batch_size"]
+    return folds.statistics(job.module.method, job.data, job.normalizer, job.device, size)
 
 
 def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
@@ -131,17 +131,12 @@ def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
 
     Baselines depend on a run's inputs alone: their scores are kept in `cache_dir`.
     """
-    scorer = job.scorer(run_device(job.settings["trainer"]))
+    scorer, asked = job.scorer(), job.settings["evaluate"]
     rows = []
-    if job.settings["evaluate"]["baselines"] and scorer.measures:
-        kept = job.kept("scores", scorer.key())
-        rows = evaluation.baseline_rows(
-            scorer,
-            Tower(job.suite.clip.backbone),
-            job.suite.task_vectors,
-            job.settings["evaluate"]["oracle"],
-            kept,
-        )
+    if asked["baselines"] and scorer.measures:
+        kept, tower = job.kept("scores", scorer.key()), Tower(job.suite.clip.backbone)
+        given = (scorer, tower, job.suite.task_vectors, asked["oracle"])
+        rows = evaluation.baseline_rows(*given, kept)
         log.info("baselines are kept in %s", kept.path)
     log.info("scoring: %s", name)
     return [*rows, scorer.row(name, encoder)]
@@ -149,8 +144,7 @@ def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
 
 def _results(job: Inputs, rows: Sequence[Row], method: str) -> dict[str, Any]:
     settings = job.settings
-    suite, protocol = settings["suite"]["name"], settings["protocol"]
-    return as_json(rows, suite, method, protocol, settings["seed"])
+    return as_json(rows, settings["suite"]["name"], method, settings["protocol"], settings["seed"])
 
 
 def _exported(job: Job) -> dict[str, str]:
@@ -160,21 +154,19 @@ def _exported(job: Job) -> dict[str, str]:
 
 
 def export_merged(
-    job: Job, folder: Path, results: dict[str, Any], table: str, found: Any = None
+    job: Job, folder: Path, results: dict[str, Any], table: str, statistics: Any = None
 ) -> dict[str, Any]:
     """Writes the merged folder with its provenance; features are compared on real images.
 
     Args:
-        found: what `folds.statistics` gave; made here if it is needed.
+        statistics: `_statistics`; made here if they are needed.
     """
-    suite, settings, normalizer = job.suite, job.settings, inputs.normalizer(job.suite.clip)
+    suite, settings = job.suite, job.settings
     method, fold = job.module.method.eval().float(), settings["fold"]
-    if found is None and fold is not None and not folds_of(method)[fold]:
-        size = settings["evaluate"]["batch_size"]
-        device = run_device(settings["trainer"])
-        found = folds.statistics(method, job.data, normalizer, device, size)
-    encoder, exact = folds.encoder(method, fold, found)
-    images = [normalizer(job.data.sample(task, 8)) for task in suite.heads.tasks]
+    if statistics is None and fold is not None and not folds_of(method)[fold]:
+        statistics = _statistics(job)
+    encoder, exact = folds.encoder(method, fold, statistics)
+    images = [job.normalizer(job.data.sample(task, 8)) for task in suite.heads.tasks]
     ids = [torch.full((len(part),), index) for index, part in enumerate(images)]
     provenance = {
         "suite": settings["suite"]["name"],
@@ -213,11 +205,9 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     settings = config.load_run(run_dir, words)
     build.check(settings)
     job = load_job(settings)
-    saved = read_checkpoint(run_dir / CHECKPOINT)
-    check_fingerprint(saved, job.fingerprint(), run_dir)
-    job.module.load_state_dict(saved["state_dict"])
-    found, which = run_dir / "results.json", _exported(job)
-    results, table = read_results(found, which) if found.is_file() else ({}, "")
+    job.resume(run_dir)
+    path, row = run_dir / "results.json", _exported(job)
+    results, table = read_results(path, row) if path.is_file() else ({}, "")
     folder = folder or run_dir / "merged"
     _say_exported(folder, export_merged(job, folder, results, table))
     return 0
@@ -227,10 +217,12 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
     """Scores an exported folder, or a run's, on a suite; writes results (`adamerge evaluate`)."""
     is_run, folder = (target / "config.yaml").is_file(), read.find_export(target)
     layout = read.read_layout(folder)
-    own_suite = any(word.startswith("suite=") for word in words)
-    settings = config.load_run(target, words) if is_run and not own_suite else config.load(words)
+    other_suite = any(word.startswith("suite=") for word in words)
+    is_run = is_run and not other_suite
+    settings = config.load_run(target, words) if is_run else config.load(words)
     build.check(settings)
-    settings["protocol"] = _protocol(folder, settings["protocol"])
+    # What the merge was adapted on must not be scored as if it were unseen.
+    settings["protocol"] = str(layout.record.get("protocol", settings["protocol"]))
     known = inputs.load(settings)
     encoder, stated = read.read_encoder(folder, layout)
     if stated["model_cfg"] != known.suite.clip.config["model_cfg"]:
@@ -239,17 +231,8 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
             "it on a suite it was merged from, or of the same model"
         )
     encoder = load.for_tasks(encoder, layout, known.suite.heads.tasks)
-    name = target.resolve().name
+    name, place = target.resolve().name, to or target / "evaluation"
     results = _results(known, score(known, encoder, name), name)
-    (to or target / "evaluation").mkdir(parents=True, exist_ok=True)
-    print(f"\n{write_results(results, to or target / 'evaluation')}")
+    place.mkdir(parents=True, exist_ok=True)
+    print(f"\n{write_results(results, place)}")
     return 0
-
-
-def _protocol(folder: Path, otherwise: str) -> str:
-    """What the merge in a folder was adapted on: its images must not be scored as if unseen."""
-    record = folder / "merge.json"
-    try:
-        return str(read_json(record)["protocol"]) if record.is_file() else otherwise
-    except (AdamergeError, KeyError):
-        return otherwise

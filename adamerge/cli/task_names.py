@@ -8,28 +8,21 @@ from collections.abc import Collection, Sequence
 # Other names of the shipped tasks, in letters and digits alone. EMNIST is none of them: some
 # published experts of that name are of its digits, the shipped task is of its letters.
 _ALIASES = {
-    "cars": "stanford-cars",
-    "stanfordcar": "stanford-cars",
-    "sun": "sun397",
-    "resisc": "resisc45",
-    "nwpuresisc45": "resisc45",
-    "describabletextures": "dtd",
-    "flowers": "oxford_flowers102",
-    "flowers102": "oxford_flowers102",
-    "oxfordflowers": "oxford_flowers102",
-    "pets": "oxford-iiit-pet",
-    "oxfordpets": "oxford-iiit-pet",
-    "oxfordpet": "oxford-iiit-pet",
-    "oxfordiiitpets": "oxford-iiit-pet",
-    "patchcamelyon": "pcam",
-    "fer": "fer2013",
-    "food": "food101",
-    "sst2": "rendered-sst2",
-    "kuzushijimnist": "kmnist",
+    "stanford-cars": "cars stanfordcar",
+    "sun397": "sun",
+    "resisc45": "resisc nwpuresisc45",
+    "dtd": "describabletextures",
+    "oxford_flowers102": "flowers flowers102 oxfordflowers",
+    "oxford-iiit-pet": "pets oxfordpets oxfordpet oxfordiiitpets",
+    "pcam": "patchcamelyon",
+    "fer2013": "fer",
+    "food101": "food",
+    "rendered-sst2": "sst2",
+    "kmnist": "kuzushijimnist",
 }
+_BY_ALIAS = {word: task for task, words in _ALIASES.items() for word in words.split()}
 # Too common to be taken for a task once something was cut off before them: `race-cars`.
 _COMMON = ("cars", "sun", "flowers", "pets", "fer", "food")
-_SEPARATORS = "-_. "
 _MODEL = re.compile(
     r"^(openai[-_.])?((open)?[-_]?clip[-_.])?vit[-_.]?(base|large|huge|giant|[blhg])"
     r"([-_.]?(patch)?(14|16|32))([-_.]?(224|256|336))?([-_.]?quickgelu)?[-_.]",
@@ -73,10 +66,10 @@ def shipped_task(name: str, shipped: Collection[str], cut: bool = False) -> str 
     word = normal(name)
     if cut and word in _COMMON:
         return None
-    known = {**_ALIASES, **{normal(task): task for task in shipped}}
+    known = {**_BY_ALIAS, **{normal(task): task for task in shipped}}
     # Task arithmetic's scripts call a task whose training images were split `SUN397Val`.
-    found = known.get(word) or known.get(word.removesuffix("val"))
-    return found if found in shipped else None
+    task = known.get(word) or known.get(word.removesuffix("val"))
+    return task if task in shipped else None
 
 
 def task_name(name: str) -> str:
@@ -89,11 +82,11 @@ def task_name(name: str) -> str:
 
 def without_common_start(names: Sequence[str]) -> list[str]:
     """The names without the whole words that all of them begin with."""
-    if len({*names}) < 2:
-        return list(names)
-    words = [re.split(f"(?<=[{_SEPARATORS}])", name) for name in names]
+    words = [re.split("(?<=[-_. ])", name) for name in names]
     same = 0
-    while all(len(w) > same + 1 for w in words) and len({w[same] for w in words}) == 1:
+    while (
+        len({*names}) > 1 and len({w[same] for w in words}) == 1 and min(map(len, words)) > same + 1
+    ):
         same += 1
     return ["".join(w[same:]) for w in words]
 

@@ -8,10 +8,8 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import WandbLogger
 
 from adamerge._base.errors import AdamergeError
@@ -22,20 +20,14 @@ from adamerge.cli.job import Job, load_job
 from adamerge.cli.processes import LostProcess, outlived, together
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
-from adamerge.config.device import place, ranks, run_device
 from adamerge.config.settings import Config
+from adamerge.config.trainer import build_trainer, check_place, one_sentence, ranks
 from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
 from adamerge.learn.blocks import compiled, recomputing
 from adamerge.learn.callbacks import Progress, Sharding, StopOnSignal, Watch
 from adamerge.learn.features import online_steps
-from adamerge.learn.resume import (
-    CHECKPOINT,
-    CheckpointFiles,
-    Checkpoints,
-    check_fingerprint,
-    read_checkpoint,
-)
+from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, Checkpoints
 from adamerge.methods.contract import Staged
 from adamerge.report import tables, tracking
 from adamerge.report.tracking import is_main_process
@@ -53,7 +45,7 @@ def train(words: Sequence[str]) -> int:
     """
     settings, run_dir, resumed = _open_run(words)
     build.check(settings)
-    place(settings)
+    check_place(settings)
     seed_everything(settings["seed"], verbose=False)
     if is_main_process():
         with alone_in(run_dir):
@@ -71,22 +63,16 @@ def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
     if is_main_process():
         _clear(run_dir, resumed)
     job = load_job(settings)
-    checkpoint = run_dir / CHECKPOINT
-    step = 0
-    if resumed:
-        saved = read_checkpoint(checkpoint)
-        check_fingerprint(saved, job.fingerprint(), run_dir)
-        step = int(saved["global_step"])
-        job.module.load_state_dict(saved["state_dict"])
+    step = job.resume(run_dir) if resumed else 0
     if is_main_process():
         _make_folder(run_dir, settings)
         _announce(job, run_dir)
         if not resumed:
             check.before_training(job, run_dir)
-            results.look_before(job, run_dir)
+            results.keep_signs(job, run_dir)
     _prepare(job)
     wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
-    stopped_by = _fit(job, run_dir, checkpoint, step, wandb)
+    stopped_by = _fit(job, run_dir, step, wandb)
     if not is_main_process():
         return 0
     if stopped_by is None:
@@ -114,18 +100,15 @@ def _finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
 def _prepare(job: Job) -> None:
     """Stores what frozen encoders say of the images, says where these are kept, and counts the
     steps of an online run."""
-    settings, trainer = job.settings, job.settings["trainer"]
-    device = run_device(trainer)
+    settings, trainer, device = job.settings, job.settings["trainer"], job.device
     if settings["online"]:
         trainer["max_steps"] = online_steps(job.data.batches().streams)
-    steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
-    if steps == 0:
+    if trainer["max_steps"] == 0:
         return
     folder = inputs.cache_root(settings) / "features"
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
-    store = precomputed.Store(
-        job.module, job.data, job.suite.files, shape, folder, device, steps, ranks(trainer)
-    )
+    given = (job.suite.files, shape, folder, device, trainer["max_steps"], ranks(trainer))
+    store = precomputed.Store(job.module, job.data, *given)
     precomputed.prepare(store, settings["store"], settings["online"])
     drawn = not (settings["store"] and precomputed.learns_on_features(job.module))
     if settings["images_on_device"] and drawn:
@@ -143,10 +126,15 @@ def _open_run(words: Sequence[str]) -> tuple[Config, Path, bool]:
             raise AdamergeError("resume= goes on in the run's own folder: leave run_dir= out")
         return config.load_run(run_dir, rest), run_dir, True
     settings = config.load(words)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{settings['suite']['name']}-{settings['method']['name']}-{stamp}".replace("/", "-")
+    parts = [settings["suite"]["name"], settings["method"]["name"], time.strftime("%Y%m%d-%H%M%S")]
+    if "WANDB_SWEEP_ID" in os.environ:  # whose agents may start runs in the same second
+        parts.append(os.environ.get("WANDB_RUN_ID", str(os.getpid())))
     given = None if is_main_process() else os.environ.get(_RUN_DIR)
-    return settings, Path(str(given or settings["run_dir"] or Path("runs") / name)), False
+    return (
+        settings,
+        Path(given or settings["run_dir"] or Path("runs") / "-".join(map(str, parts))),
+        False,
+    )
 
 
 def _clear(run_dir: Path, resumed: bool) -> None:
@@ -196,41 +184,32 @@ def _announce(job: Job, run_dir: Path) -> None:
     base = sum(float(t.double().square().sum()) for t in vectors.pretrained.values()) ** 0.5
     log.info(
         "suite %s: %d tasks, %d layers, %.2f M parameters; method %s, protocol %s",
-        settings["suite"]["name"],
-        len(vectors.tasks),
-        len(vectors.names),
-        vectors.numel() / 1e6,
-        settings["method"]["name"],
-        settings["protocol"],
+        *(settings["suite"]["name"], len(vectors.tasks), len(vectors.names)),
+        *(vectors.numel() / 1e6, settings["method"]["name"], settings["protocol"]),
     )
     for task, norm in zip(vectors.tasks, vectors.norms().tolist(), strict=True):
-        log.info(
-            "  %s: %d images, %d classes, task vector %.3f of the pretrained norm",
-            task,
-            len(job.data.tasks[task].images),
-            len(job.suite.heads.classes[task]),
-            norm / base,
-        )
-    for task, found in job.unseen[1].tasks.items() if job.unseen is not None else ():
-        log.info("  %s: %d images, unseen: only scored", task, len(found.images))
+        count, classes = len(job.data.tasks[task].images), len(job.suite.heads.classes[task])
+        said = "  %s: %d images, %d classes, task vector %.3f of the pretrained norm"
+        log.info(said, task, count, classes, norm / base)
+    for task, unseen in job.unseen[1].tasks.items() if job.unseen is not None else ():
+        log.info("  %s: %d images, unseen: only scored", task, len(unseen.images))
     log.info("run folder: %s", run_dir)
 
 
-def _fit(
-    job: Job, run_dir: Path, checkpoint: Path, step: int, wandb: WandbLogger | None
-) -> int | None:
+def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int | None:
     """Trains from `step` on; returns the signal that stopped it, if one did."""
     settings, every = job.settings, job.settings["log_every"]
-    stop = StopOnSignal(every)
+    method, checkpoint, stop = job.module.method, run_dir / CHECKPOINT, StopOnSignal(every)
 
     def measure() -> dict[str, float]:
         tracking.log_pictures(wandb, results.draw_coefficients(job, run_dir))
-        scores = job.scorer(job.module.device).accuracy(job.module.method.fold())
-        return {f"accuracy/{task}": value for task, value in scores.items()}
+        accuracy = job.scorer(job.module.device).accuracy(method.fold())
+        return {f"accuracy/{task}": value for task, value in accuracy.items()}
 
     checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())
-    trainer = _trainer(
-        _in_parts(settings) if isinstance(job.module.method, Staged) else settings,
+    given = settings["trainer"]
+    trainer = build_trainer(
+        _in_parts(given) if isinstance(method, Staged) else given,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
             Progress(),
@@ -247,8 +226,8 @@ def _fit(
         log.info("step %d of %d is reached already", step, trainer.max_steps)
         return None
     resume = checkpoint if step else None
-    method = job.module.method
     with (
+        one_sentence(),
         together(trainer, run_dir),
         stop.listening(),
         compiled(method, settings["compile"]),
@@ -262,25 +241,8 @@ def _fit(
     return stop.received
 
 
-def _in_parts(settings: Config) -> Config:
-    """Settings of a run some of whose steps learn a part alone, which DDP wants to be told."""
-    given = settings["trainer"]
-    if ranks(given) == 1 or given.get("strategy", "auto") not in ("auto", "ddp"):
-        return settings
-    return {**settings, "trainer": {**given, "strategy": "ddp_find_unused_parameters_true"}}
-
-
-def _trainer(settings: Config, **ours: Any) -> Trainer:
-    """Lightning's Trainer; what it refuses is a mistake in `trainer:`."""
-    try:
-        return Trainer(
-            **settings["trainer"],
-            **ours,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise AdamergeError(f"trainer: {reason}") from error
+def _in_parts(trainer: Config) -> Config:
+    """Arguments for a run some of whose steps learn a part alone, which DDP wants to be told."""
+    if ranks(trainer) == 1 or trainer.get("strategy", "auto") not in ("auto", "ddp"):
+        return trainer
+    return {**trainer, "strategy": "ddp_find_unused_parameters_true"}

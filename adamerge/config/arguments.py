@@ -11,90 +11,74 @@ from typing import Any
 from torch import nn
 
 from adamerge._base.errors import AdamergeError
-from adamerge._base.files import joined, sha256
-from adamerge._base.kept import Digest
+from adamerge._base.files import joined
+from adamerge.config.inputs import Suite
+from adamerge.config.targets import Supplied
 from adamerge.encoders.clip import Clip
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.heads import Heads
 from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder
 from adamerge.export.load import for_tasks
 from adamerge.export.read import read_encoder, read_layout
 from adamerge.weights.formats.read import Checkpoint, read, tower_state
 from adamerge.weights.task_vectors import TaskVectors
 
-Supplies = Mapping[str, Callable[[], Any]]
-SUPPLIED = ("backbone", "task_vectors", "heads", "teacher", "encoder", "tasks", "dim", "base")
 INIT = 0.3  # task arithmetic's coefficient, where a method wraps a merge and names none
 
 
-def split_base(
-    target: Callable[..., Any], arguments: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A method's settings without, and with only, what the builder makes an encoder of.
+def base_settings(target: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a method's settings that the builder makes an encoder of.
 
     `base` (a checkpoint, or a run's folder) for methods that take `base` or `encoder`; and `init`
     (the coefficient of task arithmetic in its place) for those that take `encoder`.
     """
-    asked = inspect.signature(target).parameters
-    names = {"base"} if {"base", "encoder"} & set(asked) else set()
+    asked = set(inspect.signature(target).parameters)
+    names = {"base"} if {"base", "encoder"} & asked else set()
     names |= {"init"} if "encoder" in asked and "init" not in asked else set()
-    own = {name: value for name, value in arguments.items() if name in names}
-    return {name: value for name, value in arguments.items() if name not in names}, own
+    return {name: value for name, value in arguments.items() if name in names}
 
 
-def base_problems(own: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the settings that `split_base` split off."""
-    found, base, init = [], own.get("base"), own.get("init", INIT)
-    if base is not None and not isinstance(base, str):
+def base_problems(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with `base_settings`."""
+    found, base, init = [], given.get("base"), given.get("init", INIT)
+    if not isinstance(base, str | None):
         found.append(f"method.base is {base!r}: expected a checkpoint, a run's folder, or null")
-    number = isinstance(init, int | float) and not isinstance(init, bool) and math.isfinite(init)
-    if not number:
+    if not isinstance(init, int | float) or isinstance(init, bool) or not math.isfinite(init):
         found.append(f"method.init is {init!r}: expected a finite number")
     return found
 
 
-def supplies(
-    clip: Clip,
-    task_vectors: TaskVectors,
-    transformed: TaskVectors,
-    heads: Heads,
-    own: Mapping[str, Any],
-    files: dict[str, dict[str, str]],
-    protocol: str,
-    digest: Digest = sha256,
-) -> Supplies:
-    """The values of `SUPPLIED`.
+def supplied(
+    suite: Suite, task_vectors: TaskVectors, given: Mapping[str, Any], protocol: str
+) -> Supplied:
+    """What makes the values of `SUPPLIED`.
 
     Args:
-        task_vectors: as loaded: the teacher is made of them.
-        transformed: what is merged.
-        own: from `split_base`.
-        files: gets the record of the base's file.
+        suite: its own task vectors make the teacher; its files get the record of the base's.
+        task_vectors: what is merged.
+        given: `base_settings`.
         protocol: of the run.
-        digest: gives the sha256 of a file.
     """
-    backbone = clip.backbone
+    backbone, heads = suite.clip.backbone, suite.heads
 
     def base(static: bool = True) -> nn.Module | None:
-        if own.get("base") is None:
+        if given.get("base") is None:
             return None
-        encoder, files["base"] = _base_encoder(
-            clip, own["base"], heads.tasks, protocol, static, digest
-        )
+        encoder, suite.files["base"] = _base_encoder(suite, given["base"], protocol, static)
         return encoder
 
     def encoder() -> nn.Module:
-        given = base(static=False)
-        if given is not None:
-            return given
-        Tower(backbone).check(transformed)
-        return merged_encoder(Tower(backbone), transformed, float(own.get("init", INIT)))
+        encoder = base(static=False)
+        if encoder is not None:
+            return encoder
+        tower, init = Tower(backbone), float(given.get("init", INIT))
+        tower.check(task_vectors)
+        return merged_encoder(tower, task_vectors, init)
 
     return {
         "backbone": lambda: backbone,
-        "task_vectors": lambda: transformed,
+        "task_vectors": lambda: task_vectors,
         "heads": lambda: heads,
-        "teacher": lambda: Experts(backbone, task_vectors),
+        "teacher": lambda: Experts(backbone, suite.task_vectors),
         "encoder": encoder,
         "tasks": lambda: heads.tasks,
         "dim": lambda: heads.weight(heads.tasks[0]).shape[1],
@@ -103,12 +87,7 @@ def supplies(
 
 
 def _base_encoder(
-    clip: Clip,
-    source: str,
-    tasks: tuple[str, ...],
-    protocol: str,
-    static: bool,
-    digest: Digest,
+    suite: Suite, source: str, protocol: str, static: bool
 ) -> tuple[nn.Module, dict[str, str]]:
     """The encoder of a checkpoint, an exported folder, or the one in a run's folder; its record."""
     folder = Path(source)
@@ -125,38 +104,30 @@ def _base_encoder(
             f"method.base ({source}) was adapted on all test images (protocol paper): scored under "
             "protocol heldout it would have seen what is scored; adapt it under heldout too"
         )
-    if layout.kind in (("static",) if static else ("static", "per_task", "dynamic")):
-        if layout.kind != "static":
-            encoder, stated = read_encoder(folder, layout)
-            if stated["model_cfg"] != clip.config["model_cfg"]:
-                raise _misfit(folder, "its model config is another")
-            record = {"path": str(folder), "sha256": _hash_of(folder, digest)}
-            return for_tasks(encoder, layout, tasks), record | _known(before)
+    if layout.kind not in (("static",) if static else ("static", "per_task", "dynamic")):
+        raise AdamergeError(
+            f"method.base ({source}) is an export of kind {layout.kind}: expected "
+            f"{'static' if static else 'static, per_task or dynamic'}; name the merge below it"
+        )
+    known = {} if before is None else {"protocol": str(before)}
+    if layout.kind == "static":
         checkpoint = read(folder if folder.is_dir() else source)
-        found = _static(clip, checkpoint)
-        return found, checkpoint.record(digest) | _known(before)
-    raise AdamergeError(
-        f"method.base ({source}) is an export of kind {layout.kind}: expected "
-        f"{'static' if static else 'static, per_task or dynamic'}; name the merge below it"
-    )
-
-
-def _known(protocol: Any) -> dict[str, str]:
-    return {} if protocol is None else {"protocol": str(protocol)}
-
-
-def _hash_of(folder: Path, digest: Digest) -> str:
-    files = sorted(folder.rglob("*.safetensors"))
-    return joined(digest(file) for file in files)
+        return _static(suite.clip, checkpoint), checkpoint.record(suite.digest) | known
+    encoder, stated = read_encoder(folder, layout)
+    if stated["model_cfg"] != suite.clip.config["model_cfg"]:
+        raise _misfit(folder, "its model config is another")
+    digest = joined(suite.digest(file) for file in sorted(folder.rglob("*.safetensors")))
+    record = {"path": str(folder), "sha256": digest}
+    return for_tasks(encoder, layout, suite.heads.tasks), record | known
 
 
 def _static(clip: Clip, checkpoint: Checkpoint) -> FoldedEncoder:
-    state, own = tower_state(checkpoint, clip.backbone), clip.backbone.state_dict()
-    for name, tensor in own.items():
-        found, wanted = list(state[name].shape), list(tensor.shape)
-        if found != wanted:
-            raise _misfit(checkpoint.path, f"tensor {name!r} is {found}, expected {wanted}")
-    weights = {name: state[name].detach().to(tensor) for name, tensor in own.items()}
+    state, weights = tower_state(checkpoint, clip.backbone), {}
+    for name, tensor in clip.backbone.state_dict().items():
+        shape, wanted = list(state[name].shape), list(tensor.shape)
+        if shape != wanted:
+            raise _misfit(checkpoint.path, f"tensor {name!r} is {shape}, expected {wanted}")
+        weights[name] = state[name].detach().to(tensor)
     return FoldedEncoder(Tower(clip.backbone), weights)
 
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from adamerge._base.binding import call, find, function_to, nearest, problems, subclass_of
 from adamerge._base.errors import AdamergeError
-from adamerge.config.arguments import SUPPLIED, Supplies, base_problems, split_base, supplies
-from adamerge.config.device import run_device
+from adamerge.config.arguments import base_problems, base_settings, supplied
 from adamerge.config.inputs import Suite, normalizer
 from adamerge.config.settings import Config
 from adamerge.config.settings import problems as problems_of_config
-from adamerge.config.settings_check import shape_problems
-from adamerge.config.suite_files import entries
+from adamerge.config.suite import entries
+from adamerge.config.targets import KINDS, Supplied, build, target_of, target_problems
+from adamerge.config.trainer import run_device, trainer_problems
 from adamerge.encoders.architectures import architecture_names
 from adamerge.images.sources import data_problems
 from adamerge.learn.adaptation import Adaptation
@@ -29,27 +28,7 @@ from adamerge.methods.base import MergeMethod, tracing
 from adamerge.methods.contract import Staged
 from adamerge.weights.task_vectors import TaskVectors
 
-# Arguments of Lightning's Trainer that make sense here: others would be set twice, cut the endless
-# stream of batches into epochs, or count steps in another way.
-_TRAINER = (
-    *("max_steps", "max_time", "accelerator", "devices", "num_nodes", "strategy", "precision"),
-    *("gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "plugins"),
-)
-_KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
-    "method": (subclass_of(MergeMethod), "a MergeMethod class", (*SUPPLIED, "device")),
-    "objective": (subclass_of(Objective), "an Objective class", SUPPLIED),
-    "optim": (subclass_of(torch.optim.Optimizer), "a torch optimizer class", ("params",)),
-    "scheduler": (
-        subclass_of(torch.optim.lr_scheduler.LRScheduler),
-        "a torch learning-rate scheduler class",
-        ("optimizer",),
-    ),
-    "transform": (
-        function_to(TaskVectors),
-        "a function from TaskVectors annotated to return TaskVectors",
-        ("task_vectors", "architecture", "experts", "device"),
-    ),
-}
+_MAPPINGS = ("suite", "method", "objective", "optim", "task_vectors", "trainer")
 
 
 def check(config: Config) -> None:
@@ -60,26 +39,24 @@ def check(config: Config) -> None:
             that lead nowhere or do not fit their arguments.
     """
     found = problems_of_config(config)
-    if shapeless := shape_problems(config):
-        raise AdamergeError("; ".join(dict.fromkeys([*found, *shapeless])))
-    found += [
-        f"trainer.{key} is unknown or not for adamerge{nearest(key, _TRAINER)}"
-        for key in config["trainer"]
-        if key not in _TRAINER
-    ]
+    if all(isinstance(config[key], dict) for key in _MAPPINGS):
+        found += _part_problems(config) or ([] if found else _trial(config))
+    if found:
+        raise AdamergeError("; ".join(dict.fromkeys(found)))
+
+
+def _part_problems(config: Config) -> list[str]:
+    """What is wrong with arguments of functions and classes, and with settings side by side."""
+    found = trainer_problems(config["trainer"])
     for where, entry in entries(config["suite"]):
         if entry.get("data") is not None:
             found += data_problems(f"{where}.data", entry["data"])
-    for key, part in _targets(config):
-        try:
-            target, arguments = _target(key, part)
-        except AdamergeError as error:
-            found.append(str(error))
-            continue
-        if key == "method":
-            arguments, own = split_base(target, arguments)
-            found += base_problems(own) + _storage_problems(config, target)
-        found += problems(target, arguments, key, _KINDS[key.partition("[")[0]][2])
+    found += _method_problems(config)
+    for key in ("objective", "optim", "scheduler"):
+        if config[key] is not None:
+            found += target_problems(key, config[key], KINDS[key])
+    for index, part in enumerate(_transforms(config)):
+        found += target_problems(f"transform[{index}]", part, KINDS["transform"])
     if config["compile"] is True and config["recompute"] is True:
         found.append(
             "compile and recompute do not go together: set one of them to false (compiled blocks "
@@ -89,30 +66,44 @@ def check(config: Config) -> None:
         found.append(
             "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
         )
-    found = found or _trial(config)
-    if found:
-        raise AdamergeError("; ".join(found))
+    return found
 
 
-def _storage_problems(config: Config, method: Callable[..., Any]) -> list[str]:
-    """Ways to keep task vectors that a method does not go with."""
+def _transforms(config: Config) -> list[Any]:
+    return config["transform"] if isinstance(config["transform"], list) else []
+
+
+def _method(config: Config) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+    """The class of the method, its part of the configuration, and what `base` is made of."""
+    target, arguments = target_of("method", config["method"], KINDS["method"])
+    given = base_settings(target, arguments)
+    return target, {k: v for k, v in config["method"].items() if k not in given}, given
+
+
+def _method_problems(config: Config) -> list[str]:
+    """Wrong settings of a method, and ways to keep task vectors that it does not go with."""
+    try:
+        method, part, given = _method(config)
+    except AdamergeError as error:
+        return [str(error)]
+    found = base_problems(given) + target_problems("method", part, KINDS["method"])
     asked, name = config["task_vectors"], method.__name__
+    smaller = asked["dtype"] != "float32" or asked["device"] in ("host", "disk")
     if getattr(method, "combines", False):
-        return []
+        return found
     if asked["shard"]:
-        return [
+        found.append(
             f"task_vectors.shard is set, but {name} does not learn merging coefficients of "
             "whole layers: leave it out, or use AdaMerging"
-        ]
-    smaller = asked["dtype"] != "float32" or asked["device"] in ("host", "disk")
+        )
     held = "task_vectors" in inspect.signature(method).parameters
-    if smaller and held and not getattr(method, "streams", False):
-        return [
+    if smaller and held and not asked["shard"] and not getattr(method, "streams", False):
+        found.append(
             f"task_vectors.dtype and .device are set, but {name} holds task vectors of its own "
             "making: leave them as they are, or use AdaMerging (a method of yours that uses "
             "TaskVectors.combine alone says so by `combines = True`)"
-        ]
-    return []
+        )
+    return found
 
 
 def _trial(config: Config, shapes: Iterable[Sequence[int]] = ((2, 2),)) -> list[str]:
@@ -123,16 +114,12 @@ def _trial(config: Config, shapes: Iterable[Sequence[int]] = ((2, 2),)) -> list[
     """
     key, learned = "optim", [torch.nn.Parameter(torch.zeros(tuple(shape))) for shape in shapes]
     try:
-        kind, arguments = _target(key, config[key])
-        optimizer = kind(learned, **arguments)
+        optimizer = _optimizer(config["optim"], learned)
         for parameter in learned:
             parameter.grad = torch.zeros_like(parameter)
-        scheduler = None
-        if config["scheduler"] is not None:
-            key = "scheduler"
-            kind, options = _target(key, config[key])
-            scheduler = kind(optimizer, **options)
-        if not arguments.get("capturable"):  # such a step is for a GPU
+        key = "scheduler"
+        scheduler = _scheduler(config[key], optimizer) if config[key] is not None else None
+        if not config["optim"].get("capturable"):  # such a step is for a GPU
             key = "optim"
             optimizer.step(lambda: torch.zeros(()))
         if scheduler is not None:
@@ -145,80 +132,70 @@ def _trial(config: Config, shapes: Iterable[Sequence[int]] = ((2, 2),)) -> list[
     return []
 
 
-def _targets(config: Config) -> list[tuple[str, Any]]:
-    parts = [(key, config[key]) for key in ("method", "objective", "optim")]
-    parts += [("scheduler", config["scheduler"])] if config["scheduler"] is not None else []
-    transforms = config["transform"] if isinstance(config["transform"], list) else []
-    return parts + [(f"transform[{i}]", part) for i, part in enumerate(transforms)]
+def _optimizer(part: Config, params: Any) -> Any:
+    return build("optim", part, KINDS["optim"], {"params": lambda: params})
 
 
-def _target(key: str, part: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    kind, expected, _ = _KINDS[key.partition("[")[0]]
-    if not isinstance(part, Mapping) or "_target_" not in part:
-        raise AdamergeError(f"{key} has no _target_: expected the dotted path of {expected}")
-    arguments = {name: value for name, value in part.items() if name not in ("_target_", "name")}
-    return find(str(part["_target_"]), key, kind, expected), arguments
+def _scheduler(part: Config, optimizer: torch.optim.Optimizer) -> Any:
+    return build("scheduler", part, KINDS["scheduler"], {"optimizer": lambda: optimizer})
 
 
 def build_method(config: Config, suite: Suite) -> MergeMethod:
     """The method on the transformed task vectors."""
     vectors = suite.task_vectors
-    for key, part in _targets(config):
-        if key.startswith("transform"):
-            target, arguments = _target(key, part)
-            given: Supplies = {
-                "task_vectors": functools.partial(_itself, vectors),
-                "architecture": functools.partial(architecture_names, suite.clip.config),
-                "experts": functools.partial(_itself, suite.task_vectors),
-                "device": functools.partial(run_device, config["trainer"]),
-            }
-            vectors = _construct(key, target, arguments, given)
+    for index, part in enumerate(_transforms(config)):
+        vectors = _transformed(f"transform[{index}]", part, config, suite, vectors)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small
         vectors = vectors.stored(replace(vectors.storage, dtype=config["task_vectors"]["dtype"]))
-    target, arguments = _target("method", config["method"])
-    arguments, own = split_base(target, arguments)
-    known = (suite.clip, suite.task_vectors, vectors, suite.heads)
-    given = supplies(*known, own, suite.files, config["protocol"], suite.digest)
-    given = {**given, "device": functools.partial(run_device, config["trainer"])}
-    method: MergeMethod = _construct("method", target, arguments, given)
+    _, part, base = _method(config)
+    values = supplied(suite, vectors, base, config["protocol"])
+    values = {**values, "device": lambda: run_device(config["trainer"])}
+    method: MergeMethod = build("method", part, KINDS["method"], values)
     return method
 
 
-def _itself(vectors: TaskVectors) -> TaskVectors:
-    return vectors
-
-
-def _construct(
-    key: str, target: Callable[..., Any], arguments: Mapping[str, Any], supplied: Supplies
-) -> Any:
-    asked = inspect.signature(target).parameters
-    try:
-        return call(target, arguments, {n: make() for n, make in supplied.items() if n in asked})
-    except AdamergeError:
-        raise
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise AdamergeError(f"{key}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _check_pair(method: MergeMethod, objective: Objective, micro_batch: int | None) -> None:
-    """Refuses what the first step would refuse."""
-    if objective.traces:
-        tracing(method)
-    if micro_batch is not None and method.mixes_images:
-        raise refused_micro_batch()
+def _transformed(
+    key: str, part: Any, config: Config, suite: Suite, vectors: TaskVectors
+) -> TaskVectors:
+    values: Supplied = {
+        "task_vectors": lambda: vectors,
+        "architecture": lambda: architecture_names(suite.clip.config),
+        "experts": lambda: suite.task_vectors,
+        "device": lambda: run_device(config["trainer"]),
+    }
+    made: TaskVectors = build(key, part, KINDS["transform"], values)
+    return made
 
 
 def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adaptation:
     """The LightningModule of a run."""
-    target, arguments = _target("objective", config["objective"])
-    vectors = suite.task_vectors
-    known = (suite.clip, vectors, vectors, suite.heads)
-    supplied = supplies(*known, {}, suite.files, config["protocol"])
-    objective: Objective = _construct("objective", target, arguments, supplied)
-    _check_pair(method, objective, config["micro_batch"])
+    values = supplied(suite, suite.task_vectors, {}, config["protocol"])
+    objective: Objective = build("objective", config["objective"], KINDS["objective"], values)
+    _check_pair(config, method, objective)
+    scheduler = config["scheduler"]
+    return Adaptation(
+        method,
+        objective,
+        suite.heads,
+        normalizer(suite.clip),
+        functools.partial(_optimizer, config["optim"]),
+        None if scheduler is None else functools.partial(_scheduler, scheduler),
+        config["micro_batch"],
+        config["log_every"],
+        config["cuda_graph"] and _can_be_recorded(config) and not isinstance(method, Staged),
+    )
+
+
+def _check_pair(config: Config, method: MergeMethod, objective: Objective) -> None:
+    """Refuses what the first step would refuse."""
+    name = type(method).__name__
+    if objective.traces:
+        tracing(method)
+    if config["micro_batch"] is not None and method.mixes_images:
+        raise refused_micro_batch()
     if config["task_vectors"]["shard"] and not hasattr(method, "task_vectors"):
         raise AdamergeError(
-            f"task_vectors.shard looks for them in {type(method).__name__}.task_vectors, which is "
+            f"task_vectors.shard looks for them in {name}.task_vectors, which is "
             "not there: keep them under that name, or set task_vectors.shard=false"
         )
     for setting in ("compile", "recompute"):
@@ -227,25 +204,9 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
     shapes = dict.fromkeys(tuple(parameter.shape) for parameter in method.parameters())
     if refused := _trial(config, shapes):
         raise AdamergeError(
-            f"{refused[0]}: {type(method).__name__} with these settings learns tensors of shape "
+            f"{refused[0]}: {name} with these settings learns tensors of shape "
             f"{', '.join(map(str, shapes))}; use an optimizer for them, as torch.optim.Adam"
         )
-    optimizer, settings = _target("optim", config["optim"])
-    scheduler = None
-    if config["scheduler"] is not None:
-        kind, options = _target("scheduler", config["scheduler"])
-        scheduler = functools.partial(kind, **options)
-    return Adaptation(
-        method,
-        objective,
-        suite.heads,
-        normalizer(suite.clip),
-        functools.partial(optimizer, **settings),
-        scheduler,
-        config["micro_batch"],
-        config["log_every"],
-        config["cuda_graph"] and _can_be_recorded(config) and not isinstance(method, Staged),
-    )
 
 
 def _can_be_recorded(config: Config) -> bool:

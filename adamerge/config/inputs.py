@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from adamerge import __version__
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import locked, sha256
 from adamerge._base.kept import Digest, Kept, remembered
-from adamerge.config.device import may_touch_gpu
 from adamerge.config.settings import Config
-from adamerge.config.suite_files import require_root
+from adamerge.config.suite import require_root
+from adamerge.config.trainer import may_touch_gpu, run_device
 from adamerge.encoders.architectures import is_known
 from adamerge.encoders.clip import Clip, Normalizer, build_clip
 from adamerge.encoders.heads import Heads, Prompts, zero_shot_heads
@@ -74,15 +74,24 @@ class Inputs:
         key = content_key({}, __version__, self.suite.key, *parts)
         return Kept(cache_root(self.settings) / kind / f"{key}.json")
 
-    def scorer(self, device: torch.device) -> Scorer:
+    @property
+    def device(self) -> torch.device:
+        """Where the main process of a run computes."""
+        return run_device(self.settings["trainer"])
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """The backbone's own normalisation."""
+        return normalizer(self.suite.clip)
+
+    def scorer(self, device: torch.device | None = None) -> Scorer:
         """Measures encoders on the suite's scored images, those of unseen tasks included."""
-        size = self.settings["evaluate"]["batch_size"]
-        scale = normalizer(self.suite.clip)
+        given = (device or self.device, self.settings["evaluate"]["batch_size"])
         unseen = None
         if self.unseen is not None:
             heads, data = self.unseen
-            unseen = Scorer(heads, scale, data, device, size, merged=False)
-        return Scorer(self.suite.heads, scale, self.data, device, size, unseen=unseen)
+            unseen = Scorer(heads, self.normalizer, data, *given, merged=False)
+        return Scorer(self.suite.heads, self.normalizer, self.data, *given, unseen=unseen)
 
 
 def cache_root(config: Config) -> Path:
@@ -142,12 +151,10 @@ def load_suite(config: Config) -> Suite:
         if entry.get("head") is not None:
             files[f"head of {task}"] = read(entry["head"]).record(digest)
     shape = json.dumps(clip.config["model_cfg"], sort_keys=True)
-    weights = [files[key]["sha256"] for key in ("pretrained", *suite["tasks"])]
+    weights = [files[name]["sha256"] for name in ("pretrained", *suite["tasks"])]
     key = content_key({}, *weights, *suite["tasks"], shape)
     storage = _storage(config, key)
-    state = clip.backbone.state_dict()
-    buffers = [name for name, _ in clip.backbone.named_buffers()]
-    vectors = _task_vectors(state, experts, sources, storage, buffers)
+    vectors = _task_vectors(clip, experts, sources, storage)
     return Suite(clip, vectors, load_heads(config, clip), files, f"{key}-{storage.dtype}", digest)
 
 
@@ -158,48 +165,46 @@ def _storage(config: Config, key: str) -> Storage:
     device = "disk" if asked["shard"] else asked["device"]
     if device != "disk":
         return Storage(dtype, device, pinned=may_touch_gpu(config["trainer"]))
-    return Storage(
-        dtype, device, cache_root(config) / "task_vectors" / f"{key}-{dtype}.safetensors"
-    )
+    name = f"{key}-{dtype}.safetensors"
+    return Storage(dtype, device, cache_root(config) / "task_vectors" / name)
 
 
 def _task_vectors(
-    pretrained: Mapping[str, Tensor],
+    clip: Clip,
     experts: Mapping[str, Mapping[str, Tensor]],
     sources: Mapping[str, str],
     storage: Storage,
-    buffers: Sequence[str],
 ) -> TaskVectors:
     """Computed; or where they are kept on disk, once, by the first process that wants them."""
+    pretrained = clip.backbone.state_dict()
+    buffers = [name for name, _ in clip.backbone.named_buffers()]
 
-    def made() -> TaskVectors:
+    def on_disk(file: Path) -> TaskVectors | None:
+        try:
+            return (
+                TaskVectors.mapped(pretrained, storage, experts, buffers)
+                if file.is_file()
+                else None
+            )
+        except AdamergeError as error:
+            log.warning("%s now", error)  # "…, and it is made again"
+            return None
+
+    def computed() -> TaskVectors:
         return TaskVectors(
             pretrained, experts, sources=sources, share=True, storage=storage, buffers=buffers
         )
 
     if storage.file is None:
-        return made()
-
-    def known() -> TaskVectors | None:
-        """Those on disk, if they are there and sound."""
-        if storage.file is None or not storage.file.is_file():
-            return None
-        try:
-            return TaskVectors.mapped(pretrained, storage, experts, buffers)
-        except AdamergeError as error:
-            log.warning("%s now", error)  # "…, and it is made again"
-            return None
-
-    found = known()
-    if found is not None:
-        return found
+        return computed()
+    if (kept := on_disk(storage.file)) is not None:
+        return kept
     storage.file.parent.mkdir(parents=True, exist_ok=True)
     with locked(storage.file.with_suffix(".lock")):
-        found = known()  # of a process that has just made them
-        if found is not None:
-            return found
+        if (kept := on_disk(storage.file)) is not None:  # of a process that has just made them
+            return kept
         log.info("task vectors are written to %s", storage.file)
-        return made()
+        return computed()
 
 
 def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:
@@ -222,23 +227,8 @@ def prompts(config: Config, part: str = "tasks") -> dict[str, Prompts]:
 
 def load_data(config: Config, clip: Clip) -> TaskData:
     """The cached images of every merged task, made on first use."""
-    images = _load_images(config, clip, "tasks")
-    return TaskData(
-        images, config["batch_size"], config["seed"], config["protocol"], config["num_workers"]
-    )
-
-
-def load_unseen(config: Config, clip: Clip) -> tuple[Heads, TaskData] | None:
-    """Heads and images of the tasks that are only scored, all of their images; None without any.
-
-    They are kept apart from those of the merged tasks, which is all that a method, an objective
-    and the batches get.
-    """
-    asked = prompts(config, "unseen")
-    if not asked:
-        return None
-    images = _load_images(config, clip, "unseen")
-    return load_heads(config, clip, "unseen"), TaskData(images)
+    given = (config["batch_size"], config["seed"], config["protocol"], config["num_workers"])
+    return TaskData(_load_images(config, clip, "tasks"), *given)
 
 
 def _load_images(config: Config, clip: Clip, part: str) -> dict[str, TaskImages]:
@@ -254,7 +244,7 @@ def _load_images(config: Config, clip: Clip, part: str) -> dict[str, TaskImages]
             config["on_bad_image"],
             str(source.get("image", "image")),
             source.get("label", "label"),
-            "label" in source and source["label"] is not None,
+            source.get("label") is not None,
         )
     return images
 
@@ -265,7 +255,13 @@ def normalizer(clip: Clip) -> Normalizer:
 
 
 def load(settings: Config) -> Inputs:
-    """Loads the weights, heads and images that a checked configuration names."""
+    """Loads the weights, heads and images that a checked configuration names.
+
+    Those of unseen tasks are kept apart from what a method, an objective and the batches get.
+    """
     suite = load_suite(settings)
-    data = load_data(settings, suite.clip)
-    return Inputs(settings, suite, data, load_unseen(settings, suite.clip))
+    clip, data, unseen = suite.clip, load_data(settings, suite.clip), None
+    if prompts(settings, "unseen"):
+        images = TaskData(_load_images(settings, clip, "unseen"))
+        unseen = load_heads(settings, clip, "unseen"), images
+    return Inputs(settings, suite, data, unseen)

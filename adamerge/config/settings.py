@@ -1,38 +1,34 @@
-"""Configuration: files and `key=value` words in, one checked plain dictionary out.
+"""Configuration: files and `key=value` words in, one plain dictionary with every value out.
 
-The only module that knows omegaconf.
+All is merged first and its references are replaced once. The only module that knows omegaconf,
+which reads and writes YAML.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from adamerge._base.binding import code_beside, nearest
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import replacing
-from adamerge.config.settings_check import (
-    GROUPS,
-    Config,
-    count_values,
-    filled,
-    lookups,
-    setting_problems,
-    sugar,
-    without_references,
-)
-from adamerge.config.suite_check import suite_problems
-from adamerge.config.suite_files import locate, locate_data, name_by_text, take_task_files
+from adamerge.config.references import resolved
+from adamerge.config.settings_check import GROUPS, Config, setting_problems
+from adamerge.config.suite import locate, locate_data, name_by_text, suite_problems, take_task_files
 
 __all__ = ["GROUPS", "Config", "config_root", "load", "load_run", "names", "problems", "save"]
 
-_MOST_BYTES, _MOST_VALUES = 8 * 2**20, 10**6  # of a YAML file, its aliases written out
+_MOST_BYTES, _MOST_VALUES = 8 * 2**20, 250_000  # of a YAML file, its aliases written out
+_UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, AttributeError)
+_SWITCHES = {"wandb": "wandb.mode", "preflight": "preflight.enabled"}  # wandb=off, preflight=off
 
 
 def config_root() -> Path:
@@ -54,61 +50,48 @@ def load(words: Sequence[str] = ()) -> Config:
         words: `key=value`, later ones win; keys are dotted.
 
     Returns:
-        A plain dictionary; `suite`, `method` and `objective` are dictionaries with a `name`. The
-        suite is whole: its task files are read, its `${vars.…}` resolved, and its paths absolute
-        where the files exist.
+        A plain dictionary; `suite`, `method` and `objective` are dictionaries with a `name`. Every
+        `${key}` is replaced by the last value of that setting; the suite's task files are read,
+        and its paths are absolute where the files exist.
 
     Raises:
-        AdamergeError: a file that is missing or no YAML, or a word that is no `key=value`.
+        AdamergeError: a file that is missing or no YAML, a word that is no `key=value`, or a
+            reference that leads nowhere.
     """
-    tree = _read(config_root() / "train.yaml")
-    defaults = _plain(tree)
+    config = _read(config_root() / "train.yaml")
     settings = [_word(word) for word in words]
-    chosen = {key: value for key, value in settings if key in GROUPS}
-    own = [
-        (key.removeprefix("suite."), value) for key, value in settings if key.startswith("suite.")
-    ]
+    folder = Path()
     for group in GROUPS:
-        name = str(chosen.get(group, tree[group]))
-        tree[group], overrides = _group(group, name, own if group == "suite" else ())
-        try:
-            tree.merge_with(overrides)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise AdamergeError(f"{group}.defaults cannot be used ({reason}): mend them") from error
-    for key, value in settings:
-        if key not in GROUPS and not key.startswith("suite."):
-            _set(tree, *sugar(key, value, defaults))
-    return _at_home(_plain(tree))
-
-
-def _at_home(config: Config) -> Config:
-    """With `~` in paths replaced by the home folder, and the base's path absolute."""
-    for part, key in ((config, "run_dir"), (config, "cache_dir"), (config["method"], "base")):
-        if isinstance(part, dict) and isinstance(part.get(key), str):
-            found = os.path.expanduser(part[key])
-            part[key] = (
-                os.path.realpath(found) if key == "base" and os.path.exists(found) else found
+        chosen = [value for key, value in settings if key == group]
+        name = str([config[group], *chosen][-1])
+        path = _named_file(f"{group}={name}", group, name, Path(os.path.expanduser(name)))
+        part = {"name": path.stem, **_read(path)}
+        defaults = part.pop("defaults", {})
+        if not isinstance(defaults, dict) or "suite" in defaults:
+            said = "sets suite" if isinstance(defaults, dict) else f"is {defaults!r}"
+            raise AdamergeError(
+                f"{group}.defaults {said}: expected settings of configs/train.yaml other than "
+                "suite; write what belongs to a suite into its file"
             )
-    return config
-
-
-def problems(config: Config) -> list[str]:
-    """Unknown keys, mistyped values and an incomplete suite; arguments of dotted paths aside."""
-    defaults = _plain(_read(config_root() / "train.yaml"))
-    suite = config.get("suite")
-    found = setting_problems(config, defaults)
-    return [*found, *(suite_problems(suite, names("task")) if isinstance(suite, dict) else ())]
-
-
-def save(config: Config, path: Path) -> None:
-    """Writes a resolved configuration as YAML, whole or not at all."""
-    with replacing(path) as temporary:
-        OmegaConf.save(OmegaConf.create(config), temporary)
+        if group == "suite":
+            folder = path.resolve().parent
+            name_by_text(part)  # before the words, whose keys are texts
+        config = _merged({**config, group: part}, defaults)
+    for key, value in settings:
+        if key not in GROUPS:
+            _set(config, key, value)
+    config = resolved(config)
+    suite = config["suite"]
+    name_by_text(suite)  # what the words have set
+    take_task_files(suite, lambda where, source: _task(where, source, folder))
+    locate(suite, folder)
+    return _at_home(config)
 
 
 def load_run(run: Path, words: Sequence[str] = ()) -> Config:
     """The configuration of a run folder, with `key=value` words on top.
+
+    Settings that are younger than the run have their defaults.
 
     Raises:
         AdamergeError: the folder holds no run, or a word names a group (a resumed run keeps its
@@ -117,16 +100,16 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
     path = run / "config.yaml"
     if not path.is_file():
         raise AdamergeError(f"{run} holds no run: expected its config.yaml; give a run folder")
-    defaults = _plain(_read(config_root() / "train.yaml"))
-    saved = _plain(_read(path), str(path))
+    saved, defaults = _read(path), _read(config_root() / "train.yaml")
     for group in GROUPS:
         if not isinstance(saved.get(group), dict):
             raise AdamergeError(
                 f"{path} has no settings under {group}: expected a run's own config.yaml; copy the "
                 "run again, or start a new one"
             )
-    tree = OmegaConf.create(filled(saved, defaults))
-    for key, value in (_word(word) for word in words):
+    config = _merged(defaults, saved)
+    config["optim"] = saved.get("optim", defaults["optim"])  # another optimizer's own arguments
+    for key, value in map(_word, words):
         if key in GROUPS:
             raise AdamergeError(
                 f"{key}={value} cannot be changed on resuming: a run keeps its suite, method and "
@@ -137,8 +120,15 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
                 f"{key} cannot be changed in a run: its paths and splits are resolved already; "
                 f"start a new one, or give suite=… along with {key}="
             )
-        _set(tree, *sugar(key, value, defaults))
-    return _at_home(_plain(tree, str(path)))
+        _set(config, key, value)
+    return _at_home(resolved(config, str(path)))
+
+
+def problems(config: Config) -> list[str]:
+    """Unknown keys, mistyped values and an incomplete suite; arguments of dotted paths aside."""
+    suite = config.get("suite")
+    found = setting_problems(config, _read(config_root() / "train.yaml"))
+    return [*found, *(suite_problems(suite, names("task")) if isinstance(suite, dict) else ())]
 
 
 def text(config: Config) -> str:
@@ -146,8 +136,14 @@ def text(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config))
 
 
-def _read(path: Path) -> DictConfig:
-    """A YAML file, its references unresolved.
+def save(config: Config, path: Path) -> None:
+    """Writes a resolved configuration as YAML, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text(config), encoding="utf-8")
+
+
+def _read(path: Path) -> Config:
+    """A YAML file, its references as they stand.
 
     Raises:
         AdamergeError: no YAML of keys and values, too much of it, or a `_target_` in a file that
@@ -155,144 +151,111 @@ def _read(path: Path) -> DictConfig:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-        if len(text) > _MOST_BYTES:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
-        if b"&" in text and count_values(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
-            raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
-        tree = OmegaConf.load(path)
-        raw = OmegaConf.to_container(tree, resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        _refuse_many_aliases(content)
+        tree = OmegaConf.to_container(OmegaConf.load(io.BytesIO(content)), resolve=False)
+    except _UNREADABLE as error:
         said = " ".join(str(error).split())[:300]
         raise AdamergeError(f"{path} is not valid YAML ({said}): mend that line") from error
     except RecursionError as error:
         raise AdamergeError(f"{path} is nested too deeply: write it flatter") from error
-    if not isinstance(tree, DictConfig):
+    if not isinstance(tree, dict):
         raise AdamergeError(f"{path} is not a configuration: expected keys and values in YAML")
     if not path.resolve().is_relative_to(config_root()):
-        code_beside(raw, path)
-    return tree
+        code_beside(tree, path)
+    return {str(key): value for key, value in tree.items()}
 
 
-def _refuse_lookups(value: Any, where: str) -> None:
-    """A configuration is written to the run's folder, its export and W&B: no place for secrets."""
-    for key in lookups(value):
-        raise AdamergeError(
-            f"{where}: {key} takes its value from elsewhere by ${{…}}: expected a value, or "
-            "${key} of another setting; give it on the command line, as suite.root=$DATA"
-        )
+def _refuse_many_aliases(content: bytes) -> None:
+    """A few hundred bytes of aliases of aliases (`b: [*a, *a]`) can stand for gigabytes."""
+    counts: dict[int, int] = {}
 
+    def count(node: Any) -> int:
+        if isinstance(node, tuple):  # a key and its value
+            return count(node[0]) + count(node[1])
+        if node is None or isinstance(node.value, str):
+            return 1
+        if id(node) not in counts:
+            counts[id(node)] = 10**9  # of one that holds itself
+            counts[id(node)] = 1 + sum(map(count, node.value))
+        return counts[id(node)]
 
-def _plain(tree: Any, where: str = "configuration") -> Config:
-    """The values of a tree, each reference to another setting replaced by that setting's value.
-
-    Raises:
-        AdamergeError: a reference to nothing, or to something outside the configuration.
-    """
-    try:
-        _refuse_lookups(without_references(_raw(tree)), where)
-        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        what = " ".join(str(error).split("\n    ")[0].split())
-        at = f" (in {error.full_key})" if error.full_key else ""
-        raise AdamergeError(
-            f"{where}: {what}{at}: write another value there, or set what it names"
-        ) from error
-    except RecursionError as error:
-        raise AdamergeError(f"{where} is nested too deeply: write it flatter") from error
-    _refuse_lookups(plain, where)
-    assert isinstance(plain, dict)  # `_read` and `create` give dictionaries only
-    return {str(key): value for key, value in plain.items()}
-
-
-def _group(
-    group: str, name: str, words: Sequence[tuple[str, Any]] = ()
-) -> tuple[DictConfig, DictConfig]:
-    """A group's file with its `key=value` words on top, and the defaults that it sets.
-
-    A suite is resolved by itself: what it refers to, it holds.
-    """
-    shipped = config_root() / group / f"{name}.yaml"
-    path = shipped if shipped.is_file() else Path(os.path.expanduser(name))
-    if not path.is_file():
-        raise AdamergeError(
-            f"{group}={name}: no such {group}{nearest(name, names(group))}; expected a file or one "
-            f"of {', '.join(names(group))}"
-        )
-    tree = _read(path)
-    if group == "suite":  # before the words, whose keys are texts
-        suite = _raw(tree)
-        name_by_text(suite)
-        tree = OmegaConf.create(suite)
-    for key, value in words:
-        _set(tree, key, value)
-    defaults = _defaults(group, tree)
-    if group != "suite":
-        if "name" not in tree:
-            tree.name = path.stem
-        return tree, defaults
-    plain = {"name": path.stem, **_plain(tree, f"{group} {name}")}
-    name_by_text(plain)  # what the words have set
-    folder = path.resolve().parent
-    take_task_files(plain, lambda where, source: _task(where, source, folder))
-    locate(plain, folder)
-    return OmegaConf.create(plain), defaults
-
-
-def _defaults(group: str, tree: DictConfig) -> DictConfig:
-    """Takes `defaults` out of a group's file; what they refer to are settings of the run."""
-    found = _raw(tree).get("defaults", {})
-    if not isinstance(found, dict):
-        raise AdamergeError(
-            f"{group}.defaults is {found!r}: expected settings of configs/train.yaml"
-        )
-    if "suite" in found:
-        raise AdamergeError(
-            f"{group}.defaults sets suite: expected other settings of configs/train.yaml; "
-            "write what belongs to a suite into its file"
-        )
-    tree.pop("defaults", None)
-    text = OmegaConf.to_yaml(OmegaConf.create(found))
-    return OmegaConf.create(_raw(OmegaConf.create(text.replace("${vars.", "${suite.vars."))))
-
-
-def _raw(tree: Any) -> Config:
-    """The content of a tree with its references as they stand."""
-    raw = OmegaConf.to_container(tree, resolve=False)
-    assert isinstance(raw, dict)  # `_read` and `create` give dictionaries only
-    return {str(key): value for key, value in raw.items()}
-
-
-def _task(where: str, source: str, folder: Path) -> Config:
-    """The keys of a shipped task file, or of one beside the suite or in the working folder."""
-    for path in (config_root() / "task" / f"{source}.yaml", folder / source, Path(source)):
-        if path.is_file():
-            task = _plain(_read(path), f"task {source}")
-            locate_data(task, path.resolve().parent)
-            return task
-    raise AdamergeError(
-        f"{where}: no such task {source!r}{nearest(source, names('task'))}; expected a file or one "
-        f"of {', '.join(names('task'))}"
-    )
+    if b"&" in content and count(yaml.compose(content, yaml.SafeLoader)) > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
 
 
 def _word(word: str) -> tuple[str, Any]:
+    """A key and its value; `wandb=off` is `wandb.mode=off`, though YAML reads `off` as false."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise AdamergeError(f"{word!r} is not a setting: expected key=value, like optim.lr=1e-3")
     try:
-        parsed = OmegaConf.from_dotlist([f"value={value}"])
-        raw = _raw(parsed)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        _refuse_many_aliases(value.encode())
+        tree = OmegaConf.from_dotlist([f"value={value}"])
+        parsed = OmegaConf.to_container(tree, resolve=False)
+    except (*_UNREADABLE, RecursionError) as error:
         raise AdamergeError(f"{word[:80]!r}: the value is not valid YAML; quote it") from error
-    return key, value if key in GROUPS else raw["value"]
+    assert isinstance(parsed, dict)
+    plain = value if key in GROUPS else parsed["value"]
+    key = key if isinstance(plain, dict) else _SWITCHES.get(key, key)
+    if key == "wandb.mode" and isinstance(plain, bool):
+        plain = "auto" if plain else "off"
+    return key, plain
 
 
-def _set(tree: DictConfig, key: str, value: Any) -> None:
-    try:
-        OmegaConf.update(tree, key, value, force_add=True, merge=False)
-    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
-        raise AdamergeError(
-            f"{key} cannot be set ({' '.join(str(error).split())}): a part of it holds a list or a "
-            "value that has no keys; set that part whole"
-        ) from error
+def _set(config: Config, key: str, value: Any) -> None:
+    """Sets a dotted key, making the parts that are not there."""
+    node: Any = config
+    parts = re.findall(r"[^.\[\]]+", key) or [key]
+    for part, after in zip(parts, [*parts[1:], None], strict=True):
+        place = int(part) if isinstance(node, list) and part.isdecimal() else part
+        if not isinstance(node, dict) and not (isinstance(place, int) and place < len(node)):
+            raise AdamergeError(
+                f"{key} cannot be set at {part!r}: a part of it holds a list or a value that has "
+                "no keys; set that part whole"
+            )
+        if after is None:
+            node[place] = value
+        elif isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[place]
+
+
+def _merged(below: Config, above: Config) -> Config:
+    """The keys of both, those of `above` over those of `below`, at any depth."""
+    both = {
+        key: _merged(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return {**below, **above, **both}
+
+
+def _task(where: str, source: str, folder: Path) -> Config:
+    """The keys of a shipped task file, or of one beside the suite or in the working folder."""
+    path = _named_file(f"{where}={source}", "task", source, folder / source, Path(source))
+    task = resolved(_read(path), f"task {source}")
+    locate_data(task, path.resolve().parent)
+    return task
+
+
+def _named_file(said: str, group: str, name: str, *others: Path) -> Path:
+    """The shipped config of a group, or the first other file that is there."""
+    for path in (config_root() / group / f"{name}.yaml", *others):
+        if path.is_file():
+            return path
+    raise AdamergeError(
+        f"{said}: no such {group}{nearest(name, names(group))}; expected a file or one of "
+        f"{', '.join(names(group))}"
+    )
+
+
+def _at_home(config: Config) -> Config:
+    """With `~` in paths replaced by the home folder, and the base's path absolute."""
+    for part, key in ((config, "run_dir"), (config, "cache_dir"), (config["method"], "base")):
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            path = os.path.expanduser(part[key])
+            part[key] = os.path.realpath(path) if key == "base" and os.path.exists(path) else path
+    return config

@@ -138,6 +138,10 @@ def wandb_logger(
     logger = WandbLogger(
         name=run_dir.name,
         project=settings["project"],
+        entity=settings["entity"],
+        group=settings["group"],
+        tags=settings["tags"],
+        notes=settings["notes"],
         save_dir=run_dir,
         id=_known_id(id_file),
         mode=mode,  # not offline=: that sets a variable which wandb may have read already
