@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import cast
 
 import torch
@@ -26,6 +26,7 @@ class Experts(nn.Module):
 
     Attributes:
         tasks: the T tasks.
+        tower: the architecture.
 
     Raises:
         AdamergeError: task vectors that do not fit the backbone; on `trace`, a backbone without
@@ -34,35 +35,49 @@ class Experts(nn.Module):
 
     def __init__(self, backbone: nn.Module, task_vectors: TaskVectors) -> None:
         super().__init__()
-        self._tower = Tower(backbone)
-        self._tower.check(task_vectors)
+        self.tower = Tower(backbone)
+        self.tower.check(task_vectors)
         self.task_vectors, self.tasks = task_vectors, task_vectors.tasks
 
     def forward(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """Features of each image's own expert, `[B, 3, H, W], [B] -> [B, D]`."""
-        return self._by_expert(self._tower, images, task_ids)
+        return self._by_expert(self.tower, images, task_ids)
 
     def trace(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """The token means `[B, W]` after each block, then the features: `[B, blocks · W + D]`."""
-        blocks = resblocks(self._tower.skeleton)
+        blocks = resblocks(self.tower.skeleton)
 
         def run(weights: Mapping[str, Tensor], part: Tensor) -> Tensor:
-            return traced(blocks, lambda: self._tower(weights, part))
+            return traced(blocks, lambda: self.tower(weights, part))
 
         return self._by_expert(run, images, task_ids)
 
     @property
     def widths(self) -> list[int]:
         """W of every block, the split of a trace."""
-        return block_widths(resblocks(self._tower.skeleton))
+        return block_widths(resblocks(self.tower.skeleton))
 
-    def weights(self, task: str, device: torch.device | None = None) -> dict[str, Tensor]:
-        """One expert's full state dict."""
+    def weights(
+        self,
+        task: str,
+        device: torch.device | None = None,
+        names: Collection[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """One expert's full state dict, or those of its tensors that are named."""
         vectors = self.task_vectors
-        return {
-            name: tensor.to(device)
-            for name, tensor in {**vectors.constants, **vectors.expert(task)}.items()
-        }
+        if names is None:
+            whole = {**vectors.constants, **vectors.expert(task)}
+            return {name: tensor.to(device) for name, tensor in whole.items()}
+        return {name: self._tensor(vectors.index(task), name).to(device) for name in names}
+
+    def _tensor(self, row: int, name: str) -> Tensor:
+        vectors = self.task_vectors
+        if name in vectors.buffers:
+            return vectors.buffers[name][1 + row]
+        if name not in vectors.pretrained:
+            return vectors.constants[name]
+        base = vectors.pretrained[name]
+        return base + vectors.layers[name].row(row, base)
 
     @torch.no_grad()
     def _by_expert(
@@ -71,7 +86,7 @@ class Experts(nn.Module):
         images: Tensor,
         task_ids: Tensor,
     ) -> Tensor:
-        self._tower.apply_buffers(lambda buffer: buffer.to(images.device))
+        self.tower.apply_buffers(lambda buffer: buffer.to(images.device))
 
         def encode(task: int, part: Tensor) -> Tensor:
             return run(self.weights(self.tasks[task], images.device), part)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
+from adamerge.encoders.tower import FoldedEncoder, Tower
 
 
 class MergeMethod(nn.Module):
@@ -108,3 +109,55 @@ class MergeMethod(nn.Module):
         the device; detached."""
         table = self.coefficient_table()
         return None if table is None else table[1]
+
+
+class Calibration(MergeMethod):
+    """A static encoder that is computed from unlabeled images, with nothing to learn.
+
+    A subclass gives `calibrated`, which is called once, when the encoder is first asked for.
+    Nothing of it is in a checkpoint: the same inputs give it again.
+
+    Args:
+        encoder: a static encoder of the architecture, as `merged_encoder` gives it; left unchanged.
+
+    Raises:
+        AdamergeError: an encoder of another kind.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(encoder, FoldedEncoder):
+            raise AdamergeError(
+                f"{type(self).__name__} calibrates one static encoder, not a "
+                f"{type(encoder).__name__}: give as method.base a run or checkpoint of one, such as "
+                "AdaMerging's"
+            )
+        self._tower = Tower(encoder.backbone)
+        self._start = {name: t.detach() for name, t in encoder.backbone.state_dict().items()}
+        self._done: dict[str, Tensor] | None = None
+
+    def calibrated(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The calibrated weights of the whole tower, made from those of `start`."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, Tensor]:
+        """The calibrated weights; nothing is learned."""
+        if self._done is None:
+            made = self.calibrated(self._start)
+            self._done = {name: made[name].to(tensor) for name, tensor in self._start.items()}
+        return self._done
+
+    def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
+        return self._tower(weights, images)
+
+    def fold(self) -> FoldedEncoder:
+        """The calibrated tower as a static encoder."""
+        return FoldedEncoder(self._tower, self.weights())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Calibration:
+        """Takes the weights along when the module is moved; they are no part of it."""
+        super()._apply(fn, recurse)
+        self._start = {name: fn(tensor) for name, tensor in self._start.items()}
+        self._done = self._done and {name: fn(tensor) for name, tensor in self._done.items()}
+        self._tower.apply_buffers(fn)
+        return self
