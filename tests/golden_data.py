@@ -1,7 +1,8 @@
-"""The reference inputs and results of `tests/golden` (see its README)."""
+"""The reference inputs and results of `tests/golden` (see its README), or of ADAMERGE_GOLDEN."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from torch import Tensor
 import adamerge
 from adamerge.encoders import Clip, build_clip
 
-FOLDER = Path(__file__).parent / "golden"
-TASKS = ("task_a", "task_b", "task_c")
+FOLDER = Path(os.environ.get("ADAMERGE_GOLDEN") or Path(__file__).parent / "golden")
+TASKS = tuple(
+    sorted(path.stem.removeprefix("expert_") for path in FOLDER.glob("expert_*.safetensors"))
+)
 
 
 @cache

@@ -14,7 +14,7 @@ import adamerge
 from adamerge.encoders.tower import Tower, merged_encoder
 from adamerge.learn.step import step_loss
 from adamerge.methods import AdaMerging, MergeMethod, Surgery, WEMoE
-from adamerge.transforms.sparse import ties
+from adamerge.transforms import emr, tall, ties
 from adamerge.weights.merging import Merge
 from tests import golden_data as golden
 
@@ -25,6 +25,8 @@ METHODS: dict[str, Make] = {
     "block_wise": lambda b, tv: AdaMerging(b, tv, granularity="block"),
     "layer_wise_clamped": lambda b, tv: AdaMerging(b, tv, granularity="layer", clamp=True),
     "layer_wise_pp": lambda b, tv: AdaMerging(b, ties(tv), granularity="layer"),
+    "emr, an encoder per task": lambda b, tv: AdaMerging(b, emr(tv), "layer", 0.7),
+    "tall, an encoder per task": lambda b, tv: AdaMerging(b, tall(tv), "task", clamp=True),
     "wemoe": lambda b, tv: WEMoE(b, tv),
     "wemoe_linear": lambda b, tv: WEMoE(b, tv, router_layers=1),
     "wemoe_constant": lambda b, tv: WEMoE(b, tv, router_layers=0),

@@ -42,6 +42,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "shared": ("dynamic", ["method=wemoe", "method.shared_router=true", "fold=dynamic"]),
     "e_wemoe": ("dynamic", ["method=e_wemoe"]),
     "per_task": ("per_task", ["method=wemoe", "fold=per_task"]),
+    "emr": ("per_task", ["method=emr"]),
     "linear_per_task": ("per_task", [*LINEAR, "fold=per_task"]),
     "linear": ("adapters", LINEAR),
     "surgery": ("adapters", ["method=surgery"]),
@@ -157,7 +158,7 @@ def test_evaluate_gives_the_runs_accuracies(
         assert found["accuracy"] == row["accuracy"] and found["average"] == row["average"]
 
 
-@pytest.mark.parametrize("name", ["per_task", "linear_per_task"])
+@pytest.mark.parametrize("name", ["per_task", "emr", "linear_per_task"])
 @torch.no_grad()
 def test_open_clip_loads_the_folder_of_every_task(name: str, trained: Run) -> None:
     merged, job = trained(name) / "merged", job_of(trained(name))
@@ -305,6 +306,7 @@ def test_exporting_again_gives_the_same_bytes(name: str, trained: Run, tmp_path:
     ("given", "message"),
     [
         (["method=layer_wise", "fold=per_task"], "expected null (its exact fold)\n"),
+        (["method=emr", "fold=single"], "expected null (its exact fold) or per_task"),
         (["method=wemoe", "method.router_layers=0", "fold=single"], "fold is 'single', which"),
         (["method=surgery", "fold=per_task"], "method surgery with these settings does not have"),
         ([*LINEAR, "fold=single"], "expected null (its exact fold) or per_task"),

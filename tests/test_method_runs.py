@@ -17,6 +17,7 @@ METHODS = {
     "wemoe, batch gates": ["method=wemoe", "optim.lr=1e-2", "method.batch_gate=true"],
     "e_wemoe": ["method=e_wemoe", "optim.lr=1e-2", "objective=infomax"],
     "wemoe, taught": ["method=wemoe", "optim.lr=1e-2", "objective=expert_kl"],
+    "emr": ["method=emr", "optim.lr=1e-2"],
     "surgery": ["method=surgery", "optim.lr=1e-2"],
     "surgery, computed": ["method=surgery", "optim.lr=1e-2", "store=false"],
     "surgery_v2": ["method=surgery_v2", "optim.lr=1e-2"],

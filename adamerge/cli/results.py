@@ -20,7 +20,6 @@ from adamerge.config import settings as config
 from adamerge.config.arguments import INIT
 from adamerge.config.device import run_device
 from adamerge.config.inputs import Inputs
-from adamerge.config.settings import Config
 from adamerge.encoders.experts import Experts
 from adamerge.encoders.tower import Tower
 from adamerge.export import load, read, write
@@ -97,7 +96,7 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     if job.scorer(device).measures:
         found = folds.statistics(method, job.data, normalizer, device, size)
         rows += folds.rows(method, name, found, job.scorer(device))
-    results = _results(job, rows, name) | _exported(job.settings)
+    results = _results(job, rows, name) | _exported(job)
     results |= _signs(job, folded, run_dir)
     table = write_results(results, run_dir)
     drawn = draw_coefficients(job, run_dir)
@@ -153,10 +152,10 @@ def _results(job: Inputs, rows: Sequence[Row], method: str) -> dict[str, Any]:
     return as_json(rows, suite, method, protocol, settings["seed"])
 
 
-def _exported(settings: Config) -> dict[str, str]:
+def _exported(job: Job) -> dict[str, str]:
     """The row of the results that is exported, where a fold is asked for."""
-    fold = settings["fold"]
-    return {} if fold is None else {"exported": folds.title(settings["method"]["name"], fold)}
+    fold, name = job.settings["fold"], job.settings["method"]["name"]
+    return {} if fold is None else {"exported": folds.title(job.module.method, name, fold)}
 
 
 def export_merged(
@@ -215,7 +214,7 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     saved = read_checkpoint(run_dir / CHECKPOINT)
     check_fingerprint(saved, job.fingerprint(), run_dir)
     job.module.load_state_dict(saved["state_dict"])
-    found, which = run_dir / "results.json", _exported(settings)
+    found, which = run_dir / "results.json", _exported(job)
     results, table = read_results(found, which) if found.is_file() else ({}, "")
     _say_exported(export_merged(job, folder or run_dir / "merged", results, table))
     return 0

@@ -110,6 +110,8 @@ def _prepare(job: Job) -> None:
     if settings["online"]:
         trainer["max_steps"] = precomputed.steps_online(job.data)
     steps = trainer["max_steps"] if isinstance(trainer["max_steps"], int) else -1
+    if steps == 0:
+        return
     folder = inputs.cache_root(settings) / "features"
     shape = json.dumps(job.suite.clip.config["model_cfg"], sort_keys=True)
     made = precomputed.Stores(
@@ -217,6 +219,7 @@ def _fit(
         found = job.scorer(job.module.device).accuracy(job.module.method.fold())
         return {f"accuracy/{task}": value for task, value in found.items()}
 
+    checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())
     trainer = _trainer(
         settings,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
@@ -224,14 +227,14 @@ def _fit(
             Progress(every),
             Watch(settings["eval_every"], look),
             stop,
-            Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint()),
+            checkpoints,
             *([Sharding()] if settings["task_vectors"]["shard"] else []),
         ],
         plugins=[CheckpointFiles()],
         log_every_n_steps=every,
         default_root_dir=run_dir,
     )
-    if 0 <= trainer.max_steps <= step:
+    if step and 0 <= trainer.max_steps <= step:
         log.info("step %d of %d is reached already", step, trainer.max_steps)
         return None
     resume = checkpoint if step else None
@@ -244,6 +247,7 @@ def _fit(
     ):
         try:
             trainer.fit(job.module, datamodule=job.data, ckpt_path=resume, weights_only=True)
+            checkpoints.save(trainer)  # of no steps at all: nothing did it yet
         except SystemExit as end:  # what Lightning makes of a Ctrl-C
             raise end.__context__ or end from None
     return stop.received

@@ -87,6 +87,7 @@ def supplies(
         given = base(static=False)
         if given is not None:
             return given
+        Tower(backbone).check(transformed)
         return merged_encoder(Tower(backbone), transformed, float(own.get("init", INIT)))
 
     return {

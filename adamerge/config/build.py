@@ -45,7 +45,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "transform": (
         function_to(TaskVectors),
         "a function from TaskVectors annotated to return TaskVectors",
-        ("task_vectors", "architecture"),
+        ("task_vectors", "architecture", "experts"),
     ),
 }
 
@@ -166,6 +166,7 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
             given: Supplies = {
                 "task_vectors": functools.partial(_itself, vectors),
                 "architecture": functools.partial(architecture_names, suite.clip.config),
+                "experts": functools.partial(_itself, suite.task_vectors),
             }
             vectors = _construct(key, target, arguments, given)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small

@@ -34,7 +34,7 @@ _RANGES = {
     "eval_every": (0, 10**9),
     "checkpoint_every": (1, 10**9),
     "images": (1, 2**16),
-    "max_steps": (1, 10**9),
+    "max_steps": (0, 10**9),
 }
 _REFERENCE = re.compile(r"\$\{[^${}:]+\}")  # to another setting; a colon calls a resolver
 _LONGEST = 100  # of a name that a folder is called by

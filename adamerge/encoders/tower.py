@@ -46,8 +46,18 @@ class Tower:
             )
         return features
 
-    def check(self, task_vectors: TaskVectors) -> None:
-        """Raises AdamergeError unless the task vectors are of exactly this tower's tensors."""
+    def check(self, task_vectors: TaskVectors, per_task: bool = False) -> None:
+        """Raises AdamergeError unless the task vectors are of exactly this tower's tensors.
+
+        Args:
+            per_task: whether they may be those of an encoder for each task.
+        """
+        if task_vectors.per_task and not per_task:
+            raise AdamergeError(
+                "the transform (emr, tall) makes an encoder of its own for every task, which this "
+                "method would add up: use it with AdaMerging, as method=task_wise, and give the "
+                "finished run as method.base to what adapts an encoder further"
+            )
         shapes = {name: list(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
         given = {**task_vectors.pretrained, **task_vectors.constants}
         for name in [*shapes, *given]:

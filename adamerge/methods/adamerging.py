@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
+from adamerge.encoders.experts import PerTaskEncoder, by_task
 from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder
 from adamerge.methods.base import MergeMethod
 from adamerge.weights.task_vectors import TaskVectors
@@ -19,6 +20,10 @@ class AdaMerging(MergeMethod):
 
     AdaMerging: Adaptive Model Merging for Multi-Task Learning (arXiv 2310.02575). Task arithmetic
     is this with no step taken; AdaMerging++ is this on `sparse.ties(task_vectors)`.
+
+    With task vectors of which each makes an encoder of its own (`task_vectors.per_task`, as the
+    transforms `emr` and `tall` give), task t's images go through `θ0_l + λ[t, l] τ[t, l]` instead:
+    T merged models are in memory while it learns, and the fold is an encoder per task.
 
     Args:
         backbone: the image tower (`model.visual`), for its architecture only; left unchanged.
@@ -53,7 +58,7 @@ class AdaMerging(MergeMethod):
         self.granularity, self.clamp = granularity, clamp
         self.task_vectors = task_vectors
         self._tower = Tower(backbone)
-        self._tower.check(task_vectors)
+        self._tower.check(task_vectors, per_task=True)
         first = task_vectors.pretrained[task_vectors.names[0]]
         self._column = self._column.to(first.device)
         tasks = len(task_vectors.tasks)
@@ -70,10 +75,15 @@ class AdaMerging(MergeMethod):
         return used[:, self._column] if self.granularity == "block" else used
 
     def weights(self) -> dict[str, Tensor]:
-        """The merged weights, by layer; differentiable in `coefficients`."""
+        """The merged weights, by layer (`0/layer`, `1/layer` … of each task, where every task has
+        its own); differentiable in `coefficients`."""
+        used, dtype = self.layer_coefficients(), self._compute_type()
+        if not self.task_vectors.per_task:
+            return {**self.task_vectors.combine(used, dtype), **self.task_vectors.constants}
         return {
-            **self.task_vectors.combine(self.layer_coefficients(), self._compute_type()),
-            **self.task_vectors.constants,
+            f"{row}/{name}": tensor
+            for row, own in enumerate(_rows(used))
+            for name, tensor in self.task_vectors.combine(own, dtype).items()
         }
 
     def _compute_type(self) -> torch.dtype | None:
@@ -82,11 +92,36 @@ class AdaMerging(MergeMethod):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def encode(self, weights: Mapping[str, Tensor], images: Tensor, task_ids: Tensor) -> Tensor:
-        return self._tower(weights, images)
+        if not self.task_vectors.per_task:
+            return self._tower(weights, images)
 
-    def fold(self) -> FoldedEncoder:
-        """The merged tower as a static encoder, on the device of the task vectors."""
-        return merged_encoder(self._tower, self.task_vectors, self.layer_coefficients())
+        def own(row: int, part: Tensor) -> Tensor:
+            merged = {name: weights[f"{row}/{name}"] for name in self.task_vectors.names}
+            return self._tower({**merged, **self.task_vectors.constants}, part)
+
+        return by_task(own, images, task_ids, len(self.task_vectors.tasks))
+
+    def fold(self) -> FoldedEncoder | PerTaskEncoder:
+        """The merged tower as a static encoder, or one for each task, on the device of the task
+        vectors."""
+        used = self.layer_coefficients()
+        if not self.task_vectors.per_task:
+            return merged_encoder(self._tower, self.task_vectors, used)
+        rows = zip(self.task_vectors.tasks, _rows(used), strict=True)
+        return PerTaskEncoder(
+            {task: merged_encoder(self._tower, self.task_vectors, own) for task, own in rows}
+        )
+
+    @property
+    def folds(self) -> dict[str, bool]:
+        return {"per_task": True} if self.task_vectors.per_task else {}
+
+    @property
+    def own_fold(self) -> str | None:
+        return "per_task" if self.task_vectors.per_task else None
+
+    def fold_as(self, name: str, statistics: None) -> nn.Module:
+        return self.fold()
 
     def coefficient_table(self) -> tuple[list[str], Tensor]:
         """Layer names and λ in effect, `[T, L]`, on the CPU."""
@@ -102,6 +137,12 @@ class AdaMerging(MergeMethod):
         self._tower.apply_buffers(fn)
         self._column = fn(self._column)
         return self
+
+
+def _rows(coefficients: Tensor) -> list[Tensor]:
+    """For each task the coefficients `[T, L]` with all rows but its own 0."""
+    own = torch.eye(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
+    return list(coefficients * own[:, :, None])
 
 
 def _group(names: tuple[str, ...], granularity: str) -> tuple[tuple[str, ...], Tensor]:

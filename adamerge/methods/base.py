@@ -92,6 +92,11 @@ class MergeMethod(nn.Module):
         """
         return {}
 
+    @property
+    def own_fold(self) -> str | None:
+        """The name in `folds` of what `fold` makes, if it has one there."""
+        return None
+
     def statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Any:
         """What `fold_as` must know of unlabeled images: of `[B, 3, H, W]` and task ids `[B]`."""
         return None

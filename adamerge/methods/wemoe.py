@@ -164,6 +164,10 @@ class WEMoE(MergeMethod):
         exact_static = self._static_gates() is not None
         return {} if exact_static else {"dynamic": True, "per_task": False, "single": False}
 
+    @property
+    def own_fold(self) -> str | None:
+        return "dynamic" if self._static_gates() is None else None
+
     def statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The mean gates, see `mean_gates`."""
         return self.mean_gates(batches)

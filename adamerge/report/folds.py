@@ -34,9 +34,9 @@ def check(fold: str | None, method: MergeMethod, name: str) -> None:
     )
 
 
-def title(name: str, fold: str) -> str:
-    """The row of a method so folded, `wemoe, folded per task`; of `dynamic` that of the method."""
-    return f"{name}, {_TITLES[fold]}" if fold in _TITLES else name
+def title(method: MergeMethod, name: str, fold: str) -> str:
+    """The row of a method so folded, `wemoe, folded per task`; of its own fold, the method's."""
+    return name if fold == method.own_fold else f"{name}, {_TITLES[fold]}"
 
 
 @torch.no_grad()
@@ -62,10 +62,10 @@ def rows(method: MergeMethod, name: str, found: Any, scorer: Scorer) -> list[Row
     """A row for every fold that is not the method's own exact one."""
     scored = []
     for fold in method.folds if scorer.measures else ():
-        if fold not in _TITLES:
+        if fold == method.own_fold:
             continue
-        log.info("scoring: %s", title(name, fold))
-        row = scorer.row(title(name, fold), method.fold_as(fold, found))
+        log.info("scoring: %s", title(method, name, fold))
+        row = scorer.row(title(method, name, fold), method.fold_as(fold, found))
         row.notes["fold"] = fold
         scored.append(row)
     return scored

@@ -1,4 +1,4 @@
-"""Transforms: `TaskVectors -> TaskVectors`, applied once, before a method sees them."""
+"""Transforms that keep a part of each task vector's entries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
+from adamerge.transforms.draws import uniform
+from adamerge.transforms.layers import check_number, each_layer
 from adamerge.weights.task_vectors import TaskVectors
 
 
@@ -83,3 +85,151 @@ def _agreeing(
 def _trim(delta: Tensor, thresholds: Tensor) -> Tensor:
     per_task = thresholds.view(-1, *[1] * (delta.ndim - 1))
     return delta * (delta.abs() >= per_task)
+
+
+def magnitude(task_vectors: TaskVectors, density: float = 0.2) -> TaskVectors:
+    """The largest entries of each layer: `τ_t · 1[|τ_t| is among the int(density · n) largest]`.
+
+    Magnitude pruning, as in Learning both Weights and Connections for Efficient Neural Networks
+    (arXiv 1506.02626), of task vectors. Every layer of n entries keeps at least one; of equal
+    magnitudes the earlier entry comes first. The vectors are cleaned, not merged: init 0.3.
+
+    Args:
+        task_vectors: left unchanged; all layers take part.
+        density: fraction of entries to keep, in (0, 1].
+
+    Raises:
+        AdamergeError: `density` is out of range.
+    """
+    check_number("magnitude", "density", density, 0, 1, open_low=True)
+
+    def change(_: str, tau: Tensor) -> Tensor:
+        count = max(1, int(density * tau[0].numel()))
+        return _band(tau, tau[0].numel(), 0, count)
+
+    return each_layer(task_vectors, change)
+
+
+def dare(task_vectors: TaskVectors, density: float = 0.5, seed: int = 0) -> TaskVectors:
+    """A random part of each task vector, scaled up: `τ_t · 1[u ≥ 1 − density] / density`.
+
+    DARE of Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
+    Lunch (arXiv 2311.03099); u is uniform in [0, 1) for every entry, and the drop rate of the paper
+    is `1 − density`. The vectors are cleaned, not merged: init 0.3.
+
+    Args:
+        task_vectors: left unchanged; all layers take part.
+        density: share of entries to keep, in (0, 1].
+        seed: of what is drawn; the same on every device.
+
+    Raises:
+        AdamergeError: `density` is out of range.
+    """
+    check_number("dare", "density", density, 0, 1, open_low=True)
+
+    def change(name: str, tau: Tensor) -> Tensor:
+        changed = torch.empty_like(tau)
+        for row, task in enumerate(task_vectors.tasks):
+            kept = uniform(seed, task, name, tau.shape[1:]) >= 1 - density
+            changed[row] = tau[row] * kept.to(tau.device) / density
+        return changed
+
+    return each_layer(task_vectors, change)
+
+
+def della(
+    task_vectors: TaskVectors, density: float = 0.5, epsilon: float = 0.15, seed: int = 0
+) -> TaskVectors:
+    """A random part of each task vector, large entries more often: `τ_t · 1[u < p] / p`.
+
+    The first step of DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based
+    Sampling (arXiv 2406.11617); `elect` after it is the others. In a row of d entries (an index of
+    the first dimension; a vector is one row), `p = density − epsilon + 2 epsilon · rank / (d − 1)`,
+    with rank 0 for the smallest magnitude. The vectors are cleaned, not merged: init 0.3.
+
+    Args:
+        task_vectors: left unchanged; all layers take part.
+        density: mean share of entries to keep.
+        epsilon: how far the probabilities of a row lie from it: `density ± epsilon` in (0, 1].
+        seed: of what is drawn; the same on every device.
+
+    Raises:
+        AdamergeError: a probability would be out of range.
+    """
+    check_number("della", "density", density, 0, 1, open_low=True)
+    check_number("della", "epsilon", epsilon, 0, 1)
+    if not (density - epsilon > 0 and density + epsilon <= 1):
+        raise AdamergeError(
+            f"della: density ± epsilon is {density - epsilon:g} to {density + epsilon:g}, expected "
+            "probabilities in (0, 1]: choose a smaller epsilon"
+        )
+
+    def change(name: str, tau: Tensor) -> Tensor:
+        changed = torch.empty_like(tau)
+        for row, task in enumerate(task_vectors.tasks):
+            chance = keep_probability(tau[row], density, epsilon)
+            kept = uniform(seed, task, name, tau.shape[1:]).to(tau.device) < chance
+            changed[row] = tau[row] * kept / chance
+        return changed
+
+    return each_layer(task_vectors, change)
+
+
+def keep_probability(tau: Tensor, density: float, epsilon: float) -> Tensor:
+    """DELLA's p of every entry of one task's layer, `[*shape] -> [*shape]`; of equal magnitudes the
+    earlier one in its row ranks as smaller."""
+    rows = tau.abs().reshape(len(tau) if tau.ndim > 1 else 1, -1)
+    width = rows.shape[1]
+    if width < 2:
+        return torch.full_like(tau, density)
+    order = rows.argsort(dim=1, stable=True)
+    ranks = torch.empty_like(rows)
+    steps = torch.arange(width, dtype=rows.dtype, device=rows.device)
+    ranks.scatter_(1, order, steps.expand_as(rows))
+    return (ranks.mul_(2 * epsilon / (width - 1)) + (density - epsilon)).view(tau.shape)
+
+
+def breadcrumbs(
+    task_vectors: TaskVectors, density: float = 0.2, largest: float = 0.1, rows: bool = False
+) -> TaskVectors:
+    """Neither the largest nor the small entries: the next `int(density · n)` magnitudes after the
+    `int(largest · n)` largest, which are dropped.
+
+    Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks (arXiv 2312.06795). Of
+    equal magnitudes the earlier entry comes first. The vectors are cleaned, not merged: init 0.3.
+
+    Args:
+        task_vectors: left unchanged; all layers take part.
+        density: fraction of entries to keep, in (0, 1].
+        largest: fraction of entries, the largest in magnitude, to drop: at most `1 − density`.
+        rows: choose in every row of the last dimension (as the authors' code does), not in every
+            layer.
+
+    Raises:
+        AdamergeError: a fraction is out of range.
+    """
+    check_number("breadcrumbs", "density", density, 0, 1, open_low=True)
+    check_number("breadcrumbs", "largest", largest, 0, 1)
+    if density + largest > 1:
+        raise AdamergeError(
+            f"breadcrumbs: density {density:g} and largest {largest:g} are more than all entries: "
+            "expected a sum of at most 1"
+        )
+
+    def change(_: str, tau: Tensor) -> Tensor:
+        width = tau.shape[-1] if rows and tau.ndim > 1 else tau[0].numel()
+        return _band(tau, width, int(width * largest), int(width * density))
+
+    return each_layer(task_vectors, change)
+
+
+def _band(tau: Tensor, width: int, dropped: int, kept: int) -> Tensor:
+    """τ `[T, *shape]` with, in every row of `width` entries, the `kept` largest magnitudes after
+    the `dropped` largest; a task at a time."""
+    changed = torch.zeros_like(tau, memory_format=torch.contiguous_format)
+    for row in range(len(tau)):
+        entries = tau[row].reshape(-1, width)
+        order = entries.abs().argsort(dim=1, descending=True, stable=True)
+        places = order[:, dropped : dropped + kept]
+        changed[row].view(-1, width).scatter_(1, places, entries.gather(1, places))
+    return changed

@@ -61,6 +61,8 @@ class TaskVectors:
         constants: name -> tensor of what is no layer, as every merge has it.
         buffers: name -> the pretrained model's and each expert's, `[1 + T, *shape]`.
         promoted: half-precision type -> the inputs (`pretrained`, task names) stored in it.
+        per_task: whether task t's encoder is θ0 + λ_t τ_t alone, and not the sum over tasks (set
+            by transforms that make an encoder of its own for every task).
 
     Raises:
         AdamergeError: a missing, extra, mis-shaped or non-finite tensor, a duplicate task, an
@@ -75,6 +77,7 @@ class TaskVectors:
     buffers: dict[str, Tensor]
     promoted: dict[str, list[str]]
     storage: Storage
+    per_task: bool = False
     _norms: Tensor
     _ahead: Ahead | None = None
     _groups: list[tuple[str, ...]] | None = None

@@ -1,0 +1,25 @@
+"""Merges by singular values give the second set's reference numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import golden_more_data as more
+
+CHECKS: dict[str, more.Check] = {}
+
+# Keys of those labels that are not compared, and why.
+NOT_COMPARED: dict[str, str] = {}
+
+# Labels without a check, and why.
+NOT_CHECKED: dict[str, str] = dict.fromkeys(
+    ["tsv_m", "iso_c", "iso_cts", "wudi", "cart", "svc_task_arithmetic", "svc_tsv_m", "opcm"],
+    "not here yet",
+)
+
+
+@pytest.mark.parametrize("dtype", more.DTYPES, ids=str)
+@pytest.mark.parametrize("label", CHECKS)
+def test_agrees(label: str, dtype: torch.dtype) -> None:
+    more.run(CHECKS[label], label, dtype, NOT_COMPARED)
