@@ -91,7 +91,7 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
     with isolate_rng():
         solved = Solving.from_lists(kept("solving", measure))
         doubts = list(_of_activation(job, images, solved, device, kept))
-        cost = _estimate(job, images, device)
+        cost = _estimate(job, images, device) if job.module.method.learns else None
     squares = [float(tensor.double().square().sum()) for tensor in vectors.pretrained.values()]
     length = sum(squares) ** 0.5
     findings = [
@@ -100,7 +100,7 @@ def look(job: Job, say: Callable[[str], None] = lambda _: None) -> Report:
         *accuracy_matrix.findings(solved, files),
         *doubts,
         *of_lengths(vectors.tasks, norms),
-        *of_memory(cost),
+        *(of_memory(cost) if job.module.method.learns else ()),
     ]
     return Report(
         suite=settings["suite"]["name"],

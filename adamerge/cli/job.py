@@ -26,7 +26,7 @@ class Job(Inputs):
 def load_job(settings: Config) -> Job:
     """Loads everything that a checked configuration names."""
     known = inputs.load(settings)
-    method = build.build_method(settings, known.suite)
+    method = build.build_method(settings, known.suite, known.data)
     folds.check(settings["fold"], method, settings["method"]["name"])
     module = build.build_adaptation(settings, known.suite, method)
     return Job(settings, known.suite, known.data, known.unseen, module)

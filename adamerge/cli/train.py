@@ -75,7 +75,8 @@ def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
         _announce(job, run_dir)
         if not resumed:
             check.before_training(job, run_dir)
-            results.look_before(job, run_dir)
+            if job.module.method.learns:
+                results.look_before(job, run_dir)
     _prepare(job)
     wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
     stopped_by = _fit(job, run_dir, checkpoint, step, wandb)
@@ -220,6 +221,10 @@ def _fit(
         return {f"accuracy/{task}": value for task, value in found.items()}
 
     checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())
+    if not job.module.method.learns:
+        if is_main_process():
+            checkpoints.save_nothing()
+        return None
     trainer = _trainer(
         settings,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],

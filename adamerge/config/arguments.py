@@ -33,7 +33,7 @@ def split_base(
     """A method's settings without, and with only, what the builder makes an encoder of.
 
     `base` (a checkpoint, or a run's folder) for methods that take `base` or `encoder`; and `init`
-    (the coefficient of task arithmetic in its place) for those that take `encoder`.
+    (the coefficient of task arithmetic in its place; null: 1 / T) for those that take `encoder`.
     """
     asked = inspect.signature(target).parameters
     names = {"base"} if {"base", "encoder"} & set(asked) else set()
@@ -48,8 +48,10 @@ def base_problems(own: Mapping[str, Any]) -> list[str]:
     if base is not None and not isinstance(base, str):
         found.append(f"method.base is {base!r}: expected a checkpoint, a run's folder, or null")
     number = isinstance(init, int | float) and not isinstance(init, bool) and math.isfinite(init)
-    if not number:
-        found.append(f"method.init is {init!r}: expected a finite number")
+    if init is not None and not number:
+        found.append(
+            f"method.init is {init!r}: expected a finite number, or null (the mean of the experts)"
+        )
     return found
 
 
@@ -88,7 +90,9 @@ def supplies(
         if given is not None:
             return given
         Tower(backbone).check(transformed)
-        return merged_encoder(Tower(backbone), transformed, float(own.get("init", INIT)))
+        init = own.get("init", INIT)
+        init = 1 / len(transformed.tasks) if init is None else float(init)
+        return merged_encoder(Tower(backbone), transformed, init)
 
     return {
         "backbone": lambda: backbone,

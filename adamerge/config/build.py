@@ -13,15 +13,18 @@ import torch
 from adamerge._base.binding import call, find, function_to, nearest, problems, subclass_of
 from adamerge._base.errors import AdamergeError
 from adamerge.config.arguments import SUPPLIED, Supplies, base_problems, split_base, supplies
+from adamerge.config.device import run_device
 from adamerge.config.inputs import Suite, normalizer
 from adamerge.config.settings import Config
 from adamerge.config.settings import problems as problems_of_config
 from adamerge.config.settings_check import shape_problems
+from adamerge.config.statistics import STATISTICS, asks, statistics
 from adamerge.config.suite_files import entries
 from adamerge.encoders.architectures import architecture_names
 from adamerge.images.sources import data_problems
 from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_compiling, refuse_recomputing
+from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
 from adamerge.methods.base import MergeMethod
@@ -34,7 +37,7 @@ _TRAINER = (
     *("gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "plugins"),
 )
 _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
-    "method": (subclass_of(MergeMethod), "a MergeMethod class", SUPPLIED),
+    "method": (subclass_of(MergeMethod), "a MergeMethod class", (*SUPPLIED, *STATISTICS)),
     "objective": (subclass_of(Objective), "an Objective class", SUPPLIED),
     "optim": (subclass_of(torch.optim.Optimizer), "a torch optimizer class", ("params",)),
     "scheduler": (
@@ -45,7 +48,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str, tuple[str, ...]]] = {
     "transform": (
         function_to(TaskVectors),
         "a function from TaskVectors annotated to return TaskVectors",
-        ("task_vectors", "architecture", "experts"),
+        ("task_vectors", "architecture", "experts", "device", *STATISTICS),
     ),
 }
 
@@ -149,6 +152,12 @@ def _targets(config: Config) -> list[tuple[str, Any]]:
     return parts + [(f"transform[{i}]", part) for i, part in enumerate(transforms)]
 
 
+def asks_statistics(config: Config) -> bool:
+    """Whether the result depends on statistics of unlabeled images."""
+    parts = [(key, part) for key, part in _targets(config) if key.startswith(("method", "trans"))]
+    return any(asks(_target(key, part)[0]) for key, part in parts)
+
+
 def _target(key: str, part: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     kind, expected, _ = _KINDS[key.partition("[")[0]]
     if not isinstance(part, Mapping) or "_target_" not in part:
@@ -157,9 +166,14 @@ def _target(key: str, part: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     return find(str(part["_target_"]), key, kind, expected), arguments
 
 
-def build_method(config: Config, suite: Suite) -> MergeMethod:
-    """The method on the transformed task vectors."""
+def build_method(config: Config, suite: Suite, data: TaskData | None = None) -> MergeMethod:
+    """The method on the transformed task vectors.
+
+    Args:
+        data: the images that transforms and methods may ask for statistics of.
+    """
     vectors = suite.task_vectors
+    of_images = {} if data is None else statistics(config, suite, data)
     for key, part in _targets(config):
         if key.startswith("transform"):
             target, arguments = _target(key, part)
@@ -167,6 +181,8 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
                 "task_vectors": functools.partial(_itself, vectors),
                 "architecture": functools.partial(architecture_names, suite.clip.config),
                 "experts": functools.partial(_itself, suite.task_vectors),
+                "device": functools.partial(run_device, config["trainer"]),
+                **of_images,
             }
             vectors = _construct(key, target, arguments, given)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small
@@ -175,7 +191,7 @@ def build_method(config: Config, suite: Suite) -> MergeMethod:
     arguments, own = split_base(target, arguments)
     known = (suite.clip, suite.task_vectors, vectors, suite.heads)
     given = supplies(*known, own, suite.files, config["protocol"], suite.digest)
-    method: MergeMethod = _construct("method", target, arguments, given)
+    method: MergeMethod = _construct("method", target, arguments, {**given, **of_images})
     return method
 
 
@@ -223,8 +239,13 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         refuse_compiling(method)
     if config["recompute"]:
         refuse_recomputing(method)
+    if not method.learns and config["trainer"]["max_steps"] != 0:
+        raise AdamergeError(
+            f"{type(method).__name__} has nothing to learn: set trainer.max_steps=0, or use "
+            "method=layer_wise on a transform to learn on top of a merge"
+        )
     shapes = dict.fromkeys(tuple(parameter.shape) for parameter in method.parameters())
-    if refused := _trial(config, shapes):
+    if shapes and (refused := _trial(config, shapes)):
         raise AdamergeError(
             f"{refused[0]}: {type(method).__name__} with these settings learns tensors of shape "
             f"{', '.join(map(str, shapes))}; use an optimizer for them, as torch.optim.Adam"

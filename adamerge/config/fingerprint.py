@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from adamerge.config.build import _TRAINER
+from adamerge.config.build import _TRAINER, asks_statistics
 from adamerge.config.inputs import Suite
 from adamerge.config.settings import Config
 from adamerge.learn.data import TaskData
@@ -35,6 +35,8 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
             add(f"trainer.{key}", config["trainer"].get(key))
     if config["task_vectors"]["dtype"] != "float32":
         flat["task_vectors.dtype"] = config["task_vectors"]["dtype"]
+    if asks_statistics(config):
+        add("statistics", config["statistics"])
     flat["order of tasks"] = ", ".join(config["suite"]["tasks"])
     for name, file in suite.files.items():
         flat[f"sha256 of {name}"] = file["sha256"]

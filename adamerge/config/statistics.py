@@ -18,7 +18,7 @@ from adamerge.config.settings import Config
 from adamerge.encoders.clip import Normalizer
 from adamerge.encoders.experts import Experts
 from adamerge.encoders.gradients import Gradients, Kind
-from adamerge.encoders.statistics import Images, Keep, gather_inputs, in_files
+from adamerge.encoders.statistics import Keep, gather_inputs, in_files
 from adamerge.images.batches import stream_seed
 from adamerge.learn.data import TaskData
 from adamerge.learn.features import content_key
@@ -94,7 +94,10 @@ class Chosen(Mapping[str, "Batches"]):
 
     def words(self) -> list[object]:
         """What decides the batches, beside the tasks' images."""
-        scale = [*self._normalizer.mean.flatten().tolist(), *self._normalizer.std.flatten().tolist()]
+        scale = [
+            *self._normalizer.mean.flatten().tolist(),
+            *self._normalizer.std.flatten().tolist(),
+        ]
         return [self._count, self._data.seed, self._data.protocol, scale]
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.experts import Experts
@@ -16,11 +17,12 @@ from adamerge.encoders.statistics import Images, Keep, Named, in_memory, refuse_
 
 log = logging.getLogger("adamerge")
 
+_AT_ONCE = 2**24  # numbers of gradients computed together
 Kind = Literal["all", "predicted", "batch_sum"]
 
 
 class Squares(Mapping[str, Tensor]):
-    """Layer name -> squared gradients of every task, `[T, *shape]`, one layer in memory at a time."""
+    """Layer name -> squared gradients `[T, *shape]`; one layer is in memory at a time."""
 
     def __init__(self, by_task: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
         self._by_task, self._names = by_task, names
@@ -86,14 +88,14 @@ class Gradients:
         return Squares(by_task, names)
 
     def _gather(self, task: str, kind: Kind) -> dict[str, Tensor]:
-        """One task's; in memory are the expert, its squares, and one layer's gradient."""
-        expert: _Leaves | None = None
+        """One task's; in memory are the expert, its squares, and one gradient or a few."""
+        expert: _Expert | None = None
         count = 0
         for batch in self._images[task]:
-            expert = expert or _Leaves(self._experts, task, batch.device)
-            head = self._heads.weight(task).to(batch)
+            expert = expert or _Expert(self._experts, task, batch.device)
             with torch.no_grad():
-                directions = _directions(expert.encode(batch), head, kind)
+                features = expert.encode(batch)
+            directions = _directions(features, self._heads.weight(task).to(features), kind)
             if kind == "batch_sum":
                 expert.add(batch, directions.transpose(0, 1))
             else:
@@ -105,36 +107,36 @@ class Gradients:
         return {name: squares / count for name, squares in expert.squares.items()}
 
 
-class _Leaves:
-    """An expert whose layers' gradients are squared and added up as they arrive, and dropped."""
+class _Expert:
+    """An expert, and the sums of its layers' squared gradients."""
 
     def __init__(self, experts: Experts, task: str, device: torch.device) -> None:
-        weights = experts.weights(task, device)
-        self._tower, self._weights = experts.tower, weights
-        self.squares = {n: torch.zeros_like(weights[n]) for n in experts.task_vectors.names}
-        for name, squares in self.squares.items():
-            leaf = weights[name] = weights[name].detach().clone().requires_grad_()
-            leaf.register_post_accumulate_grad_hook(_squaring(squares))
+        self._tower, self._weights = experts.tower, experts.weights(task, device)
+        names = experts.task_vectors.names
+        self._leaves = {n: self._weights[n].detach().clone().requires_grad_() for n in names}
+        self.squares = {name: torch.zeros_like(leaf) for name, leaf in self._leaves.items()}
+        size = sum(leaf.numel() for leaf in self._leaves.values())
+        self._together = max(_AT_ONCE // size, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        return self._tower(self._weights, images)
+        return self._tower({**self._weights, **self._leaves}, images)
 
     def add(self, images: Tensor, cotangents: Tensor) -> None:
         """Adds the squared gradient of `⟨features, cotangent⟩` for each cotangent `[B, D]`."""
-        with torch.enable_grad():
-            features = self.encode(images) if len(cotangents) else None
-            for cotangent in cotangents:
-                assert features is not None
-                features.backward(cotangent, retain_graph=True)
-
-
-def _squaring(squares: Tensor) -> object:
-    def square(leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        squares.addcmul_(leaf.grad, leaf.grad)
-        leaf.grad = None
-
-    return square
+        if len(cotangents) == 0:
+            return
+        leaves = list(self._leaves.values())
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # which several at once can use
+            features = self.encode(images)
+            for part in cotangents.split(self._together):
+                several = len(part) > 1
+                given = part if several else part[0]
+                found = torch.autograd.grad(
+                    features, leaves, given, True, is_grads_batched=several, materialize_grads=True
+                )
+                for squares, gradient in zip(self.squares.values(), found, strict=True):
+                    total = gradient.square_()
+                    squares += total.sum(0) if several else total
 
 
 def _directions(features: Tensor, head: Tensor, kind: Kind) -> Tensor:
@@ -145,6 +147,7 @@ def _directions(features: Tensor, head: Tensor, kind: Kind) -> Tensor:
     is one over the eigenvectors of `Jᵀ (diag(p) − p pᵀ) J`, each times the root of its eigenvalue.
     Those whose eigenvalues together do not reach the rounding of a batch's are 0.
     """
+    dtype, features, head = features.dtype, features.double(), head.double()
     norms = features.norm(dim=-1, keepdim=True)
     unit = features / norms
     probabilities = (unit @ head.T).softmax(-1)
@@ -152,29 +155,29 @@ def _directions(features: Tensor, head: Tensor, kind: Kind) -> Tensor:
         spread = torch.diag_embed(probabilities)
         spread -= probabilities[:, :, None] * probabilities[:, None]
         values, vectors = torch.linalg.eigh(_through_norm(head.T @ spread @ head, unit, norms))
-        values = _without_rounding(values.clamp_min(0))
-        return (vectors * values.sqrt()[:, None]).transpose(1, 2)
+        values = _without_rounding(values.clamp_min(0), torch.finfo(dtype).eps)
+        return (vectors * values.sqrt()[:, None]).transpose(1, 2).to(dtype)
     if kind == "predicted":
         chosen = nn.functional.one_hot(probabilities.argmax(-1), len(head)) - probabilities
     else:
         roots = probabilities.sqrt()
         chosen = roots - probabilities * roots.sum(-1, keepdim=True)
     given = chosen @ head
-    return ((given - unit * (given * unit).sum(-1, keepdim=True)) / norms)[:, None]
+    return ((given - unit * (given * unit).sum(-1, keepdim=True)) / norms)[:, None].to(dtype)
 
 
 def _through_norm(matrix: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """`N M Nᵀ` of each image's `[D, D]` with `N = (1 − u uᵀ) / ‖z‖`, the derivative of `z / ‖z‖`."""
+    """`N M N` of each image's `[D, D]` with `N = (1 − u uᵀ) / ‖z‖`, the derivative of `z / ‖z‖`."""
     identity = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
     derivative = (identity - unit[:, :, None] * unit[:, None]) / norms[:, :, None]
     return derivative @ matrix @ derivative
 
 
-def _without_rounding(values: Tensor) -> Tensor:
-    """Eigenvalues `[B, D]`, the smallest of a batch 0 as far as their sum is below its rounding."""
+def _without_rounding(values: Tensor, share: float) -> Tensor:
+    """Eigenvalues `[B, D]`, the smallest of a batch 0 as long as they are a share of their sum."""
     order = values.flatten().argsort()
-    summed = values.flatten()[order].double().cumsum(0)
-    small = summed <= summed[-1] * torch.finfo(values.dtype).eps
+    summed = values.flatten()[order].cumsum(0)
+    small = summed <= summed[-1] * share
     kept = values.flatten().clone()
     kept[order[small]] = 0
     return kept.view_as(values)

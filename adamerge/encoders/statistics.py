@@ -230,7 +230,7 @@ def in_files(folder: Path, keys: Mapping[str, str]) -> Keep:
         path = folder / f"{keys[task]}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):
-            layers = _known(path)
+            layers: Mapping[str, Layer] | None = _known(path)
             if layers is None:
                 with storing(Storage(device="disk", file=path), list(names)) as shelf:
                     for name, tensor in made():

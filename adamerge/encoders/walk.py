@@ -176,6 +176,6 @@ class OpenAttention(nn.MultiheadAttention):
         parts = packed if self.batch_first else packed.transpose(0, 1)
         batch, tokens = parts.shape[:2]
         heads = parts.view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+        mixed = nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], mask)
         joined = mixed.transpose(1, 2).reshape(batch, tokens, self.embed_dim)
         return self.out_proj(joined if self.batch_first else joined.transpose(0, 1)), None

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from adamerge._base.errors import AdamergeError
 from adamerge.learn.adaptation import Adaptation
+from adamerge.learn.resume import CheckpointFiles
 from adamerge.weights.shards import ShardedTaskVectors
 
 Fingerprint = Mapping[str, str]
@@ -75,6 +76,12 @@ class Checkpoints(Callback):
             return
         trainer.save_checkpoint(self.path, weights_only=False)  # the main process alone writes
         self._saved = trainer.global_step
+
+    def save_nothing(self) -> None:
+        """The checkpoint of a method that has nothing to learn."""
+        found = {"fingerprint": self.fingerprint, "rng": _random_state()}
+        content = {"adamerge": found, "state_dict": {}, "global_step": 0}
+        CheckpointFiles().save_checkpoint(content, self.path)
 
 
 def _settle(pl_module: pl.LightningModule) -> None:

@@ -2,7 +2,9 @@
 
 from adamerge.methods.adamerging import AdaMerging
 from adamerge.methods.base import MergeMethod
+from adamerge.methods.featcal import FeatCal
+from adamerge.methods.regmean_pp import RegMeanPP
 from adamerge.methods.surgery import Surgery
 from adamerge.methods.wemoe import WEMoE
 
-__all__ = ["AdaMerging", "MergeMethod", "Surgery", "WEMoE"]
+__all__ = ["AdaMerging", "FeatCal", "MergeMethod", "RegMeanPP", "Surgery", "WEMoE"]

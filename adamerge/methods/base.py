@@ -22,6 +22,11 @@ class MergeMethod(nn.Module):
     # stored in any type and place, and shared out among processes: set as `self.task_vectors`.
     combines = False
 
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to learn."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def weights(self) -> dict[str, Tensor]:
         """What all images of a step share, as differentiable functions of the learnables.
 
@@ -133,9 +138,9 @@ class Calibration(MergeMethod):
         super().__init__()
         if not isinstance(encoder, FoldedEncoder):
             raise AdamergeError(
-                f"{type(self).__name__} calibrates one static encoder, not a "
-                f"{type(encoder).__name__}: give as method.base a run or checkpoint of one, such as "
-                "AdaMerging's"
+                f"{type(self).__name__} starts from one static encoder, not from a "
+                f"{type(encoder).__name__}: name as method.base a run or checkpoint that is one, "
+                "as AdaMerging makes it"
             )
         self._tower = Tower(encoder.backbone)
         self._start = {name: t.detach() for name, t in encoder.backbone.state_dict().items()}

@@ -5,6 +5,8 @@ the sum is a whole merge, about 0.3 where the vectors were only cleaned.
 """
 
 from adamerge.transforms.competition import pcb
+from adamerge.transforms.gradients import fisher, fisher_batch_sum
+from adamerge.transforms.inputs import esm, regmean
 from adamerge.transforms.masks import consensus, elect, emr, magmax, tall
 from adamerge.transforms.scale import lines, metagpt, model_stock
 from adamerge.transforms.sparse import breadcrumbs, dare, della, magnitude, ties
@@ -17,6 +19,9 @@ __all__ = [
     "della",
     "elect",
     "emr",
+    "esm",
+    "fisher",
+    "fisher_batch_sum",
     "karcher",
     "lines",
     "magmax",
@@ -25,6 +30,7 @@ __all__ = [
     "model_stock",
     "multislerp",
     "pcb",
+    "regmean",
     "slerp",
     "tall",
     "ties",

@@ -82,7 +82,9 @@ def divided(weighted: Tensor, gram: Tensor, name: str) -> Tensor:
     ridge, size = 0.0, gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     while bool(failed) and ridge < 1:
         ridge = max(10 * ridge, 1e-12)
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * size * torch.eye(len(gram)).to(gram))
+        factor, failed = torch.linalg.cholesky_ex(
+            gram + ridge * size * torch.eye(len(gram)).to(gram)
+        )
     if ridge:
         log.warning(
             "layer %s: the inputs of the images do not span all its columns; a ridge of %.0e of "
@@ -166,9 +168,7 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def _essential(
-    tau: Tensor, grams: Tensor, power: float, spectrum: float, name: str
-) -> Tensor:
+def _essential(tau: Tensor, grams: Tensor, power: float, spectrum: float, name: str) -> Tensor:
     tasks, rows, columns = tau.shape
     kept = min(rows // tasks, columns)
     if kept == 0:
@@ -187,9 +187,7 @@ def _essential(
     left, right = torch.cat(lefts, 1), torch.cat(rights)
     sizes = right.norm(dim=0)
     left, right = _orthogonal(left), _orthogonal(right * (sizes / sizes.mean()) ** power)
-    return torch.stack(
-        [u @ v for u, v in zip(left.split(kept, 1), right.split(kept), strict=True)]
-    )
+    return torch.stack([u @ v for u, v in zip(left.split(kept, 1), right.split(kept), strict=True)])
 
 
 def _directions(tau: Tensor, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
