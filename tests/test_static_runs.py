@@ -18,6 +18,7 @@ from adamerge.config import build
 from adamerge.config import settings as config
 from adamerge.encoders.experts import PerTaskEncoder
 from adamerge.methods import AdaMerging, Surgery, WEMoE
+from adamerge.report.advice import Signs, advice
 from tests import golden_data as golden
 from tests.tiny import learned
 
@@ -137,3 +138,11 @@ def test_surgery_goes_on_a_run_with_an_encoder_per_task(train: Train) -> None:
     assert adamerge.load(run / "merged").kind == "adapters"
     method = load_job(config.load_run(run)).module.method
     assert isinstance(method, Surgery)
+
+
+def test_no_objective_is_advised_on_where_none_was_used(train: Train) -> None:
+    run = train("advice", "method=task_arithmetic", "method.init=-1", "preflight=on")
+    results = json.loads((run / "results.json").read_text())
+    assert results["advice"] == []
+    signs = Signs(**results["signs"]["before"])
+    assert advice("entropy", signs, signs), "else nothing is shown here"

@@ -64,6 +64,7 @@ def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
         return {}
     after = look(job, encoder)
     taught = isinstance(job.module.objective, Taught)  # by the experts: nothing to advise
+    taught = taught or job.settings["trainer"]["max_steps"] == 0  # nor of no objective at all
     said = [] if taught else advice.advice(job.settings["objective"]["name"], before, after)
     for sentence in said:
         log.warning("advice: %s", sentence)

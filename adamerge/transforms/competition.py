@@ -104,7 +104,7 @@ def _score(tau: Tensor, sizes: Tensor, how: _Formula, row: int) -> Tensor:
     own = torch.exp(len(tau) * (sizes[row].square() - 1))
     if not how.pairwise:
         return own * torch.tanh(tau[row] * tau.sum(0))
-    agreement = torch.zeros_like(own)
+    agreement, each = torch.zeros_like(own), torch.empty_like(own)
     for other in sizes:
-        agreement += torch.tanh(sizes[row] * other)
-    return own * agreement
+        agreement += torch.mul(sizes[row], other, out=each).tanh_()
+    return own.mul_(agreement)

@@ -34,10 +34,11 @@ def model_stock(task_vectors: TaskVectors) -> TaskVectors:
     Model Stock: All we need is just a few fine-tuned models (arXiv 2403.19522). c is the mean over
     pairs of tasks of the cosine of their task vectors in that layer; all layers take part. The sum
     is the whole merge: init 1. Made for experts of one task: where they are of different tasks,
-    cosines are near 0 and so is the merge, and where they are negative a log line says so.
+    cosines are near 0 and so is the merge, and where they are negative a log line says so. A layer
+    in which they cancel, `1 + (T − 1) c = 0`, stays pretrained.
 
     Raises:
-        AdamergeError: there is one task, or `1 + (T − 1) c` is not above 0 in a layer.
+        AdamergeError: there is one task.
     """
     count = len(task_vectors.tasks)
     if count < 2:
@@ -46,14 +47,10 @@ def model_stock(task_vectors: TaskVectors) -> TaskVectors:
 
     def change(name: str, tau: Tensor) -> Tensor:
         cosine = _mean_cosine(tau)
-        if 1 + (count - 1) * cosine <= 1e-6:
-            raise AdamergeError(
-                f"model_stock: the task vectors' mean cosine in layer {name!r} is {cosine:.3f}, "
-                f"expected more than {-1 / (count - 1):.3f} (they cancel there): use another merge"
-            )
         if cosine < 0:
             negative[name] = cosine
-        return tau * (cosine / (1 + (count - 1) * cosine))
+        left = 1 + (count - 1) * cosine
+        return tau * (cosine / left if left > 1e-6 else 0.0)
 
     changed = each_layer(task_vectors, change)
     if negative:

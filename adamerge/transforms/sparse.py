@@ -225,11 +225,20 @@ def breadcrumbs(
 
 def _band(tau: Tensor, width: int, dropped: int, kept: int) -> Tensor:
     """τ `[T, *shape]` with, in every row of `width` entries, the `kept` largest magnitudes after
-    the `dropped` largest; a task at a time."""
-    changed = torch.zeros_like(tau, memory_format=torch.contiguous_format)
+    the `dropped` largest, and 0 elsewhere; a task at a time."""
+    changed = torch.empty_like(tau, memory_format=torch.contiguous_format)
     for row in range(len(tau)):
-        entries = tau[row].reshape(-1, width)
-        order = entries.abs().argsort(dim=1, descending=True, stable=True)
-        places = order[:, dropped : dropped + kept]
-        changed[row].view(-1, width).scatter_(1, places, entries.gather(1, places))
+        sizes = tau[row].reshape(-1, width).abs()
+        band = _largest(sizes, dropped + kept) & ~_largest(sizes, dropped)
+        torch.mul(tau[row], band.view(tau[row].shape), out=changed[row])
     return changed
+
+
+def _largest(sizes: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of every row are, `[rows, width]`; of equal ones the earlier."""
+    if count == 0 or count == sizes.shape[1]:
+        return torch.full_like(sizes, count > 0, dtype=torch.bool)
+    edge = sizes.kthvalue(sizes.shape[1] - count + 1, dim=1, keepdim=True).values
+    above, equal = sizes > edge, sizes == edge
+    missing = count - above.sum(1, keepdim=True)
+    return above | (equal & (equal.cumsum(1) <= missing))
