@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
+from adamerge.encoders.experts import Experts
+from adamerge.encoders.statistics import Images, refuse_no_images
 from adamerge.encoders.tower import FoldedEncoder, Tower
 
 
@@ -128,13 +130,16 @@ class Calibration(MergeMethod):
     Nothing of it is in a checkpoint: the same inputs give it again.
 
     Args:
-        encoder: a static encoder of the architecture, as `merged_encoder` gives it; left unchanged.
+        encoder: the static encoder that it starts from, as `merged_encoder` gives it; left
+            unchanged.
+        teacher: the T experts.
+        images: unlabeled, of every task, on the device that computes, in the experts' type.
 
     Raises:
-        AdamergeError: an encoder of another kind.
+        AdamergeError: an encoder of another kind, or a task without images.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, teacher: Experts, images: Images) -> None:
         super().__init__()
         if not isinstance(encoder, FoldedEncoder):
             raise AdamergeError(
@@ -144,16 +149,22 @@ class Calibration(MergeMethod):
             )
         self._tower = Tower(encoder.backbone)
         self._start = {name: t.detach() for name, t in encoder.backbone.state_dict().items()}
+        self._experts, self._images = teacher, images
         self._done: dict[str, Tensor] | None = None
 
     def calibrated(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The calibrated weights of the whole tower, made from those of `start`."""
+        """The calibrated weights of the whole tower, from those of `start` in the experts' type."""
         raise NotImplementedError
 
     def weights(self) -> dict[str, Tensor]:
         """The calibrated weights; nothing is learned."""
         if self._done is None:
-            made = self.calibrated(self._start)
+            vectors = self._experts.task_vectors
+            like = vectors.pretrained[vectors.names[0]].dtype
+            for task in vectors.tasks:
+                refuse_no_images(self._images, task)
+            floats = {n: t.to(like) for n, t in self._start.items() if t.is_floating_point()}
+            made = self.calibrated({**self._start, **floats})
             self._done = {name: made[name].to(tensor) for name, tensor in self._start.items()}
         return self._done
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from adamerge._base.errors import AdamergeError
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.statistics import Images, embedded, refuse_no_images
+from adamerge.encoders.statistics import Images, embedded
 from adamerge.encoders.walk import Blocks
 from adamerge.methods.base import Calibration
+from adamerge.transforms.layers import check_number
 
 log = logging.getLogger("adamerge")
 
@@ -63,18 +63,13 @@ class FeatCal(Calibration):
         mix: float = 0.25,
         other_tokens: float = 0.01,
     ) -> None:
-        super().__init__(encoder)
-        for name, value, most in (
-            ("ridge", ridge, float("inf")), ("mix", mix, 1), ("other_tokens", other_tokens, 1),
-        ):  # fmt: skip
-            if not 0 <= value <= most:
-                upper = "" if most > 1 else " and at most 1"
-                raise AdamergeError(
-                    f"{name} is {value!r}: expected at least 0{upper} (method.{name})"
-                )
+        super().__init__(encoder, teacher, images)
+        check_number("featcal", "ridge", ridge, 0, 1e6)
+        check_number("featcal", "extrapolation", extrapolation, 0, 1e6)
+        check_number("featcal", "mix", mix, 0, 1)
+        check_number("featcal", "other_tokens", other_tokens, 0, 1)
         self.ridge, self.extrapolation, self.mix = ridge, extrapolation, mix
         self.other_tokens = other_tokens
-        self._experts, self._images = teacher, images
         self._blocks = Blocks(self._tower)
 
     @torch.no_grad()
@@ -83,7 +78,6 @@ class FeatCal(Calibration):
         outside = blocks.outside()
         students, teachers = {}, {}
         for task in experts.tasks:
-            refuse_no_images(self._images, task)
             batches = self._images[task]
             students[task] = embedded(blocks, {name: start[name] for name in outside}, batches)
             teachers[task] = embedded(blocks, experts.weights(task, names=outside), batches)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.statistics import Images, Moments, embedded, refuse_no_images
+from adamerge.encoders.statistics import Images, Moments, embedded
 from adamerge.encoders.walk import Blocks
 from adamerge.methods.base import Calibration
-from adamerge.transforms.inputs import check_off_diagonal, damped, divided
+from adamerge.transforms.inputs import damped, factored, solved
+from adamerge.transforms.layers import check_number
 
 log = logging.getLogger("adamerge")
 
@@ -42,10 +43,9 @@ class RegMeanPP(Calibration):
     def __init__(
         self, encoder: nn.Module, teacher: Experts, images: Images, off_diagonal: float = 0.95
     ) -> None:
-        super().__init__(encoder)
-        check_off_diagonal(off_diagonal, "method")
+        super().__init__(encoder, teacher, images)
+        check_number("regmean_pp", "off_diagonal", off_diagonal, 0, 1)
         self.off_diagonal = off_diagonal
-        self._experts, self._images = teacher, images
         self._blocks = Blocks(self._tower)
 
     @torch.no_grad()
@@ -54,7 +54,6 @@ class RegMeanPP(Calibration):
         outside = {name: start[name] for name in blocks.outside()}
         tokens = {}
         for task in experts.tasks:
-            refuse_no_images(self._images, task)
             tokens[task] = embedded(blocks, outside, self._images[task])
         device = tokens[experts.tasks[0]][0].device
         for index in range(len(blocks)):
@@ -80,7 +79,7 @@ class RegMeanPP(Calibration):
                 product = expert[name].double() @ gram
                 weighted[name] = weighted[name] + product if name in weighted else product
                 total[name] = total[name] + gram if name in total else gram
-        return {name: divided(weighted[name], total[name], name) for name in weighted}
+        return {name: solved(weighted[name], factored(total[name], name)) for name in weighted}
 
     def _moments(
         self, index: int, expert: Mapping[str, Tensor], parts: list[Tensor]

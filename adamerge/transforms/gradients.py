@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.gradients import Gradients
+from adamerge.transforms.layers import check_number, each_layer, spread
 from adamerge.weights.task_vectors import TaskVectors
 
 
@@ -39,11 +40,11 @@ def fisher(
         floor: added to F, so that weights that no image needs are averaged.
 
     Raises:
-        AdamergeError: another word for `classes`, or a floor that is not positive.
+        AdamergeError: another word for `classes`, or a floor outside (0, 1].
     """
     if classes not in ("all", "predicted"):
         raise AdamergeError(f"fisher: classes is {classes!r}, expected 'all' or 'predicted'")
-    _check(floor, "fisher")
+    check_number("fisher", "floor", floor, 0, 1, open_low=True)
     return _weighted(task_vectors, gradients.squared(classes), normalised, floor)
 
 
@@ -66,15 +67,10 @@ def fisher_batch_sum(
         task_vectors, gradients, normalised, floor: as of `fisher`.
 
     Raises:
-        AdamergeError: a floor that is not positive.
+        AdamergeError: a floor outside (0, 1].
     """
-    _check(floor, "fisher_batch_sum")
+    check_number("fisher_batch_sum", "floor", floor, 0, 1, open_low=True)
     return _weighted(task_vectors, gradients.squared("batch_sum"), normalised, floor)
-
-
-def _check(floor: float, name: str) -> None:
-    if not floor > 0:
-        raise AdamergeError(f"{name}: floor is {floor}, expected a positive number, like 1e-6")
 
 
 def _weighted(
@@ -85,11 +81,10 @@ def _weighted(
         weights = task_weights(squares, floor)
 
     def shares(name: str, tau: Tensor) -> Tensor:
-        by_task = weights.to(tau).view(-1, *[1] * (tau.ndim - 1))
-        used = by_task * (squares[name].to(tau) + floor)
+        used = spread(weights, tau) * (squares[name].to(tau) + floor)
         return tau * (used / used.sum(0))
 
-    return task_vectors.with_deltas((n, shares(n, tau)) for n, tau in task_vectors.deltas.items())
+    return each_layer(task_vectors, shares)
 
 
 def task_weights(squares: Mapping[str, Tensor], floor: float) -> Tensor:
