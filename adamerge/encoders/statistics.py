@@ -214,8 +214,8 @@ def embedded(
 
 
 def in_memory(task: str, names: Sequence[str], made: Callable[[], Named]) -> dict[str, Tensor]:
-    """Keeps a task's statistics in memory."""
-    return dict(made())
+    """Keeps a task's statistics in the host's memory."""
+    return {name: tensor.cpu() for name, tensor in made()}
 
 
 def in_files(folder: Path, keys: Mapping[str, str]) -> Keep:
@@ -230,13 +230,13 @@ def in_files(folder: Path, keys: Mapping[str, str]) -> Keep:
         path = folder / f"{keys[task]}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):
-            layers: Mapping[str, Layer] | None = _known(path)
-            if layers is None:
+            known = _known(path)
+            if known is None:
                 with storing(Storage(device="disk", file=path), list(names)) as shelf:
                     for name, tensor in made():
                         shelf.add(name, Layer(tensor))
-                    layers = shelf.close({})
-        return _Values(layers)
+                    shelf.close({})
+        return _Values(known or MappedLayers(path))
 
     return keep
 
@@ -253,13 +253,15 @@ def _known(path: Path) -> MappedLayers | None:
 
 
 class _Values(Mapping[str, Tensor]):
-    """Tensors of mapped layers by name."""
+    """Tensors of a mapped file by name, copied, so that nothing of the file stays in memory."""
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
+    def __init__(self, layers: MappedLayers) -> None:
         self._layers = layers
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._layers[name].values
+        found = self._layers[name].values.clone()
+        self._layers.release()
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
