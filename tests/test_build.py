@@ -15,19 +15,24 @@ from adamerge.methods import Surgery, WEMoE
 
 
 @pytest.fixture(scope="module")
-def parts(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> inputs.Suite:
+def parts(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> inputs.Inputs:
     cache = f"cache_dir={tmp_path_factory.mktemp('cache')}"
-    return inputs.load_suite(config.load([f"suite={suite}", cache]))
+    return inputs.load(config.load([f"suite={suite}", cache]))
 
 
-def step(words: list[str], parts: inputs.Suite, suite: Path) -> build.Adaptation:
-    settings = config.load([f"suite={suite}", *words])
+def step(words: list[str], parts: inputs.Inputs, suite: Path) -> build.Adaptation:
+    """An adaptation after one step, or as it is built where there is nothing to learn."""
+    cache = f"cache_dir={parts.settings['cache_dir']}"
+    settings = config.load([f"suite={suite}", cache, "statistics.images=4", *words])
     build.check(settings)
-    adaptation = build.build_adaptation(settings, parts, build.build_method(settings, parts))
+    method = build.build_method(settings, parts.suite, parts.data)
+    adaptation = build.build_adaptation(settings, parts.suite, method)
+    if not method.has_learnables:
+        return adaptation
     generator = torch.Generator().manual_seed(0)
     batch = {
         task: torch.randint(0, 256, (3, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        for task in parts.heads.tasks
+        for task in parts.suite.heads.tasks
     }
     loss = adaptation.training_step(batch, 8)
     loss.backward()
@@ -37,14 +42,14 @@ def step(words: list[str], parts: inputs.Suite, suite: Path) -> build.Adaptation
 
 
 @pytest.mark.parametrize("name", config.names("method"))
-def test_methods(name: str, parts: inputs.Suite, suite: Path) -> None:
+def test_methods(name: str, parts: inputs.Inputs, suite: Path) -> None:
     method = step([f"method={name}", "log_every=100"], parts, suite).method
     assert isinstance(method, Surgery) == name.startswith("surgery")
     assert isinstance(method, WEMoE) == name.endswith("wemoe")
 
 
 @pytest.mark.parametrize("name", config.names("objective"))
-def test_objectives(name: str, parts: inputs.Suite, suite: Path) -> None:
+def test_objectives(name: str, parts: inputs.Inputs, suite: Path) -> None:
     method = "surgery_v2" if name == "surgery_v2" else "layer_wise"
     words = [f"method={method}", f"objective={name}", "log_every=100"]
     objective = step(words, parts, suite).objective

@@ -13,6 +13,7 @@ from tests.processes import train_on_ranks
 from tests.tiny import learned, make_suite
 
 METHODS = {
+    "regmean": ["method=regmean", "optim.lr=1e-2", "statistics.images=8"],
     "wemoe": ["method=wemoe", "optim.lr=1e-2"],
     "wemoe, batch gates": ["method=wemoe", "optim.lr=1e-2", "method.batch_gate=true"],
     "e_wemoe": ["method=e_wemoe", "optim.lr=1e-2", "objective=infomax"],

@@ -14,6 +14,7 @@ from adamerge.transforms.sparse import keep_probability, ties
 from adamerge.weights.storage import Storage
 from tests import golden_data as golden
 from tests import reference
+from tests.test_golden_more_statistics import gradients, inputs
 
 # Every transform, as a function of task vectors alone: a new one adds a row.
 TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
@@ -32,6 +33,9 @@ TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
     "emr: by layers": lambda tv: transforms.emr(tv, by_layers=True),
     "iso_c": transforms.iso_c,
     "iso_cts": transforms.iso_cts,
+    "esm": lambda tv: transforms.esm(tv, inputs(torch.float32)),
+    "fisher": lambda tv: transforms.fisher(tv, gradients(torch.float32), "predicted"),
+    "fisher_batch_sum": lambda tv: transforms.fisher_batch_sum(tv, gradients(torch.float32)),
     "karcher": transforms.karcher,
     "lines": transforms.lines,
     "magmax": transforms.magmax,
@@ -42,6 +46,7 @@ TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
     "opcm": transforms.opcm,
     "pcb": transforms.pcb,
     "pcb: readme": lambda tv: transforms.pcb(tv, "readme"),
+    "regmean": lambda tv: transforms.regmean(tv, inputs(torch.float32)),
     "slerp": transforms.slerp,
     "svc": transforms.svc,
     "tall": transforms.tall,

@@ -79,7 +79,8 @@ def report_of(job: Job) -> dict[str, Any]:
     with isolate_rng():
         matrix = Matrix(**kept("solving", lambda: preflight.measure(*models, images, device)))
         doubts = list(_of_activation(job, images, matrix, device, kept))
-        cost = _estimate(job, images, device)
+        learns = job.module.method.has_learnables
+        cost = _estimate(job, images, device) if learns else None
     model = {
         "layers": len(vectors.names),
         "parameters": vectors.numel(),
@@ -92,7 +93,7 @@ def report_of(job: Job) -> dict[str, Any]:
         *findings.of_experts(matrix, files),
         *doubts,
         *findings.of_lengths(vectors.tasks, norms[1:]),
-        *findings.of_memory(cost),
+        *(findings.of_memory(cost) if learns else ()),
     ]
     counts = {task: len(pixels) for task, pixels in images.pixels.items()}
     name = settings["suite"]["name"]

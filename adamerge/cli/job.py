@@ -56,6 +56,8 @@ class Job(Inputs):
             add(f"trainer.{key}", config["trainer"].get(key))
         if config["task_vectors"]["dtype"] != "float32":
             add("task_vectors.dtype", config["task_vectors"]["dtype"])
+        if build.asks_statistics(config):
+            add("statistics", config["statistics"])
         add("order of tasks", ", ".join(config["suite"]["tasks"]))
         for name, file in self.suite.files.items():
             add(f"sha256 of {name}", file["sha256"])
@@ -79,7 +81,7 @@ class Job(Inputs):
 def load_job(settings: Config) -> Job:
     """Loads everything that a checked configuration names."""
     known = inputs.load(settings)
-    method = build.build_method(settings, known.suite)
+    method = build.build_method(settings, known.suite, known.data)
     folds.check(settings["fold"], method, settings["method"]["name"])
     module = build.build_adaptation(settings, known.suite, method)
     return Job(settings, known.suite, known.data, known.unseen, module)

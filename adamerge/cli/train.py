@@ -69,7 +69,8 @@ def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
         _announce(job, run_dir)
         if not resumed:
             check.before_training(job, run_dir)
-            results.keep_signs(job, run_dir)
+            if job.module.method.has_learnables:
+                results.keep_signs(job, run_dir)
     _prepare(job)
     wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
     stopped_by = _fit(job, run_dir, step, wandb)
@@ -207,6 +208,10 @@ def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int |
         return {f"accuracy/{task}": value for task, value in accuracy.items()}
 
     checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())
+    if not method.has_learnables:
+        if is_main_process():
+            checkpoints.save_nothing()
+        return None
     given = settings["trainer"]
     trainer = build_trainer(
         _in_parts(given) if isinstance(method, Staged) else given,

@@ -29,7 +29,7 @@ def base_settings(target: Callable[..., Any], arguments: Mapping[str, Any]) -> d
     """Those of a method's settings that the builder makes an encoder of.
 
     `base` (a checkpoint, or a run's folder) for methods that take `base` or `encoder`; and `init`
-    (the coefficient of task arithmetic in its place) for those that take `encoder`.
+    (the coefficient of task arithmetic in its place; null: 1 / T) for those that take `encoder`.
     """
     asked = set(inspect.signature(target).parameters)
     names = {"base"} if {"base", "encoder"} & asked else set()
@@ -42,8 +42,11 @@ def base_problems(given: Mapping[str, Any]) -> list[str]:
     found, base, init = [], given.get("base"), given.get("init", INIT)
     if not isinstance(base, str | None):
         found.append(f"method.base is {base!r}: expected a checkpoint, a run's folder, or null")
-    if not isinstance(init, int | float) or isinstance(init, bool) or not math.isfinite(init):
-        found.append(f"method.init is {init!r}: expected a finite number")
+    number = isinstance(init, int | float) and not isinstance(init, bool) and math.isfinite(init)
+    if init is not None and not number:
+        found.append(
+            f"method.init is {init!r}: expected a finite number, or null (the mean of the experts)"
+        )
     return found
 
 
@@ -70,8 +73,9 @@ def supplied(
         encoder = base(static=False)
         if encoder is not None:
             return encoder
-        tower, init = Tower(backbone), float(given.get("init", INIT))
+        tower, init = Tower(backbone), given.get("init", INIT)
         tower.check(task_vectors)
+        init = 1 / len(task_vectors.tasks) if init is None else float(init)
         return merged_encoder(tower, task_vectors, init)
 
     return {

@@ -15,13 +15,22 @@ from adamerge.config.arguments import base_problems, base_settings, supplied
 from adamerge.config.inputs import Suite, normalizer
 from adamerge.config.settings import Config
 from adamerge.config.settings import problems as problems_of_config
+from adamerge.config.statistics import statistics
 from adamerge.config.suite import entries
-from adamerge.config.targets import KINDS, Supplied, build, target_of, target_problems
+from adamerge.config.targets import (
+    KINDS,
+    Supplied,
+    asks,
+    build,
+    target_of,
+    target_problems,
+)
 from adamerge.config.trainer import run_device, trainer_problems
 from adamerge.encoders.architectures import architecture_names
 from adamerge.images.sources import data_problems
 from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_inside
+from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
 from adamerge.methods.base import MergeMethod, tracing
@@ -140,25 +149,39 @@ def _scheduler(part: Config, optimizer: torch.optim.Optimizer) -> Any:
     return build("scheduler", part, KINDS["scheduler"], {"optimizer": lambda: optimizer})
 
 
-def build_method(config: Config, suite: Suite) -> MergeMethod:
-    """The method on the transformed task vectors."""
+def asks_statistics(config: Config) -> bool:
+    """Whether the result depends on statistics of unlabeled images."""
+    parts = [("method", config["method"]), *(("transform", p) for p in _transforms(config))]
+    return any(asks(target_of(key, part, KINDS[key])[0]) for key, part in parts)
+
+
+def build_method(config: Config, suite: Suite, data: TaskData | None = None) -> MergeMethod:
+    """The method on the transformed task vectors.
+
+    Args:
+        data: the images that transforms and methods may ask for statistics of.
+    """
     vectors = suite.task_vectors
+    of_images = {} if data is None else statistics(config, suite, data)
     for index, part in enumerate(_transforms(config)):
-        vectors = _transformed(f"transform[{index}]", part, config, suite, vectors)
+        given: Supplied = {"task_vectors": functools.partial(_itself, vectors), **of_images}
+        vectors = _transformed(f"transform[{index}]", part, config, suite, given)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small
         vectors = vectors.stored(replace(vectors.storage, dtype=config["task_vectors"]["dtype"]))
     _, part, base = _method(config)
-    values = supplied(suite, vectors, base, config["protocol"])
+    values = {**supplied(suite, vectors, base, config["protocol"]), **of_images}
     values = {**values, "device": lambda: run_device(config["trainer"])}
     method: MergeMethod = build("method", part, KINDS["method"], values)
     return method
 
 
-def _transformed(
-    key: str, part: Any, config: Config, suite: Suite, vectors: TaskVectors
-) -> TaskVectors:
+def _itself(vectors: TaskVectors) -> TaskVectors:
+    return vectors
+
+
+def _transformed(key: str, part: Any, config: Config, suite: Suite, given: Supplied) -> TaskVectors:
     values: Supplied = {
-        "task_vectors": lambda: vectors,
+        **given,
         "architecture": lambda: architecture_names(suite.clip.config),
         "experts": lambda: suite.task_vectors,
         "device": lambda: run_device(config["trainer"]),
@@ -201,8 +224,13 @@ def _check_pair(config: Config, method: MergeMethod, objective: Objective) -> No
     for setting in ("compile", "recompute"):
         if config[setting]:
             refuse_inside(method, setting)
+    if not method.has_learnables and config["trainer"]["max_steps"] != 0:
+        raise AdamergeError(
+            f"{name} has nothing to learn: set trainer.max_steps=0, or use method=layer_wise on a "
+            "transform to learn on top of a merge"
+        )
     shapes = dict.fromkeys(tuple(parameter.shape) for parameter in method.parameters())
-    if refused := _trial(config, shapes):
+    if shapes and (refused := _trial(config, shapes)):
         raise AdamergeError(
             f"{refused[0]}: {name} with these settings learns tensors of shape "
             f"{', '.join(map(str, shapes))}; use an optimizer for them, as torch.optim.Adam"

@@ -36,9 +36,11 @@ class Kind(NamedTuple):
 
 _SCHEDULER = torch.optim.lr_scheduler.LRScheduler
 _TRANSFORM = "a function from TaskVectors annotated to return TaskVectors"
-_GIVEN = ("task_vectors", "architecture", "experts", "device")  # to a transform
+STATISTICS = ("images", "inputs", "gradients")  # of unlabeled images
+_TO_METHOD = (*SUPPLIED, "device", *STATISTICS)
+_GIVEN = ("task_vectors", "architecture", "experts", "device", *STATISTICS)  # to a transform
 KINDS = {
-    "method": Kind(subclass_of(MergeMethod), "a MergeMethod class", (*SUPPLIED, "device")),
+    "method": Kind(subclass_of(MergeMethod), "a MergeMethod class", _TO_METHOD),
     "objective": Kind(subclass_of(Objective), "an Objective class", SUPPLIED),
     "optim": Kind(subclass_of(torch.optim.Optimizer), "a torch optimizer class", ("params",)),
     "scheduler": Kind(
@@ -46,6 +48,11 @@ KINDS = {
     ),
     "transform": Kind(function_to(TaskVectors), _TRANSFORM, _GIVEN),
 }
+
+
+def asks(target: Callable[..., Any]) -> bool:
+    """Whether a transform or method asks for anything of unlabeled images."""
+    return any(name in STATISTICS for name in inspect.signature(target).parameters)
 
 
 def target_of(key: str, part: Any, kind: Kind) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ class Experts(nn.Module):
 
     Attributes:
         tasks: the T tasks.
+        tower: the architecture.
 
     Raises:
         AdamergeError: task vectors that do not fit the backbone; on `trace`, a backbone without
@@ -36,35 +37,49 @@ class Experts(nn.Module):
 
     def __init__(self, backbone: nn.Module, task_vectors: TaskVectors) -> None:
         super().__init__()
-        self._tower = Tower(backbone)
-        self._tower.check(task_vectors)
+        self.tower = Tower(backbone)
+        self.tower.check(task_vectors)
         self.task_vectors, self.tasks = task_vectors, task_vectors.tasks
 
     def forward(self, inputs: Inputs, task_ids: Tensor) -> Tensor:
         """Features of each input's own expert, `[B, D]`."""
-        return self._by_expert(self._tower, inputs, task_ids)
+        return self._by_expert(self.tower, inputs, task_ids)
 
     def trace(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """The token means `[B, W]` after each block, then the features: `[B, blocks · W + D]`."""
-        blocks = resblocks(self._tower.skeleton)
+        blocks = resblocks(self.tower.skeleton)
 
         def run(weights: Mapping[str, Tensor], part: Tensor) -> Tensor:
-            return traced(blocks, lambda: self._tower(weights, part))
+            return traced(blocks, lambda: self.tower(weights, part))
 
         return self._by_expert(run, images, task_ids)
 
     @property
     def widths(self) -> list[int]:
         """W of every block, the split of a trace."""
-        return block_widths(resblocks(self._tower.skeleton))
+        return block_widths(resblocks(self.tower.skeleton))
 
-    def weights(self, task: str, device: torch.device | None = None) -> dict[str, Tensor]:
-        """One expert's full state dict."""
+    def weights(
+        self,
+        task: str,
+        device: torch.device | None = None,
+        names: Collection[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """One expert's full state dict, or those of its tensors that are named."""
         vectors = self.task_vectors
-        return {
-            name: tensor.to(device)
-            for name, tensor in {**vectors.constants, **vectors.expert(task)}.items()
-        }
+        if names is None:
+            whole = {**vectors.constants, **vectors.expert(task)}
+            return {name: tensor.to(device) for name, tensor in whole.items()}
+        return {name: self._tensor(vectors.index(task), name).to(device) for name in names}
+
+    def _tensor(self, row: int, name: str) -> Tensor:
+        vectors = self.task_vectors
+        if name in vectors.buffers:
+            return vectors.buffers[name][1 + row]
+        if name not in vectors.pretrained:
+            return vectors.constants[name]
+        base = vectors.pretrained[name]
+        return base + vectors.layers[name].row(row, base)
 
     @torch.no_grad()
     def _by_expert(
@@ -74,7 +89,7 @@ class Experts(nn.Module):
         task_ids: Tensor,
     ) -> Tensor:
         device = rows.tensors(inputs)[0].device
-        self._tower.apply_buffers(lambda buffer: buffer.to(device))
+        self.tower.apply_buffers(lambda buffer: buffer.to(device))
 
         def encode(task: int, part: Inputs) -> Tensor:
             return run(self.weights(self.tasks[task], device), part)

@@ -225,7 +225,7 @@ def merged_encoder(
     whole = task_vectors.whole
     first = whole.pretrained[whole.names[0]]
     if not isinstance(coefficients, Tensor):
-        coefficients = torch.full((len(whole.tasks),), float(coefficients))
+        coefficients = torch.full((len(whole.tasks),), float(coefficients), dtype=torch.float64)
     with torch.no_grad():
         weights = whole.combine(coefficients.detach().to(first))
     return FoldedEncoder(tower, {**weights, **whole.constants})

@@ -41,13 +41,7 @@ class Checkpoints(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - third parties use this one
-        rng = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all(),
-            "python": random.getstate(),
-            "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        }
-        checkpoint["adamerge"] = {"fingerprint": self.fingerprint, "rng": rng}
+        checkpoint["adamerge"] = self._record()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -88,6 +82,20 @@ class Checkpoints(Callback):
         if trainer.global_step != self._saved or again:
             trainer.save_checkpoint(self.path, weights_only=False)  # the main process alone writes
             self._saved = trainer.global_step
+
+    def _record(self) -> dict[str, Any]:
+        rng = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        }
+        return {"fingerprint": self.fingerprint, "rng": rng}
+
+    def save_nothing(self) -> None:
+        """The checkpoint of a method that has nothing to learn."""
+        content = {"adamerge": self._record(), "state_dict": {}, "global_step": 0}
+        CheckpointFiles().save_checkpoint(content, self.path)
 
 
 class CheckpointFiles(CheckpointIO):

@@ -4,7 +4,18 @@ from adamerge.methods.adamerging import AdaMerging
 from adamerge.methods.adarank import AdaRank
 from adamerge.methods.base import MergeMethod
 from adamerge.methods.concrete import Concrete
+from adamerge.methods.featcal import FeatCal
+from adamerge.methods.regmean_pp import RegMeanPP
 from adamerge.methods.surgery import Surgery
 from adamerge.methods.wemoe import WEMoE
 
-__all__ = ["AdaMerging", "AdaRank", "Concrete", "MergeMethod", "Surgery", "WEMoE"]
+__all__ = [
+    "AdaMerging",
+    "AdaRank",
+    "Concrete",
+    "FeatCal",
+    "MergeMethod",
+    "RegMeanPP",
+    "Surgery",
+    "WEMoE",
+]

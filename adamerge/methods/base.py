@@ -59,6 +59,11 @@ class MergeMethod(nn.Module):
             self.tower.check(task_vectors, per_task=self.takes_per_task)
             self.tower.apply_buffers(lambda buffer: buffer.to(task_vectors.device))
 
+    @property
+    def has_learnables(self) -> bool:
+        """Whether there is anything to learn."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def weights(self) -> dict[str, Tensor]:
         """What all inputs of a step share, as differentiable functions of the learnables.
 
@@ -284,11 +289,7 @@ def folds_of(method: MergeMethod) -> dict[str, bool]:
 
 
 def tracing(method: MergeMethod) -> Traced:
-    """The method, where it can be taught block by block.
-
-    Raises:
-        AdamergeError: it cannot.
-    """
+    """The method, where it can be taught block by block; else an AdamergeError."""
     if isinstance(method, Traced) and method.traceable:
         return method
     raise AdamergeError(

@@ -5,6 +5,8 @@ the sum is a whole merge, about 0.3 where the vectors were only cleaned.
 """
 
 from adamerge.transforms.competition import pcb
+from adamerge.transforms.gradients import fisher, fisher_batch_sum
+from adamerge.transforms.inputs import esm, regmean
 from adamerge.transforms.interference import ace, doge, wudi
 from adamerge.transforms.masks import consensus, elect, emr, magmax, tall
 from adamerge.transforms.projections import cart, centre, opcm, truncate
@@ -24,6 +26,9 @@ __all__ = [
     "doge",
     "elect",
     "emr",
+    "esm",
+    "fisher",
+    "fisher_batch_sum",
     "iso_c",
     "iso_cts",
     "karcher",
@@ -35,6 +40,7 @@ __all__ = [
     "multislerp",
     "opcm",
     "pcb",
+    "regmean",
     "slerp",
     "svc",
     "tall",

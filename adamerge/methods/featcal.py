@@ -1,0 +1,282 @@
+"""FeatCal: the blocks of a merge solved anew, so that its features come back to the experts'."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from adamerge.encoders.experts import Experts
+from adamerge.encoders.statistics import Images, embedded
+from adamerge.encoders.walk import Blocks
+from adamerge.methods.calibration import Calibration
+from adamerge.transforms.layers import check_number
+
+log = logging.getLogger("adamerge")
+
+_EPS = 1e-8  # added to the ridge, as in the authors' code
+Weights = Mapping[str, Tensor]
+
+
+class FeatCal(Calibration):
+    """Closed-form calibration of a merge on unlabeled images, block by block.
+
+    FeatCal (arXiv 2605.13030). Student tokens run through the calibrated blocks, teacher tokens of
+    task t through expert t. In each block, x_s are a layer's inputs before it is calibrated, x_e
+    those in the expert's block, and `x_t = mix x_e + (1 − mix) x_s`. With `C_t = E x_s x_sᵀ`,
+    `X_t = E x_s x_tᵀ`, `z_t = ‖C_t‖` and `anchor(θ) = θ0 + extrapolation (θ − θ0)` for the merge's
+    θ, a linear layer of the calibrated block is
+
+        Wᵀ = (Σ_t C_t / z_t + ridge I)⁻¹ (Σ_t X_t W_tᵀ / z_t + ridge anchor(W)ᵀ)
+
+    and its bias, and the scales and biases of normalisations, are minima of the same kind. In the
+    last block tokens other than the class token count little, but for keys and values. What lies
+    outside the blocks stays as it was merged.
+
+    It costs three passes over the images and two products of every layer's inputs, without labels
+    and gradients. In memory are two models, the tokens of all images twice, and one block's
+    products.
+
+    Args:
+        encoder: the merge, a static encoder; left unchanged.
+        teacher: the T experts, untransformed.
+        images: unlabeled, of every task, on the device that computes.
+        ridge: how strongly layers are held at the anchor.
+        extrapolation: where that is: 1 at the merge, above 1 beyond it, seen from the pretrained.
+        mix: the share of the expert's inputs in the targets, from 0 to 1.
+        other_tokens: what a token that is not the class token counts in the last block.
+
+    Raises:
+        AdamergeError: a setting out of range, or an encoder that is not static or has no blocks.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        teacher: Experts,
+        images: Images,
+        ridge: float = 0.05,
+        extrapolation: float = 2.2,
+        mix: float = 0.25,
+        other_tokens: float = 0.01,
+    ) -> None:
+        super().__init__(encoder, teacher, images)
+        check_number("featcal", "ridge", ridge, 0, 1e6)
+        check_number("featcal", "extrapolation", extrapolation, 0, 1e6)
+        check_number("featcal", "mix", mix, 0, 1)
+        check_number("featcal", "other_tokens", other_tokens, 0, 1)
+        self.ridge, self.extrapolation, self.mix = ridge, extrapolation, mix
+        self.other_tokens = other_tokens
+        self._blocks = Blocks(self.tower)
+
+    @torch.no_grad()
+    def calibrated(self, start: Weights) -> dict[str, Tensor]:
+        blocks, experts, found = self._blocks, self._experts, dict(start)
+        outside = blocks.outside()
+        students, teachers = {}, {}
+        for task in experts.tasks:
+            batches = self._images[task]
+            students[task] = embedded(blocks, {name: start[name] for name in outside}, batches)
+            teachers[task] = embedded(blocks, experts.weights(task, names=outside), batches)
+        device = students[experts.tasks[0]][0].device
+        for index in range(len(blocks)):
+            log.info("block %d of %d is calibrated", index + 1, len(blocks))
+            merged = {name: start[name].to(device) for name in blocks.names(index)}
+            block = _Block(self.ridge, self.mix, merged, self._anchor(merged))
+            for task in experts.tasks:
+                expert = experts.weights(task, device, blocks.names(index))
+                for place, tokens in enumerate(students[task]):
+                    ours: dict[str, Tensor] = {}
+                    theirs: dict[str, Tensor] = {}
+                    blocks.run(index, merged, tokens, ours.__setitem__)
+                    teachers[task][place] = blocks.run(
+                        index, expert, teachers[task][place], theirs.__setitem__
+                    )
+                    block.see(ours, theirs, self._counts(index, tokens))
+                block.end_task(expert)
+            found |= {name: tensor.to(start[name]) for name, tensor in block.solved().items()}
+            calibrated = {name: found[name].to(device) for name in merged}
+            for tokens_of in students.values():
+                for place, tokens in enumerate(tokens_of):
+                    tokens_of[place] = blocks.run(index, calibrated, tokens)
+        return found
+
+    def _anchor(self, merged: Weights) -> dict[str, Tensor]:
+        vectors = self._experts.task_vectors
+        pretrained = {**vectors.constants, **vectors.pretrained}
+        return {
+            name: torch.lerp(pretrained[name].to(tensor), tensor, self.extrapolation)
+            for name, tensor in merged.items()
+        }
+
+    def _counts(self, index: int, tokens: Tensor) -> Tensor | None:
+        """What each token counts, `[N]`, in the last block of a tower that pools a class token."""
+        tower = self.tower.skeleton
+        pools = getattr(tower, "pool_type", None) == "tok" and hasattr(tower, "class_embedding")
+        if not pools or index < len(self._blocks) - 1:
+            return None
+        counts = tokens.new_full(tokens.shape[1:2], self.other_tokens)
+        counts[0] = 1
+        return counts
+
+
+class _Block:
+    """The layers of one block, as they are seen, and what solves them.
+
+    Args:
+        merged: the block's weights before it is calibrated.
+        anchor: where they are held.
+    """
+
+    def __init__(self, ridge: float, mix: float, merged: Weights, anchor: Weights) -> None:
+        self.ridge, self.mix, self.merged, self.anchor = ridge, mix, merged, anchor
+        self._layers: dict[tuple[str, str], tuple[slice, _Linear | _Norm]] = {}
+
+    def see(self, ours: Weights, theirs: Weights, counts: Tensor | None) -> None:
+        """Adds what the student's and an expert's block multiply with each weight.
+
+        Args:
+            ours, theirs: by name of the weight, `[B, N, in]`.
+            counts: what each token counts, `[N]`; None: 1.
+        """
+        for name, inputs in ours.items():
+            for rows, used in self._parts(name, counts):
+                key = name, str(rows)
+                if key not in self._layers:
+                    weight = self.merged[name][rows]
+                    self._layers[key] = rows, (_Norm if weight.ndim == 1 else _Linear)(weight)
+                self._layers[key][1].see(inputs, theirs[name], used)
+
+    def _parts(self, name: str, counts: Tensor | None) -> list[tuple[slice, Tensor | None]]:
+        """Rows that are solved together, and what tokens count for them."""
+        if counts is None or not name.endswith("in_proj_weight"):
+            return [(slice(None), counts)]
+        queries = len(self.merged[name]) // 3
+        return [(slice(0, queries), counts), (slice(queries, None), None)]
+
+    def end_task(self, expert: Weights) -> None:
+        """Goes over from sums over one task's tokens to equations."""
+        for (name, _), (rows, layer) in self._layers.items():
+            bias = expert.get(_bias_of(name))
+            layer.end_task(expert[name][rows], None if bias is None else bias[rows], self.mix)
+
+    def solved(self) -> dict[str, Tensor]:
+        """The calibrated weights of the layers seen."""
+        found: dict[str, Tensor] = {}
+        for (name, _), (rows, layer) in self._layers.items():
+            held = self.anchor.get(_bias_of(name))
+            weight, bias = layer.solved(
+                self.anchor[name][rows], None if held is None else held[rows], self.ridge
+            )
+            for key, part in ((name, weight), (_bias_of(name), bias)):
+                if part is not None:
+                    found[key] = torch.cat([found[key], part]) if key in found else part
+        return found
+
+
+def _bias_of(name: str) -> str:
+    """`attn.in_proj_bias` for `attn.in_proj_weight`, `ln_1.bias` for `ln_1.weight`."""
+    return f"{name.removesuffix('weight')}bias"
+
+
+class _Linear:
+    """Rows of a linear layer: `Σ_t C_t / z_t`, `Σ_t X_t W_tᵀ / z_t` and the same of its bias."""
+
+    def __init__(self, weight: Tensor) -> None:
+        out, width = weight.shape
+        zeros = functools.partial(weight.new_zeros, dtype=torch.float64)
+        self.left, self.right = zeros((width, width)), zeros((width, out))
+        self.given, self.wanted, self.total = zeros(width), zeros(out), zeros(())
+        self._pairs = _Pairs(weight)
+
+    def see(self, ours: Tensor, theirs: Tensor, counts: Tensor | None) -> None:
+        self._pairs.add(ours, theirs, counts)
+
+    def end_task(self, weight: Tensor, bias: Tensor | None, mix: float) -> None:
+        gram, cross, ours, theirs = self._pairs.means()
+        scale = 1 / gram.norm().clamp_min(torch.finfo(gram.dtype).tiny)
+        self.left += gram * scale
+        self.right += torch.lerp(gram, cross, mix) @ weight.T.double() * scale
+        target = weight.double() @ torch.lerp(ours, theirs, mix)
+        self.wanted += (target if bias is None else target + bias) * scale
+        self.given += ours * scale
+        self.total += scale
+        self._pairs = _Pairs(weight)
+
+    def solved(
+        self, anchor: Tensor, bias: Tensor | None, ridge: float
+    ) -> tuple[Tensor, Tensor | None]:
+        left = self.left.clone()
+        left.diagonal().add_(ridge + _EPS)
+        weight = torch.linalg.solve(left, self.right + ridge * anchor.T).T
+        if bias is None:
+            return weight, None
+        shift = self.wanted - weight @ self.given + ridge * bias
+        return weight, shift / (self.total + ridge)
+
+
+class _Pairs:
+    """Moments of inputs in the student's block beside those in an expert's, over one task."""
+
+    def __init__(self, weight: Tensor) -> None:
+        width = weight.shape[1]
+        self.count = 0.0
+        self.gram, self.cross = weight.new_zeros(width, width), weight.new_zeros(width, width)
+        self.ours, self.theirs = weight.new_zeros(width), weight.new_zeros(width)
+
+    def add(self, ours: Tensor, theirs: Tensor, counts: Tensor | None) -> None:
+        """Adds tokens `[B, N, width]` that count `[N]`."""
+        weights = ours.new_ones(ours.shape[1]) if counts is None else counts
+        rows = (ours * weights[:, None]).flatten(0, 1)
+        self.gram.addmm_(rows.T, ours.flatten(0, 1))
+        self.cross.addmm_(rows.T, theirs.flatten(0, 1))
+        self.ours += rows.sum(0)
+        self.theirs += (theirs * weights[:, None]).sum((0, 1))
+        self.count += len(ours) * float(weights.sum())
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`E x xᵀ`, `E x yᵀ`, `E x`, `E y` in float64."""
+        sums = (self.gram, self.cross, self.ours, self.theirs)
+        gram, cross, ours, theirs = (total.double() / self.count for total in sums)
+        return gram, cross, ours, theirs
+
+
+class _Norm:
+    """A normalisation's scale and bias: least squares in each channel by itself."""
+
+    def __init__(self, weight: Tensor) -> None:
+        zeros = functools.partial(weight.new_zeros, dtype=torch.float64)
+        self.squares, self.means, self.tasks = zeros(weight.shape), zeros(weight.shape), 0
+        self.right, self._sums = zeros((2, *weight.shape)), zeros((2, *weight.shape))
+        self._count = 0.0
+
+    def see(self, ours: Tensor, theirs: Tensor, counts: Tensor | None) -> None:
+        weights = ours.new_ones(ours.shape[1]) if counts is None else counts
+        rows, by_token = ours.double(), weights.double()[:, None]
+        self._sums[0] += (rows.square() * by_token).sum((0, 1))
+        self._sums[1] += (rows * by_token).sum((0, 1))
+        self._count += len(ours) * float(weights.sum())
+
+    def end_task(self, weight: Tensor, bias: Tensor | None, mix: float) -> None:
+        squares, means = self._sums / self._count
+        shift = torch.zeros_like(weight) if bias is None else bias
+        self.squares += squares
+        self.means += means
+        self.tasks += 1
+        self.right += torch.stack([squares * weight + means * shift, means * weight + shift])
+        self._sums, self._count = torch.zeros_like(self._sums), 0.0
+
+    def solved(
+        self, anchor: Tensor, bias: Tensor | None, ridge: float
+    ) -> tuple[Tensor, Tensor | None]:
+        first = self.right[0] + ridge * anchor
+        if bias is None:
+            return first / (self.squares + ridge), None
+        second = self.right[1] + ridge * bias
+        high, low = self.squares + ridge, self.tasks + ridge
+        determinant = high * low - self.means.square()
+        weight = (first * low - second * self.means) / determinant
+        return weight, (second * high - first * self.means) / determinant

@@ -1,0 +1,232 @@
+"""Transforms that ask for `inputs`: what unlabeled images give to each linear layer."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adamerge._base.errors import AdamergeError
+from adamerge.encoders.statistics import LayerInputs
+from adamerge.transforms.layers import check_number, each_layer
+from adamerge.weights.task_vectors import TaskVectors
+
+log = logging.getLogger("adamerge")
+
+Inputs = Mapping[str, LayerInputs]
+Device = torch.device | str | None
+
+
+def regmean(
+    task_vectors: TaskVectors,
+    inputs: Inputs,
+    off_diagonal: float = 0.95,
+    device: Device = None,
+) -> TaskVectors:
+    """RegMean's share of each task: `τ_t Ĝ_t (Σ_k Ĝ_k)⁻¹` for a linear layer `[out, in]`.
+
+    Dataless Knowledge Fusion by Merging Weights of Language Models (arXiv 2212.09849). G_t is the
+    Gram matrix of the layer's inputs under expert t, Ĝ_t that with its entries off the diagonal
+    times `off_diagonal`; the sum is the layer whose outputs are nearest to all experts' on their
+    own inputs. Layers whose inputs are not known (normalisations, biases, embeddings, projections)
+    are averaged: `τ_t / T`. The sum of the shares is the whole merge: init 1.
+
+    Asks for `inputs`. Costs T products of `[out, in]` by `[in, in]` per layer, and a solution of
+    T · out equations in float64.
+
+    Args:
+        task_vectors: the experts' task vectors; left unchanged.
+        inputs: from `encoders.statistics.gather_inputs`, of the same tasks.
+        off_diagonal: between 0 (each input by itself) and 1 (RegMean without it). Below 1 a sum of
+            Gram matrices can be inverted even with few images.
+        device: that computes; None: where the task vectors are.
+
+    Raises:
+        AdamergeError: `off_diagonal` out of range, or inputs of other tasks or layers.
+    """
+    check_number("regmean", "off_diagonal", off_diagonal, 0, 1)
+
+    def shares(name: str, tau: Tensor) -> Tensor:
+        if name not in inputs:
+            return tau / len(tau)
+        weighted, total = [], torch.zeros((), dtype=torch.float64)
+        for own, gram in zip(tau, _grams(inputs, name, tau), strict=True):
+            used = damped(gram.to(device or tau.device), off_diagonal)
+            total = total.to(used.device) + used
+            weighted.append(own.to(used) @ used)
+        factor = factored(total, name)
+        return torch.stack([solved(part, factor).to(tau) for part in weighted])
+
+    return each_layer(task_vectors, shares)
+
+
+def _grams(inputs: Inputs, name: str, tau: Tensor) -> Tensor:
+    grams, expected = inputs[name].gram, [len(tau), tau.shape[-1], tau.shape[-1]]
+    if list(grams.shape) != expected:
+        raise AdamergeError(
+            f"the inputs of layer {name!r} have Gram matrices of shape {list(grams.shape)}: "
+            f"expected {expected} ([tasks, in, in]); gather them with these task vectors"
+        )
+    return grams
+
+
+def damped(gram: Tensor, off_diagonal: float) -> Tensor:
+    """A Gram matrix `[in, in]` with the entries off its diagonal times a factor."""
+    used = gram * off_diagonal
+    used.diagonal().copy_(gram.diagonal())
+    return used
+
+
+def factored(gram: Tensor, name: str) -> Tensor:
+    """The Cholesky factor of a layer's Gram matrix `[in, in]`, float64.
+
+    A matrix that has none gets the least ridge that gives it one, and a log line says so.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    ridge, size = 0.0, gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    while bool(failed) and ridge < 1:
+        ridge = max(10 * ridge, 1e-12)
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * size * identity)
+    if ridge:
+        log.warning(
+            "layer %s: the images' inputs do not span all its columns, so that a ridge of %.0e of "
+            "their mean square was added: more images would do without", name, ridge,
+        )  # fmt: skip
+    return factor
+
+
+def solved(weighted: Tensor, factor: Tensor) -> Tensor:
+    """`weighted · gram⁻¹` for `[out, in]` and what `factored` gave, in float64."""
+    return torch.cholesky_solve(weighted.to(factor).T, factor).T
+
+
+def esm(
+    task_vectors: TaskVectors,
+    inputs: Inputs,
+    power: float = 2.0,
+    spectrum: float = 0.15,
+    scale: float = 2.0,
+    device: Device = None,
+) -> TaskVectors:
+    """Essential Subspace Merging's share of each task: `U⊥_t V⊥_t` of every linear layer.
+
+    Model Merging in the Essential Subspace (arXiv 2602.20208). U_t holds the first k = ⌊out / T⌋
+    principal directions of the shift `X τ_tᵀ` that a task vector makes of its expert's inputs X,
+    and `V_t = U_tᵀ τ_t`. Both are scaled by the directions' variances (to the power `spectrum`,
+    mean 1), V_t by `‖τ_t‖` over its mean (to `power`), and the columns of all V_t together by their
+    norms over their mean (to `power`). U⊥ and V⊥ are `P Qᵀ · mean D` of `P D Qᵀ`, all U_t side by
+    side and all V_t one below the other. Every layer is then scaled by its norm over the mean of
+    its kind (all `c_fc`, …; to `power`), and by `scale`. Layers whose inputs are not known are
+    averaged: `τ_t / T`. The sum of the shares is the whole merge: init 1.
+
+    `spectrum` and `scale` are of the authors' code, which treats attention's output projections,
+    whose inputs it does not see, and matrices outside the blocks by TSV-M instead.
+
+    Asks for `inputs`, of few images (the authors take 32). Costs one or two decompositions per
+    layer and task, and two more per layer, in float64.
+
+    Args:
+        task_vectors: the experts' task vectors; left unchanged.
+        inputs: from `encoders.statistics.gather_inputs`, of the same tasks.
+        power: of the scalings between tasks, columns and layers; 0 does without.
+        spectrum: of the scaling within a task; 0 does without.
+        scale: of the sum of each linear layer.
+        device: that computes; None: where the task vectors are.
+
+    Raises:
+        AdamergeError: a setting out of range, a layer with fewer outputs than tasks, or inputs of
+            other tasks or layers.
+    """
+    for setting, value in (("power", power), ("spectrum", spectrum), ("scale", scale)):
+        check_number("esm", setting, value, 0, 100)
+    sizes: dict[str, dict[str, float]] = {}  # by kind and layer
+
+    def shares(name: str, tau: Tensor) -> Tensor:
+        if name not in inputs:
+            return tau / len(tau)
+        own, grams = tau.to(device or tau.device).double(), _grams(inputs, name, tau)
+        merged = scale * _essential(own, grams.to(own), power, spectrum, name)
+        sizes.setdefault(_kind(name), {})[name] = float(merged.sum(0).norm())
+        return merged.to(tau)
+
+    def polarised(name: str, tau: Tensor) -> Tensor:
+        alike = sizes.get(_kind(name), {})
+        if name not in alike or not any(alike.values()):
+            return tau
+        return tau * (alike[name] * len(alike) / sum(alike.values())) ** power
+
+    return each_layer(each_layer(task_vectors, shares), polarised)
+
+
+def _kind(name: str) -> str:
+    """`transformer.resblocks.3.mlp.c_fc.weight` -> `transformer.resblocks.#.mlp.c_fc.weight`."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _essential(tau: Tensor, grams: Tensor, power: float, spectrum: float, name: str) -> Tensor:
+    """`[T, out, in]` of a layer, before it is compared with others of its kind."""
+    tasks, rows, columns = tau.shape
+    count = min(rows // tasks, columns)
+    if count == 0:
+        raise AdamergeError(
+            f"esm: layer {name!r} has {rows} outputs for {tasks} tasks, expected at least one for "
+            "each: merge fewer tasks"
+        )
+    lefts, rights = [], []
+    lengths = tau.flatten(1).norm(dim=1)
+    for own, gram, length in zip(tau, grams, lengths / lengths.mean(), strict=True):
+        directions, variances = _directions(own, gram, count)
+        weights = _over_mean(_over_mean(variances) ** spectrum)
+        lefts.append(directions * weights)
+        rights.append(weights[:, None] * (directions.T @ own) * length**power)
+    right = torch.cat(rights)
+    right = right * _over_mean(right.norm(dim=0)) ** power
+    left, right = _orthogonal(torch.cat(lefts, 1)), _orthogonal(right)
+    return torch.stack(
+        [u @ v for u, v in zip(left.split(count, 1), right.split(count), strict=True)]
+    )
+
+
+def _over_mean(values: Tensor) -> Tensor:
+    return values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _directions(tau: Tensor, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first principal directions `[out, count]` of `X τᵀ` and their variances, by XᵀX.
+
+    A direction without variance is 0.
+    """
+    rows, columns = tau.shape
+    if rows <= columns:
+        variances, directions = _falling(tau @ gram @ tau.T)
+        return directions[:, :count] * (variances[:count] > 0), variances[:count]
+    values, basis = _falling(gram)
+    shift = tau @ (basis * values.sqrt())
+    variances, basis = _falling(shift.T @ shift)
+    return (shift @ (basis * _inverse_root(variances)))[:, :count], variances[:count]
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthogonal rows or columns, `P Qᵀ` of `P D Qᵀ`, times D's mean; what
+    the matrix has no part in is left out."""
+    tall = matrix if len(matrix) >= matrix.shape[1] else matrix.T
+    squares, basis = _falling(tall.T @ tall)
+    found = tall @ (basis * _inverse_root(squares)) @ basis.T * squares.sqrt().mean()
+    return found if tall is matrix else found.T
+
+
+def _falling(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a Gram matrix, falling, those that are rounding errors 0; eigenvectors."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.flip(0)
+    least = values[:1] * len(values) * torch.finfo(values.dtype).eps
+    return torch.where(values > least, values, 0), vectors.flip(1)
+
+
+def _inverse_root(values: Tensor) -> Tensor:
+    """`1 / √values`, and 0 for 0."""
+    return torch.where(values > 0, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0)
