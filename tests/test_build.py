@@ -65,7 +65,7 @@ def test_surgery_is_taught_by_the_experts_features_unless_told_otherwise() -> No
 
 
 def test_transforms_are_told_where_the_run_computes(
-    parts: inputs.Suite, suite: Path, monkeypatch: pytest.MonkeyPatch
+    parts: inputs.Inputs, suite: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
@@ -75,5 +75,5 @@ def test_transforms_are_told_where_the_run_computes(
 
     monkeypatch.setattr(transforms, "tsv_m", noted)
     monkeypatch.setattr(build, "run_device", lambda trainer: torch.device("meta"))
-    build.build_method(config.load([f"suite={suite}", "method=tsv_m"]), parts)
+    build.build_method(config.load([f"suite={suite}", "method=tsv_m"]), parts.suite)
     assert seen == [("matrices", torch.device("meta"))]

@@ -40,7 +40,6 @@ class Checkpoints(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - third parties use this one
         checkpoint["adamerge"] = self._record()
 
     def on_load_checkpoint(
@@ -84,6 +83,7 @@ class Checkpoints(Callback):
             self._saved = trainer.global_step
 
     def _record(self) -> dict[str, Any]:
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - third parties use this one
         rng = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all(),
