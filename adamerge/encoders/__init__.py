@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adamerge.encoders.clip import Clip, Normalizer, build_backbone, build_clip
     from adamerge.encoders.experts import Experts, PerTaskEncoder
-    from adamerge.encoders.gradients import Gradients
-    from adamerge.encoders.statistics import gather_inputs
     from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder, static_encoder
 
 _HOMES = {
     **dict.fromkeys(("Clip", "Normalizer", "build_backbone", "build_clip"), "clip"),
     **dict.fromkeys(("Experts", "PerTaskEncoder"), "experts"),
-    **{"Gradients": "gradients", "gather_inputs": "statistics"},
     **dict.fromkeys(("FoldedEncoder", "Tower", "merged_encoder", "static_encoder"), "tower"),
 }
 
@@ -23,13 +20,11 @@ __all__ = [
     "Clip",
     "Experts",
     "FoldedEncoder",
-    "Gradients",
     "Normalizer",
     "PerTaskEncoder",
     "Tower",
     "build_backbone",
     "build_clip",
-    "gather_inputs",
     "merged_encoder",
     "static_encoder",
 ]
