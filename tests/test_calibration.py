@@ -128,6 +128,22 @@ def test_it_calibrates_the_merge_of_another_run(train: Train, words: list[str]) 
     assert "base" in json.loads((run / "merged" / "merge.json").read_text())["inputs"]
 
 
+def test_it_calibrates_what_a_transform_merges_towards_the_experts_themselves(
+    words: list[str],
+) -> None:
+    steps = "transform=[{_target_: adamerge.transforms.regmean}]"
+    static = job_of(words, "method=regmean").module.method.fold().backbone.state_dict()
+    job = job_of(words, "method=featcal", steps, "method.init=1", "method.ridge=1e6",
+                 "method.extrapolation=1")  # fmt: skip
+    held = job.module.method.weights()  # at the merge
+    for key, tensor in static.items():
+        torch.testing.assert_close(held[key], tensor, rtol=1e-4, atol=1e-4)
+    experts = [job_of(words, "method=featcal", *own).module.method for own in ([], [steps])]
+    assert all(isinstance(method, FeatCal) for method in experts)
+    first, second = (method._experts.task_vectors.deltas["proj"] for method in experts)
+    assert torch.equal(first, second)
+
+
 def test_it_starts_from_the_mean_where_init_is_null(words: list[str]) -> None:
     job = job_of(words, "method=regmean_pp")
     vectors, weights = job.suite.task_vectors, job.module.method.weights()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.heads import Heads
 from adamerge.encoders.statistics import Images, Keep, Named, in_memory, refuse_no_images
+
+if TYPE_CHECKING:  # it knows open_clip, which methods do without
+    from adamerge.encoders.heads import Heads
 
 log = logging.getLogger("adamerge")
 

@@ -136,9 +136,12 @@ def gather_inputs(experts: Experts, images: Images, keep: Keep | None = None) ->
     Raises:
         AdamergeError: a task without images.
 
-    >>> inputs = gather_inputs(Experts(backbone, task_vectors), images)  # doctest: +SKIP
-    >>> inputs["transformer.resblocks.0.mlp.c_fc.weight"].gram.shape  # doctest: +SKIP
-    torch.Size([8, 768, 768])
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    >>> start = {name: tensor.detach() for name, tensor in network.named_parameters()}
+    >>> vectors = adamerge.TaskVectors(start, {"a": {n: t + 1 for n, t in start.items()}})
+    >>> inputs = gather_inputs(Experts(network, vectors), {"a": [torch.ones(5, 3, 2, 2)]})
+    >>> inputs["1.weight"].gram.shape, inputs["1.weight"].count.tolist()
+    (torch.Size([1, 12, 12]), [5.0])
     """
     keep = keep or in_memory
     matrices = [name for name, t in experts.task_vectors.pretrained.items() if t.ndim == 2]

@@ -98,6 +98,8 @@ class FeatCal(Calibration):
                     block.see(ours, theirs, self._counts(index, tokens))
                 block.end_task(expert)
             found |= {name: tensor.to(start[name]) for name, tensor in block.solved().items()}
+            if index == len(blocks) - 1:
+                break
             calibrated = {name: found[name].to(device) for name in merged}
             for tokens_of in students.values():
                 for place, tokens in enumerate(tokens_of):

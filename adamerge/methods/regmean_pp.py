@@ -60,6 +60,8 @@ class RegMeanPP(Calibration):
             log.info("block %d of %d is merged", index + 1, len(blocks))
             for name, weight in self._merged(index, tokens, device).items():
                 found[name] = weight.to(start[name])
+            if index == len(blocks) - 1:
+                break
             own = {name: found[name].to(device) for name in blocks.names(index)}
             for parts in tokens.values():
                 for place, part in enumerate(parts):
