@@ -23,7 +23,7 @@ from adamerge.images.sources import data_problems
 from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_compiling, refuse_recomputing
 from adamerge.learn.objectives import Objective
-from adamerge.learn.step import refused_micro_batch
+from adamerge.learn.step import learnables, refused_micro_batch
 from adamerge.methods.base import MergeMethod, tracing
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -190,7 +190,7 @@ def _construct(
         return call(target, arguments, {n: make() for n, make in supplied.items() if n in asked})
     except AdamergeError:
         raise
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, MemoryError) as error:
         raise AdamergeError(f"{key}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -219,7 +219,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         refuse_compiling(method)
     if config["recompute"]:
         refuse_recomputing(method)
-    shapes = dict.fromkeys(tuple(parameter.shape) for parameter in method.parameters())
+    shapes = dict.fromkeys(tuple(tensor.shape) for tensor in learnables(method, objective))
     if refused := _trial(config, shapes):
         raise AdamergeError(
             f"{refused[0]}: {type(method).__name__} with these settings learns tensors of shape "

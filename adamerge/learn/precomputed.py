@@ -148,9 +148,10 @@ def prepare(stores: Stores, keep: bool, online: bool) -> None:
         )
     targets = stores.targets() if keep else {}
     features = stores.features() if keep else None
-    if targets or features is not None or online:
+    image_ids = stores.module.objective.sees_image_ids
+    if targets or features is not None or online or image_ids:
         stores.data.wrap = functools.partial(
-            StoredBatches, targets=targets, features=features, online=online
+            StoredBatches, targets=targets, features=features, online=online, image_ids=image_ids
         )
 
 

@@ -174,9 +174,10 @@ class _Probe:
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            loss, *_ = step_loss(
-                self.module.method, self.module.objective, inputs, ids, micro_batch, targets
-            )
+            module = self.module
+            rows = torch.arange(len(ids)) if module.objective.sees_image_ids else None
+            known = (micro_batch, targets, rows)
+            loss, *_ = step_loss(module.method, module.objective, inputs, ids, *known)
         loss.backward()
         self._synchronize()
         seconds = time.perf_counter() - start
