@@ -169,9 +169,16 @@ def test_a_value_that_is_looked_at_would_be_found() -> None:
 @pytest.mark.parametrize("name", ["layer_wise", "wemoe", "surgery"])
 def test_no_step_on_a_gpu_waits_for_it_but_those_that_are_logged(name: str, tmp_path: Path) -> None:
     class Strict(Adaptation):
+        """Nothing may wait from a step's beginning to the end of the optimizer's step, nor when
+        the module itself ends the step; in between come the callbacks, and a checkpoint may."""
+
         def on_train_batch_start(self, *_: Any) -> None:
             if self.global_step > 1 and not self._is_logged():  # the first steps set things up
                 torch.cuda.set_sync_debug_mode("error")
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            torch.cuda.set_sync_debug_mode("default")
 
         def on_train_batch_end(self, *_: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")

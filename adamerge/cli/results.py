@@ -113,17 +113,21 @@ def _statistics(job: Job) -> Any:
 
 
 def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
-    """Writes `coefficients.png`, for methods that have merging coefficients."""
-    table = job.module.method.coefficient_table()
-    if table is None:
-        return {}
-    path = run_dir / "coefficients.png"
-    init = job.settings["method"].get("init", INIT)
-    start = float(init) if isinstance(init, int | float) else INIT
+    """Writes `coefficients.png`, for methods that have merging coefficients, and `readings.png`,
+    for those that report other numbers."""
+    method, drawn = job.module.method, {}
     tasks, metrics = job.suite.heads.tasks, run_dir / "metrics.csv"
-    figure = pictures.coefficients_figure(tasks, *table, metrics, start)
-    pictures.save(figure, path)
-    return {"coefficients": path}
+    table = method.coefficient_table()
+    if table is not None:
+        init = job.settings["method"].get("init", INIT)
+        start = float(init) if isinstance(init, int | float) else INIT
+        drawn["coefficients"] = pictures.coefficients_figure(tasks, *table, metrics, start)
+    own = [name for name in method.readings() if not name.startswith("coefficient_")]
+    if own:
+        drawn["readings"] = pictures.readings_figure(metrics, own, tasks)
+    for name, figure in drawn.items():
+        pictures.save(figure, run_dir / f"{name}.png")
+    return {name: run_dir / f"{name}.png" for name in drawn}
 
 
 def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:

@@ -162,8 +162,8 @@ def _clear(run_dir: Path, resumed: bool) -> None:
 
 # What a run writes before its first checkpoint.
 _BEFORE_LEARNING = (
-    *("config.yaml", "metrics.csv", "coefficients.png", tracking.ID_FILE, results.SIGNS),
-    *tables.FILES,
+    *("config.yaml", "metrics.csv", "coefficients.png", "readings.png"),
+    *(tracking.ID_FILE, results.SIGNS, *tables.FILES),
 )
 
 

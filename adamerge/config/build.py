@@ -32,7 +32,7 @@ from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_inside
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Objective
-from adamerge.learn.step import refused_micro_batch
+from adamerge.learn.step import learnables, refused_micro_batch
 from adamerge.methods.base import MergeMethod, tracing
 from adamerge.methods.contract import Staged
 from adamerge.weights.task_vectors import TaskVectors
@@ -229,7 +229,7 @@ def _check_pair(config: Config, method: MergeMethod, objective: Objective) -> No
             f"{name} has nothing to learn: set trainer.max_steps=0, or use method=layer_wise on a "
             "transform to learn on top of a merge"
         )
-    shapes = dict.fromkeys(tuple(parameter.shape) for parameter in method.parameters())
+    shapes = dict.fromkeys(tuple(tensor.shape) for tensor in learnables(method, objective))
     if shapes and (refused := _trial(config, shapes)):
         raise AdamergeError(
             f"{refused[0]}: {name} with these settings learns tensors of shape "

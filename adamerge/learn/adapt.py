@@ -41,7 +41,6 @@ def adapt(
     (`method.to("cuda")` before), under autocast if called so. Then `method.fold()` is the merge as
     an encoder, and `method.merged_state_dict()` as the state dict of a model of the user's.
 
-    >>> import adamerge
     >>> network, a, b = (nn.Linear(4, 3) for _ in range(3))
     >>> vectors = adamerge.TaskVectors(network, {"a": a, "b": b})
     >>> method = adamerge.methods.AdaMerging(network, vectors)

@@ -19,12 +19,12 @@ from adamerge.encoders.heads import Heads
 from adamerge.learn.graphs import ReplayedSteps
 from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
-from adamerge.learn.step import step_loss
+from adamerge.learn.step import learnables, step_loss
 from adamerge.methods.base import MergeMethod, numbers_of
 from adamerge.methods.contract import Staged
 
-# task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`, and
-# `targets` (see adamerge.learn.features). No labels.
+# task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`,
+# `targets` and `image_ids` (see adamerge.learn.features). No labels.
 Batch = Mapping[str, Tensor | Mapping[str, Tensor]]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -67,29 +67,37 @@ class Adaptation(pl.LightningModule):
         self.normalizer = normalizer
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.micro_batch, self.log_every = micro_batch, log_every
-        learnables = [tensor for tensor in method.parameters() if tensor.requires_grad]
-        self._step = ReplayedSteps(self._compute, learnables) if cuda_graph else self._compute
+        learned = learnables(method, objective)
+        self._step = ReplayedSteps(self._compute, learned) if cuda_graph else self._compute
         self._values: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}  # of the last logged step
         self._since, self._images = time.perf_counter(), 0  # since the last logged step
-        self._good: dict[str, Tensor] | None = None  # parameters whose loss was finite
+        self._good: list[Tensor] | None = None  # parameters whose loss was finite
         self._failed = self._bad = torch.zeros((), dtype=torch.bool)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
-        images, targets, task_ids = self._collect(batch)
+        images, targets, image_ids, task_ids = self._collect(batch)
         if isinstance(self.method, Staged):
             self.method.begin(self.global_step)
-        loss, self._values, features = self._step(images, task_ids, targets)
+        if image_ids is None:
+            loss, self._values, features = self._step(images, task_ids, targets)
+        else:  # what is kept of every image is no part of a recording
+            loss, self._values, features = self._compute(images, task_ids, targets, image_ids)
         self._images += len(task_ids)
         if self._is_logged():
             self._numbers = self._measure(loss.detach(), features, task_ids)
         return loss
 
     def _compute(
-        self, images: Tensor, task_ids: Tensor, targets: Tensor | None
+        self,
+        images: Tensor,
+        task_ids: Tensor,
+        targets: Tensor | None,
+        image_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return step_loss(self.method, self.objective, images, task_ids, self.micro_batch, targets)
+        known = (self.micro_batch, targets, image_ids)
+        return step_loss(self.method, self.objective, images, task_ids, *known)
 
     @property
     def refuse_at_once(self) -> bool:
@@ -100,8 +108,9 @@ class Adaptation(pl.LightningModule):
         """Whether the step under way has an entry in the logs."""
         return (self.global_step + 1) % self.log_every == 0
 
-    def _collect(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """All tasks' inputs, targets if known, and task ids; a task may have no more images."""
+    def _collect(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """All tasks' inputs, targets and image ids if known, and task ids; a task may have no more
+        images."""
         parts, sizes = [], []
         for task in self.heads.tasks:
             part = batch.get(task, {})
@@ -113,7 +122,7 @@ class Adaptation(pl.LightningModule):
         }
         images = self.normalizer(known["images"]) if "images" in known else known["features"]
         task_ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        return images, known.get("targets"), task_ids
+        return images, known.get("targets"), known.get("image_ids"), task_ids
 
     @torch.no_grad()
     def _measure(self, loss: Tensor, features: Tensor, task_ids: Tensor) -> dict[str, Tensor]:
@@ -137,18 +146,18 @@ class Adaptation(pl.LightningModule):
         Unless `refuse_at_once`, the note is read at logged steps and before every checkpoint.
         """
         assert self._values is not None
-        parameters = dict(self.method.named_parameters())
-        grads = [p.grad.norm() for p in parameters.values() if p.grad is not None]
+        learned = learnables(self.method, self.objective)
+        grads = [tensor.grad.norm() for tensor in learned if tensor.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(grads))
         finite = torch.isfinite(norm) & torch.isfinite(self._values).all()
-        now = {name: parameter.detach() for name, parameter in parameters.items()}
+        now = [tensor.detach() for tensor in learned]
         if self._good is None:
-            self._good = {name: tensor.clone() for name, tensor in now.items()}
+            self._good = [tensor.clone() for tensor in now]
             self._failed, self._bad = torch.zeros_like(finite), self._values
         self._bad = torch.where(self._failed, self._bad, self._values)  # of the first failure
         self._failed = self._failed | ~finite
-        for name, kept in self._good.items():
-            kept.copy_(torch.where(self._failed, kept, now[name]))
+        for kept, tensor in zip(self._good, now, strict=True):
+            kept.copy_(torch.where(self._failed, kept, tensor))
         if self.refuse_at_once:
             self.refuse_failure()
         if self._is_logged():
@@ -197,7 +206,8 @@ class Adaptation(pl.LightningModule):
         """
         if self._good is None or not bool(self._failed):
             return
-        self.method.load_state_dict(self._good)
+        for tensor, kept in zip(learnables(self.method, self.objective), self._good, strict=True):
+            tensor.detach().copy_(kept)
         self._failed = torch.zeros_like(self._failed)
         flags = torch.isfinite(self._bad).tolist()
         bad = [task for task, fine in zip(self.heads.tasks, flags, strict=True) if not fine]
@@ -209,8 +219,8 @@ class Adaptation(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over the method's learnables, with its scheduler if there is one."""
-        optimizer = self.make_optimizer(self.method.parameters())
+        """The optimizer over all that is learned, with its scheduler if there is one."""
+        optimizer = self.make_optimizer(learnables(self.method, self.objective))
         if self.make_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}

@@ -156,14 +156,15 @@ def _encoded(
 class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
     """The batches of `UnlabeledBatches` with what is stored of their images.
 
-    `{task: {"images" or "features": [B, …], "targets": [B, F]}}` per step: the same rows in the
-    same order as without a store.
+    `{task: {"images" or "features": [B, …], "targets": [B, F], "image_ids": [B]}}` per step: the
+    same rows in the same order as without a store.
 
     Args:
         batches: of the images, uint8; gives the order.
         targets: task -> stored outputs of the teacher `[N, F]`; none if empty.
         features: task -> stored features of the frozen encoder `[N, D]`, in place of the images.
         online: every image once: a task ends with its images, and the batches with the last task.
+        image_ids: whether the rows themselves are there as well.
     """
 
     def __init__(
@@ -172,8 +173,10 @@ class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
         targets: Mapping[str, np.ndarray],
         features: Mapping[str, np.ndarray] | None = None,
         online: bool = False,
+        image_ids: bool = False,
     ) -> None:
         super().__init__()
+        self.image_ids = image_ids
         self.streams, self.first_step, self.online = batches.streams, batches.first_step, online
         self.arrays: dict[str, Mapping[str, np.ndarray | DeviceImages]] = {}
         self.arrays |= {"images": batches.images} if features is None else {"features": features}
@@ -198,6 +201,7 @@ class StoredBatches(IterableDataset[dict[str, dict[str, Tensor]]]):
                     name: torch.as_tensor(arrays[task][picked])
                     for name, arrays in self.arrays.items()
                 }
+                | ({"image_ids": torch.as_tensor(picked)} if self.image_ids else {})
                 for task, picked in rows.items()
                 if len(picked)
             }

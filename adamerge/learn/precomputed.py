@@ -124,7 +124,8 @@ def prepare(store: Store, keep: bool, online: bool) -> None:
         weights = content_key(module.method.frozen_state())
         keys = {task: [weights, task] for task in data.tasks}
         features = store.outputs(module.method.frozen_features, "merged encoder", keys)
-    if targets or features is not None or online:
+    image_ids = module.objective.sees_image_ids
+    if targets or features is not None or online or image_ids:
         data.wrap = functools.partial(
-            StoredBatches, targets=targets, features=features, online=online
+            StoredBatches, targets=targets, features=features, online=online, image_ids=image_ids
         )

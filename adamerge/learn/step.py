@@ -35,6 +35,14 @@ def step_loss(
     objective that is not additive (infomax) then costs one more forward pass, to know its
     gradient in the features first.
 
+    >>> network, a, b = (nn.Linear(4, 3) for _ in range(3))
+    >>> vectors = adamerge.TaskVectors(network, {"a": a, "b": b})
+    >>> method = adamerge.methods.AdaMerging(network, vectors)
+    >>> objective = adamerge.objectives.Entropy({"a": nn.Linear(3, 2), "b": nn.Linear(3, 5)})
+    >>> loss, *_ = step_loss(method, objective, torch.randn(8, 4), torch.tensor([0, 1] * 4))
+    >>> loss.backward(); method.coefficients.grad.shape
+    torch.Size([2, 2])
+
     Args:
         method: the method to learn.
         objective: `(features, task_ids) -> [T]`; what it learns itself gets its gradient as well.
@@ -171,21 +179,14 @@ def _two_pass_backward(step: _Step) -> tuple[Tensor, Tensor]:
 
 
 def deliver(loss: Tensor, grads: Sequence[Tensor], learnables: Sequence[Tensor]) -> Tensor:
-    """A loss whose gradients in the learnables are known: its `backward()` hands them over.
-
-    Args:
-        grads: one for each learnable; changed in place when handed over.
-    """
+    """A loss whose gradients, one for each learnable, are known: its `backward()` hands them over,
+    changed in place."""
     delivered: Tensor = _Delivered.apply(loss, list(grads), *learnables)
     return delivered
 
 
 class _Delivered(torch.autograd.Function):
-    """A loss whose gradients are already known: hands them to the learnables on backward.
-
-    So a step looks to the optimizer, to gradient hooks and to DDP like any other
-    loss: one backward pass, one gradient per learnable.
-    """
+    """Looks to the optimizer, to gradient hooks and to DDP like any other loss."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *shared: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class MergeMethod(nn.Module):
             inputs: images `[B, 3, H, W]`, or whatever the network takes, see `encoders.rows`.
         """
         if "tower" not in vars(self):
-            raise contract.lacks(self, "encode", "return the features [B, D] of a batch")
+            raise contract.lacks(self, "encode", "the features [B, D] of a batch")
         return self.tower(weights, inputs)
 
     def fold(self) -> nn.Module:
@@ -104,7 +104,7 @@ class MergeMethod(nn.Module):
         own = type(self)
         one_network = "tower" in vars(self) and own.encode is MergeMethod.encode
         if own.fold is MergeMethod.fold and not one_network:
-            raise contract.lacks(self, "fold", "return an encoder of plain tensors")
+            raise contract.lacks(self, "fold", "an encoder of plain tensors")
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """The merge as a state dict of the user's own model, parameters and buffers.

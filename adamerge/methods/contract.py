@@ -45,8 +45,8 @@ def explained(method: nn.Module, error: RuntimeError) -> Exception:
 def lacks(method: nn.Module, name: str, what: str) -> AdamergeError:
     """What is said of a method without one of its parts."""
     return AdamergeError(
-        f"{type(method).__name__} has no {name}(): give one to {what}, or pass backbone and "
-        "task_vectors to MergeMethod.__init__ and leave encode and fold as they are"
+        f"{type(method).__name__} has no {name}(): give one that returns {what}, or pass backbone "
+        "and task_vectors to MergeMethod.__init__ and leave encode and fold as they are"
     )
 
 

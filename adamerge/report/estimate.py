@@ -136,10 +136,13 @@ def _step(
     _synchronize(module.device)
     start = time.perf_counter()
     with (
+        torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(module.device.type, torch.bfloat16, enabled=bf16),
     ):
-        loss, *_ = step_loss(module.method, module.objective, images, ids, micro_batch, targets)
+        rows = torch.arange(len(ids)) if module.objective.sees_image_ids else None
+        known = (micro_batch, targets, rows)
+        loss, *_ = step_loss(module.method, module.objective, images, ids, *known)
     loss.backward()
     _synchronize(module.device)
     seconds = time.perf_counter() - start

@@ -59,6 +59,26 @@ def _course(path: Path | None, tasks: Sequence[str]) -> dict[str, np.ndarray]:
     return {key: np.array([float(row[key]) for row in rows]) for key in wanted} if rows else {}
 
 
+def readings_figure(metrics: Path, names: Sequence[str], tasks: Sequence[str]) -> Figure:
+    """The course of a method's readings, one under the other; a line per task where there is one.
+
+    Args:
+        metrics: a run's `metrics.csv`.
+    """
+    found = read_metrics(metrics)
+    figure = Figure(figsize=(11, 2.2 * len(names)), layout="constrained")
+    for axis, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        for key in (name, *(f"{name}/{task}" for task in tasks)):
+            rows = [(int(row["step"]), float(row[key])) for row in found if key in row]
+            if rows:
+                axis.plot(*zip(*rows, strict=True), label=key.removeprefix(f"{name}/"))
+        axis.set_ylabel(name)
+        if axis.lines:
+            axis.legend(fontsize=7, ncols=4)
+    axis.set_xlabel("step")
+    return figure
+
+
 _COLOURS = {
     "pretrained": "#d9d9d9",
     "weight_average": "#b9c7d6",
