@@ -40,7 +40,7 @@ def test_a_yaml_names_recipes_and_words_go_over_it(tmp_path: Path) -> None:
         "seed": [0, 1],
         "recipes": {"low": {"optim.lr": 1e-3}, "on_it": {"method": "surgery", "base": "low"}},
     }
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     assert [tuple(recipe) for recipe in read_grid([str(path), "seed=5"])] == [
         ("low", ["suite=demo", "seed=5", "optim.lr=0.001"], ""),
         ("on_it", ["suite=demo", "seed=5", "method=surgery"], "low"),
