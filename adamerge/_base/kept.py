@@ -7,11 +7,11 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from adamerge._base.files import parse_json, replacing, sha256, stamp
+from adamerge._base.files import locked, parse_json, replacing, sha256, stamp
 
 log = logging.getLogger("adamerge")
 
@@ -37,8 +37,26 @@ class Kept:
     def __call__(self, name: str, make: Callable[[], Any]) -> Any:
         """The value of that name, made if it is not there; as JSON has it, tuples are lists."""
         if name not in self._values:
-            self.put(name, json.loads(json.dumps(make())))
+            with self._alone():
+                if name not in self._values:
+                    self.put(name, json.loads(json.dumps(make())))
         return self._values[name]
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """For one process at a time, which reads first what another has made meanwhile."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = locked(self.path.with_suffix(".lock"))
+            lock.__enter__()
+        except OSError:  # nothing can be kept there
+            yield
+            return
+        try:
+            self._values = self._read() | self._values
+            yield
+        finally:
+            lock.__exit__(None, None, None)
 
     def get(self, name: str) -> Any:
         """The value of that name, or None."""

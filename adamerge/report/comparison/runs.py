@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -204,34 +205,41 @@ def recipes(runs: Sequence[Run]) -> tuple[list[Recipe], list[str]]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(_essential(run), sort_keys=True, default=str), []).append(run)
-    differing = _differing([_essential(group[0]) for group in groups.values()])
-    named = [Recipe(_label(group[0], differing), tuple(group)) for group in groups.values()]
+        groups.setdefault(
+            json.dumps(essential(run.settings), sort_keys=True, default=str), []
+        ).append(run)
+    keys = differing([essential(group[0].settings) for group in groups.values()])
+    named = [Recipe(_label(group[0], keys), tuple(group)) for group in groups.values()]
     labels = [recipe.label for recipe in named]
     return [
         recipe
         if labels.count(recipe.label) == 1
         else Recipe(f"{recipe.label} ({recipe.runs[0].folder.name})", recipe.runs)
         for recipe in named
-    ], differing
+    ], keys
 
 
-def _essential(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in run.settings.items() if k.partition(".")[0] not in _PLACE}
+def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of flat settings those that decide what a run computes, but for its seed."""
+    kept = {k: v for k, v in settings.items() if k.partition(".")[0] not in _PLACE}
+    if kept.get("method.base"):  # a run of the same seed
+        kept["method.base"] = re.sub(r"-?seed\d+$", "", Path(str(kept["method.base"])).name)
+    return kept
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all."""
     keys = dict.fromkeys(key for one in settings for key in one)
     return [
         key for key in keys if len({json.dumps(one.get(key), default=str) for one in settings}) > 1
     ]
 
 
-def _label(run: Run, differing: Sequence[str]) -> str:
+def _label(run: Run, keys: Sequence[str]) -> str:
     names = [str(run.settings.get(f"{slot}.name", "")) for slot in ("method", "objective")]
     slots = ("method.", "objective.", "suite.")
-    more = [f"{key}={run.settings.get(key)}" for key in differing if not key.startswith(slots)]
-    suite = run.settings.get("suite.name") if "suite.name" in differing else None
+    more = [f"{key}={run.settings.get(key)}" for key in keys if not key.startswith(slots)]
+    suite = run.settings.get("suite.name") if "suite.name" in keys else None
     return " · ".join(str(part) for part in (suite, *names, *more[:3]) if part)
 
 

@@ -1,0 +1,130 @@
+"""`adamerge compare`: a grid of runs in one folder, each as if it had been run alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from adamerge import AdamergeError
+from adamerge.cli.command import main
+from adamerge.cli.compare import compare, report
+from adamerge.config.grid import folder_names, read_grid
+
+QUICK = [
+    "trainer.max_steps=2", "batch_size=4", "wandb=off", "preflight=off", "evaluate.oracle=false",
+    "trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def words(suite: Path, tmp_path: Path) -> list[str]:
+    return [f"suite={suite}", f"cache_dir={tmp_path / 'cache'}", *QUICK]
+
+
+def test_commas_make_a_grid_and_brackets_do_not() -> None:
+    grid = read_grid(["a=1,2", "b=[1,2]", "c={x: 1, y: 2}", 'd="p,q"', "e=3, 4"])
+    assert [recipe.words for recipe in grid] == [
+        [f"a={a}", "b=[1,2]", "c={x: 1, y: 2}", 'd="p,q"', f"e={e}"] for a in "12" for e in "34"
+    ]
+
+
+def test_a_yaml_names_recipes_and_words_go_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    content = {
+        "suite": "demo",
+        "seed": [0, 1],
+        "recipes": {"low": {"optim.lr": 1e-3}, "on_it": {"method": "surgery", "base": "low"}},
+    }
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert [tuple(recipe) for recipe in read_grid([str(path), "seed=5"])] == [
+        ("low", ["suite=demo", "seed=5", "optim.lr=0.001"], ""),
+        ("on_it", ["suite=demo", "seed=5", "method=surgery"], "low"),
+    ]
+    assert len(read_grid([str(path)])) == 4
+
+
+def test_folders_are_called_by_what_differs() -> None:
+    flats = [
+        {"method.name": m, "method.granularity": m, "seed": s, "optim.lr": 0.1}
+        for m in ("one", "two/x")
+        for s in (0, 1)
+    ]
+    grid = read_grid(["method=one,two", "seed=0,1"])
+    names = ["one-seed0", "one-seed1", "two-x-seed0", "two-x-seed1"]
+    assert folder_names(grid, flats) == names
+    assert folder_names(grid[:2], [flats[0], flats[0]]) == ["run-1", "run-2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: [", "cannot be read as a grid"),
+        ("- 1", "is no grid"),
+        ("recipes: [1]", "is no grid"),
+        ("recipes: {a: 1}", "is no grid"),
+        ("recipes: {a: {base: b}, b: {}}", "base: b, which is no recipe above it"),
+    ],
+)
+def test_a_grid_that_cannot_be_read(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(AdamergeError, match=sentence):
+        read_grid([str(tmp_path / "grid.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [("method=a,,b", "empty value"), ("jobs=0", "jobs=0"), ("jobs=x", "jobs=x")],
+)
+def test_words_that_make_no_grid(word: str, sentence: str) -> None:
+    with pytest.raises(AdamergeError, match=sentence):
+        compare([word, "suite=demo"])
+
+
+def test_cells_equal_single_runs_and_go_on(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    to = tmp_path / "grid"
+    grid = [*words, "method=layer_wise,task_wise", "seed=0,1", "jobs=2", f"to={to}"]
+    assert main(["compare", *grid]) == 0
+    alone = tmp_path / "alone"
+    assert main(["train", *words, "method=layer_wise", "seed=1", f"run_dir={alone}"]) == 0
+    cell = to / "layer_wise-seed1"
+    for name in ("coefficients.csv", "merged/open_clip_model.safetensors"):
+        assert (cell / name).read_bytes() == (alone / name).read_bytes()
+    page = (to / "report.html").read_text()
+    assert "layer_wise" in page and "task_wise" in page
+    kept = (to / "task_wise-seed0/results.json").stat().st_mtime_ns
+    (cell / "results.json").unlink()  # as if killed before it was scored
+    shutil.rmtree(to / "layer_wise-seed0")  # as if killed before it was begun
+    assert main(["compare", *grid]) == 0
+    assert (to / "task_wise-seed0/results.json").stat().st_mtime_ns == kept
+    assert (cell / "coefficients.csv").read_bytes() == (alone / "coefficients.csv").read_bytes()
+    assert (to / "layer_wise-seed0/merged/merge.json").is_file()
+    with pytest.raises(AdamergeError, match=r"other settings \(batch_size is 4, not 3\)"):
+        compare([*grid, "batch_size=3"])
+    assert report([to], tmp_path / "again").is_file()
+    assert "4 merges" in (tmp_path / "again/report.md").read_text()
+
+
+def test_a_failed_cell_stops_nothing(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, to = tmp_path / "grid.yaml", tmp_path / "grid"
+    recipes = {
+        "bad": {"method": "surgery", "method.base": str(tmp_path / "nowhere")},
+        "good": {"method": "task_wise"},
+        "on_bad": {"method": "surgery", "base": "bad"},
+        "on_good": {"method": "surgery", "base": "good"},
+    }
+    path.write_text(yaml.safe_dump({"recipes": recipes}))
+    assert main(["compare", str(path), *words, f"to={to}"]) == 0
+    text = (to / "report.md").read_text()
+    assert "nowhere" in text and "its base bad failed" in text
+    record = json.loads((to / "on_good/merged/merge.json").read_text())
+    assert record["config"]["method"]["base"] == os.fspath(to / "good")
