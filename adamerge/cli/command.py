@@ -19,7 +19,7 @@ _SHOWN = ("all", "suites", "methods", "objectives", "tasks", "config")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: train, check, evaluate, export, convert, init, show."""
+    """The command line, with all its commands."""
     top = argparse.ArgumentParser(
         prog="adamerge",
         description="Merge fine-tuned experts into one model by learning how to merge, "
@@ -57,6 +57,24 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--to", type=Path, help="default: RUN/merged")
+    compare = add(
+        "compare",
+        help="run a grid of settings, and report them side by side",
+        description="Run every combination of the values that commas separate (or a grid's YAML), "
+        "a few at a time (jobs=2), in one folder (to=FOLDER), and write report.html there. The "
+        "same command goes on with what was stopped.",
+        epilog="example: adamerge compare suite=demo method=layer_wise,wemoe "
+        "objective=entropy,expert_kl seed=0,1,2 jobs=2 to=compare/first",
+    )
+    compare.add_argument("grid", nargs="+", metavar="key=value,value", help=_SETTINGS)
+    report = add(
+        "report",
+        help="report runs that exist side by side",
+        description="Write report.html, report.md and report.csv of run folders, or of folders "
+        "that hold run folders.",
+    )
+    report.add_argument("runs", nargs="+", type=Path, help="run folders")
+    report.add_argument("--to", type=Path, default=Path("report"), help="default: report")
     convert = add(
         "convert",
         help="write any checkpoint as an open_clip or transformers folder",
@@ -185,6 +203,13 @@ def _run(options: argparse.Namespace) -> int:
         given = (options.to, options.pretrained, options.architecture)
         convert(options.source, options.folder, *given)
         print(f"converted, and read back with equal weights: {options.folder}")
+        return 0
+    if options.command in ("compare", "report"):
+        from adamerge.cli import compare
+
+        if options.command == "compare":
+            return compare.compare(options.grid)
+        print(f"report: {compare.report(options.runs, options.to)}")
         return 0
     from adamerge.cli import check, results, train
 
