@@ -82,7 +82,7 @@ def test_a_grid_that_cannot_be_read(tmp_path: Path, text: str, sentence: str) ->
 )
 def test_words_that_make_no_grid(word: str, sentence: str) -> None:
     with pytest.raises(AdamergeError, match=sentence):
-        compare([word, "suite=demo"])
+        compare([word, "suite=demo"], main)
 
 
 def test_cells_equal_single_runs_and_go_on(
@@ -107,7 +107,7 @@ def test_cells_equal_single_runs_and_go_on(
     assert (cell / "coefficients.csv").read_bytes() == (alone / "coefficients.csv").read_bytes()
     assert (to / "layer_wise-seed0/merged/merge.json").is_file()
     with pytest.raises(AdamergeError, match=r"other settings \(batch_size is 4, not 3\)"):
-        compare([*grid, "batch_size=3"])
+        compare([*grid, "batch_size=3"], main)
     assert report([to], tmp_path / "again").is_file()
     assert "4 merges" in (tmp_path / "again/report.md").read_text()
 

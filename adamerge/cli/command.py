@@ -208,7 +208,7 @@ def _run(options: argparse.Namespace) -> int:
         from adamerge.cli import compare
 
         if options.command == "compare":
-            return compare.compare(options.grid)
+            return compare.compare(options.grid, main)
         print(f"report: {compare.report(options.runs, options.to)}")
         return 0
     from adamerge.cli import check, results, train

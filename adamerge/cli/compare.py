@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,6 +35,8 @@ from adamerge.report.comparison.page import write_report
 from adamerge.report.comparison.runs import Run, differing, essential, flat, read_run
 
 log = logging.getLogger("adamerge")
+
+Command = Callable[[Sequence[str]], int]
 
 
 @dataclass
@@ -67,12 +69,13 @@ class Cell:
         return Run(self.folder, flat(self.settings), failed=failed)
 
 
-def compare(words: Sequence[str]) -> int:
+def compare(words: Sequence[str], command: Command) -> int:
     """Runs a grid and writes `report.html`, `report.md` and `report.csv`; returns the status.
 
     Args:
         words: settings, of which values with commas make the grid; or the path of a grid's YAML
             first; and `jobs=`, processes at a time, and `to=`, the folder of it all.
+        command: runs `["train", …]` in a process of its own and returns its status.
 
     Raises:
         AdamergeError: the grid cannot be read, or the folder holds runs of other settings.
@@ -88,13 +91,13 @@ def compare(words: Sequence[str]) -> int:
     jobs = _positive("jobs", options["jobs"])
     grid = read_grid(rest)
     folder = Path(os.path.expanduser(options["to"] or f"compare/{time.strftime('%Y%m%d-%H%M%S')}"))
-    command = "adamerge compare " + " ".join(shlex.quote(w) for w in [*rest, f"to={folder}"])
+    again = "adamerge compare " + " ".join(shlex.quote(w) for w in [*rest, f"to={folder}"])
     with alone_in(folder):
         cells = _cells(grid, folder)
         try:
-            _run_all(cells, jobs)
+            _run_all(cells, jobs, command)
         finally:
-            page = write_report([cell.record() for cell in cells], folder, command)
+            page = write_report([cell.record() for cell in cells], folder, again)
             log.info("report: %s", page)
     failed = [cell for cell in cells if not cell.done]
     for cell in failed:
@@ -168,7 +171,7 @@ def _refuse_other(cell: Cell) -> None:
         )
 
 
-def _run_all(cells: Sequence[Cell], jobs: int) -> None:
+def _run_all(cells: Sequence[Cell], jobs: int, command: Command) -> None:
     """Runs what is not done, a few at a time; stopped, it stops them all and lets them save."""
     import adamerge.cli.train  # noqa: F401 - before processes are forked, once for all
 
@@ -189,7 +192,7 @@ def _run_all(cells: Sequence[Cell], jobs: int) -> None:
             while ready and len(running) < jobs:
                 cell = ready.pop(0)
                 waiting.remove(cell)
-                process = _start(cell, places[0], jobs)
+                process = _start(cell, places[0], jobs, command)
                 taken[process], running[process] = places.pop(0), cell
             for process in [p for p in running if not p.is_alive()]:
                 cell = running.pop(process)
@@ -209,8 +212,8 @@ def _run_all(cells: Sequence[Cell], jobs: int) -> None:
             process.join()
 
 
-def _start(cell: Cell, place: int, jobs: int) -> BaseProcess:
-    arguments = (cell.words, str(cell.folder), place, jobs)
+def _start(cell: Cell, place: int, jobs: int, command: Command) -> BaseProcess:
+    arguments = (command, cell.words, str(cell.folder), place, jobs)
     fork, spawn = (multiprocessing.get_context(way) for way in ("fork", "spawn"))
     context: Any = fork if sys.platform == "linux" else spawn
     process: BaseProcess = context.Process(target=_run_cell, args=arguments)
@@ -218,15 +221,14 @@ def _start(cell: Cell, place: int, jobs: int) -> BaseProcess:
     return process
 
 
-def _run_cell(words: Sequence[str], folder: str, place: int, jobs: int) -> None:
+def _run_cell(command: Command, words: Sequence[str], folder: str, place: int, jobs: int) -> None:
     """In a process of its own: the run, its output in `log.txt` beside its folder."""
-    from adamerge.cli.command import main
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us as the parent's SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with open(f"{folder}.log", "a") as file:
+    with open(f"{folder}.log", "a", buffering=1) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
     if jobs > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -236,7 +238,7 @@ def _run_cell(words: Sequence[str], folder: str, place: int, jobs: int) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = known[place % len(known)]
     resumed = (Path(folder) / CHECKPOINT).is_file()
     run = [f"resume={folder}"] if resumed else [*words, f"run_dir={folder}"]
-    status = main(["train", *run])
+    status = command(["train", *run])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -92,16 +92,19 @@ def _word(value: Any) -> str:
 
 
 def folder_names(grid: Sequence[Recipe], flats: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A folder's name for every run: the recipe's, and what differs among their flat settings."""
+    """A folder's name for every run: its recipe's, and what differs among the runs called so.
+
+    Args:
+        flats: the settings of every run, flat.
+    """
     inner = re.compile(r"(method|objective|suite)\.(?!name$)")
-    keys = [key for key in differing(flats) if not inner.match(key)]
+    slots = {"method.name": "", "objective.name": "", "suite.name": "", "seed": "seed"}
     names = []
-    for values, (name, _, _) in zip(flats, grid, strict=True):
-        slots = {"method.name": "", "objective.name": "", "suite.name": "", "seed": "seed"}
-        parts = [name] if name else []
+    for recipe, values in zip(grid, flats, strict=True):
+        alike = [f for f, other in zip(flats, grid, strict=True) if other.name == recipe.name]
+        keys = [key for key in differing(alike) if not inner.match(key)]
+        parts = [recipe.name] if recipe.name else []
         for key in keys:
-            if name and key.endswith(".name"):
-                continue
             parts.append(f"{slots.get(key, key.rpartition('.')[2] + '=')}{values.get(key)}")
         names.append(re.sub(r"[^\w.=+-]+", "-", "-".join(parts) or "run"))
     return [
