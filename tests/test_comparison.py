@@ -20,7 +20,8 @@ from adamerge.report.comparison.tables import correlations, table
 def a_run(folder: Path, method: str, seed: int, accuracy: float | None, **more: Any) -> Path:
     """A run folder as `train.py` leaves it; one without results where there is no accuracy."""
     folder.mkdir()
-    settings = {"suite": {"name": "s"}, "method": {"name": method}, "seed": seed, **more}
+    suite = {"name": "s", "tasks": {"a": {"expert": "x"}, "b": {"expert": "y"}}}
+    settings = {"suite": suite, "batch_size": 8, "method": {"name": method}, "seed": seed, **more}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     if accuracy is None:
         (folder / "failed.txt").write_text("task <a> has no images")
@@ -35,10 +36,11 @@ def a_run(folder: Path, method: str, seed: int, accuracy: float | None, **more: 
         },
     ]
     signs = {"after": {"agreement": {"a": accuracy, "b": accuracy}}}
-    cost = {"seconds": 100 * accuracy}
-    results = {"suite": "s", "method": method, "rows": rows, "signs": signs, "cost": cost}
+    results = {"suite": "s", "method": method, "rows": rows, "signs": signs}
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "metrics.csv").write_text("step,loss,entropy/a,entropy/b\n0,2,1,2\n10,1,0.5,1.5\n")
+    (folder / "metrics.csv").write_text(
+        "step,loss,entropy/a,entropy/b,images_per_second\n0,2,1,2,16\n10,1,0.5,1.5,32\n"
+    )
     (folder / "coefficients.csv").write_text("task,layer,coefficient\na,w,0.1\nb,w,0.5\n")
     return folder
 
@@ -121,6 +123,11 @@ def test_csv_and_markdown_say_the_same(runs: list[Run], tmp_path: Path) -> None:
     ]
     assert rows[3]["failed"] == "task <a> has no images"
     assert "| one | 85.0 ± 7.1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_costs_are_worked_out_from_what_was_logged(runs: list[Run]) -> None:
+    costs = runs[0].costs()  # 16 images a step: one at 16 a second, ten at 32
+    assert costs == {"seconds": 6.0, "images": 176.0}
 
 
 def test_rank_correlation_shares_ties() -> None:

@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -228,7 +229,8 @@ def _run_cell(command: Command, words: Sequence[str], folder: str, place: int, j
     with open(f"{folder}.log", "a", buffering=1) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    lines = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)
+    sys.stdout = sys.stderr = lines
     if jobs > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")

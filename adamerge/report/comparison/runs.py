@@ -87,19 +87,31 @@ class Run:
         return found
 
     def costs(self) -> dict[str, float]:
-        """What the run took, in seconds, bytes and images; those that are known."""
-        found = {
-            name: float(value)
-            for name, value in (self.results.get("cost") or {}).items()
-            if isinstance(value, int | float)
-        }
+        """What the run took: seconds of training, images, bytes; those that are known."""
+        found: dict[str, float] = {}
+        step, each = -1.0, self._images_per_step()
+        for line in self.course:
+            if line.get("images_per_second"):
+                spent = (line["step"] - step) * each / line["images_per_second"]
+                found["seconds"], step = found.get("seconds", 0.0) + spent, line["step"]
+        if self.course:
+            found["images"] = (self.course[-1]["step"] + 1) * each
         peaks = [line["peak_memory_mib"] for line in self.course if "peak_memory_mib" in line]
         if peaks:
-            found.setdefault("peak_memory", max(peaks) * 2**20)
+            found["peak_memory"] = max(peaks) * 2**20
         sizes = self.record.get("bytes")
         if isinstance(sizes, Mapping) and sizes:
             found["export_bytes"] = float(sum(sizes.values()))
         return found
+
+    def _images_per_step(self) -> float:
+        """Images of one step of all processes, as far as its settings tell."""
+        parts = [key.split(".") for key in self.settings if key.startswith("suite.tasks.")]
+        tasks = len({part[2] for part in parts})
+        counts = [self.settings.get(f"trainer.{key}", 1) for key in ("devices", "num_nodes")]
+        ranks = math.prod(max(c, 1) if isinstance(c, int) else 1 for c in counts)
+        size = self.settings.get("batch_size")
+        return float(tasks * ranks * size) if isinstance(size, int) else 0.0
 
 
 def read_run(folder: Path) -> Run:
