@@ -17,14 +17,16 @@ from adamerge.config import settings as config
 from adamerge.config.statistics import statistics
 from adamerge.encoders import Experts, Tower, merged_encoder, static_encoder
 from adamerge.methods import FeatCal, RegMeanPP, WEMoE
-from adamerge.methods.base import Calibration
 from tests import golden_data as golden
 from tests.processes import train_on_ranks
 from tests.test_golden_more_statistics import images
 from tests.tiny import learned
 
 Train = Callable[..., Path]
-CALIBRATIONS: dict[str, type[Calibration]] = {"featcal": FeatCal, "regmean_pp": RegMeanPP}
+CALIBRATIONS: dict[str, type[FeatCal] | type[RegMeanPP]] = {
+    "featcal": FeatCal,
+    "regmean_pp": RegMeanPP,
+}
 every = pytest.mark.parametrize("name", CALIBRATIONS)
 
 
@@ -50,7 +52,7 @@ def job_of(words: list[str], *own: str) -> Job:
     return load_job(config.load([*words, *own]))
 
 
-def make(name: str, dtype: torch.dtype = torch.float64, **settings: float) -> Calibration:
+def make(name: str, dtype: torch.dtype = torch.float64, **settings: float) -> FeatCal | RegMeanPP:
     vectors, backbone = golden.task_vectors(dtype), golden.clip().backbone
     start = merged_encoder(Tower(backbone), vectors, 0.3)
     return CALIBRATIONS[name](start, Experts(backbone, vectors), images(dtype, 1), **settings)
