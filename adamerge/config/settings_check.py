@@ -40,6 +40,7 @@ _KINDS: dict[str, Kinds] = {
     "trainer.max_steps": (range(10**9 + 1),),
     "trainer.devices": (range(-1, 1025), str, list),
     "trainer.precision": ("32-true", "bf16-mixed"),
+    "statistics.images": (_SIZE,),
     "preflight.images": (_SIZE,),
     "evaluate.batch_size": (_SIZE,),
     "wandb.mode": ("auto", "online", "offline", "off"),
