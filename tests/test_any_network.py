@@ -230,6 +230,17 @@ def test_adapt_on_batches_of_mixed_tasks_and_in_micro_batches() -> None:
         torch.testing.assert_close(same, learned, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_adapt_on_cuda_learns_the_same() -> None:
+    network, _, vectors = world()
+    given = {task: batches(task).split(8) for task in ("a", "b")}
+    losses, learned = course(network, vectors, given)
+    method = AdaMerging(network, vectors).to("cuda")
+    again = adapt(method, given, steps=6, lr=1e-2)
+    torch.testing.assert_close(again, losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.coefficients.detach().cpu(), learned, rtol=1e-3, atol=1e-4)
+
+
 def test_heads_of_every_kind() -> None:
     network, _, vectors = world()
     given = {task: [batches(task)] for task in ("a", "b")}
