@@ -89,6 +89,9 @@ def test_inputs_and_outputs_of_any_kind(kind: str, output: str) -> None:
     plain = {task: rows.pooled(expert(*given, **named)) for task, expert in experts.items()}
     wanted = torch.cat([plain["a"][:3], plain["b"][3:]])
     torch.testing.assert_close(Experts(network, vectors)(inputs, IDS), wanted)
+    mixed = torch.tensor([1, 0, 0, 1, 0, 1])
+    rowwise = torch.stack([plain["ab"[task]][row] for row, task in enumerate(mixed.tolist())])
+    torch.testing.assert_close(Experts(network, vectors)(inputs, mixed), rowwise)
     method = AdaMerging(network, vectors)
     features = method(inputs, IDS)
     assert features.shape == (6, 5)
