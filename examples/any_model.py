@@ -43,7 +43,7 @@ def train(network: nn.Module, heads: nn.ModuleDict, tasks: tuple[str, ...], step
     for step in range(steps):
         optimizer.zero_grad()
         for task in tasks:
-            x, y = images(task, 48, seed=1000 + step)
+            x, y = images(task, 32, seed=1000 + step)
             cross_entropy(heads[task](network(x)), y).backward()
         optimizer.step()
     network.eval()
@@ -52,12 +52,12 @@ def train(network: nn.Module, heads: nn.ModuleDict, tasks: tuple[str, ...], step
 @torch.no_grad()
 def accuracy(network: nn.Module, heads: nn.ModuleDict) -> float:
     """The mean over the tasks, in %, on images that no training has seen."""
-    tests = {task: images(task, 400, seed=1) for task in TASKS}
+    tests = {task: images(task, 200, seed=1) for task in TASKS}
     right = [heads[task](network(x)).argmax(1).eq(y) for task, (x, y) in tests.items()]
     return 100 * torch.cat(right).float().mean().item()
 
 
-torch.manual_seed(1)
+torch.manual_seed(2)
 resnet = ResNet(BasicBlock, [1, 1, 1, 1])
 resnet.layer3, resnet.layer4, resnet.fc = nn.Identity(), nn.Identity(), nn.Identity()  # small
 heads = nn.ModuleDict({task: nn.Linear(128, CLASSES) for task in TASKS})

@@ -89,6 +89,9 @@ def test_inputs_and_outputs_of_any_kind(kind: str, output: str) -> None:
     plain = {task: rows.pooled(expert(*given, **named)) for task, expert in experts.items()}
     wanted = torch.cat([plain["a"][:3], plain["b"][3:]])
     torch.testing.assert_close(Experts(network, vectors)(inputs, IDS), wanted)
+    mixed = torch.tensor([1, 0, 0, 1, 0, 1])
+    rowwise = torch.stack([plain["ab"[task]][row] for row, task in enumerate(mixed.tolist())])
+    torch.testing.assert_close(Experts(network, vectors)(inputs, mixed), rowwise)
     method = AdaMerging(network, vectors)
     features = method(inputs, IDS)
     assert features.shape == (6, 5)
@@ -228,6 +231,17 @@ def test_adapt_on_batches_of_mixed_tasks_and_in_micro_batches() -> None:
         found, same = course(network, vectors, mixed, **options)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(same, learned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_adapt_on_cuda_learns_the_same() -> None:
+    network, _, vectors = world()
+    given = {task: batches(task).split(8) for task in ("a", "b")}
+    losses, learned = course(network, vectors, given)
+    method = AdaMerging(network, vectors).to("cuda")
+    again = adapt(method, given, steps=6, lr=1e-2)
+    torch.testing.assert_close(again, losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.coefficients.detach().cpu(), learned, rtol=1e-3, atol=1e-4)
 
 
 def test_heads_of_every_kind() -> None:

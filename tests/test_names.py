@@ -75,7 +75,7 @@ def test_ways_to_import() -> None:
         "from adamerge.objectives import Entropy, Objective",
         "from adamerge.encoders import build_clip; assert adamerge.encoders.Normalizer",
         "from adamerge import heads, objectives; assert objectives.entropy",
-        "from adamerge import Adaptation, TaskVectors, load, step_loss",
+        "from adamerge import Adaptation, TaskVectors, adapt, load, step_loss",
         "from adamerge.transforms import ties; assert adamerge.transforms.ties is ties",
     ]
     command = [sys.executable, "-c", "\n".join(lines)]

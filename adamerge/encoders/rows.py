@@ -60,10 +60,11 @@ def split(inputs: Inputs, size: int) -> list[Inputs]:
     """Parts of `size` examples, the last one of what is left."""
     if isinstance(inputs, Tensor):
         return list(inputs.split(size))
-    return [
-        each(lambda tensor, start=start: tensor[start : start + size], inputs)  # type: ignore[misc]
-        for start in range(0, count(inputs), size)
-    ]
+
+    def part(start: int) -> Inputs:
+        return each(lambda tensor: tensor[start : start + size], inputs)
+
+    return [part(start) for start in range(0, count(inputs), size)]
 
 
 def join(parts: Sequence[Inputs]) -> Inputs:
@@ -96,6 +97,24 @@ def _shapes(inputs: Inputs) -> Any:
     if isinstance(inputs, Tensor):
         return shapes[0]
     return dict(zip(inputs, shapes, strict=True)) if isinstance(inputs, Mapping) else shapes
+
+
+def by_task(inputs: Inputs, ids: Tensor) -> dict[int, Any]:
+    """Each task's rows, of task ids `[B]` on the CPU.
+
+    Where tasks are neighbours, as in training, cut in one piece: no index on the device, and one
+    pass for all in the backward.
+    """
+    tasks, counts = torch.unique_consecutive(ids, return_counts=True)
+    found, sizes = tasks.tolist(), counts.tolist()
+    if len(set(found)) == len(found) and isinstance(inputs, Tensor):
+        return dict(zip(found, inputs.split(sizes), strict=True))
+
+    def pick(task: int) -> Inputs:
+        own = (ids == task).nonzero().squeeze(1)
+        return each(lambda tensor: tensor[own.to(tensor.device)], inputs)
+
+    return {task: pick(task) for task in dict.fromkeys(found)}
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

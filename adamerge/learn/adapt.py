@@ -83,7 +83,7 @@ def adapt(
     device = here[0].device
     update, was_training = optimizer(here, lr=lr), method.training
     course = _Course(here, loss_of.heads.tasks)
-    with torch.random.fork_rng(_cuda(device)):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         loss_of.to(device)
         method.train()
@@ -145,17 +145,6 @@ class _Course:
         )
 
 
-class _Function(Objective):
-    """A function of logits as an objective."""
-
-    def __init__(self, heads: AnyHeads, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(heads)
-        self._function = function
-
-    def term(self, logits: Tensor) -> Tensor:
-        return self._function(logits)
-
-
 def _tasks(method: MergeMethod, batches: Batches) -> tuple[str, ...]:
     """The tasks in the order of task ids: the method's, or else those of the batches."""
     vectors = vars(method).get("task_vectors")
@@ -198,7 +187,11 @@ def _objective(objective: Any, heads: Any, tasks: tuple[str, ...]) -> Objective:
     if heads is None and not tasks:
         raise AdamergeError("no tasks are known: give heads, a mapping from tasks to modules")
     own = as_heads(heads, tasks)
-    return _BY_NAME[objective](own) if isinstance(objective, str) else _Function(own, objective)
+    if isinstance(objective, str):
+        return _BY_NAME[objective](own)
+    found = Objective(own)
+    found.term = objective  # type: ignore[method-assign]
+    return found
 
 
 def _steps(batches: Batches, tasks: Sequence[str], steps: int) -> Iterator[tuple[Inputs, Tensor]]:
@@ -245,7 +238,3 @@ def _endless(items: Iterable[Any], what: str, steps: int) -> Iterator[Any]:
                 f"begins anew, or steps={taken}"
             )
         source = iter(items)
-
-
-def _cuda(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
+from adamerge.encoders import rows
 from adamerge.learn.classifiers import TaskHeads, as_heads
 from adamerge.learn.losses import (
     entropy,
@@ -137,8 +138,8 @@ class Objective(nn.Module):
                 given.
         """
         ids = task_ids.cpu()
-        found = _by_task(features, ids)
-        wanted = {} if targets is None else _by_task(targets, ids)
+        found = rows.by_task(features, ids)
+        wanted = {} if targets is None else rows.by_task(targets, ids)
         more = self._more(image_ids, ids)
         values = []
         for index, task in enumerate(self.heads.tasks):
@@ -162,7 +163,7 @@ class Objective(nn.Module):
                 f"{type(self).__name__} keeps something of every image, and is not told which "
                 "images these are: give image_ids [B] with them"
             )
-        return {index: {"image_ids": own} for index, own in _by_task(image_ids, ids).items()}
+        return {index: {"image_ids": own} for index, own in rows.by_task(image_ids, ids).items()}
 
     def weigh(self, values: Tensor) -> Tensor:
         """The loss `Σ_t weight_t · value_t` of the `[T]` values of a call."""
@@ -283,13 +284,3 @@ class ExpertL1(Taught):
 
     def final(self, features: Tensor) -> Tensor:
         return features[:, sum(self.widths) :]
-
-
-def _by_task(rows: Tensor, ids: Tensor) -> dict[int, Tensor]:
-    """Each task's rows; where tasks are neighbours, as in training, cut in one piece: no index on
-    the device, and one pass for all in the backward."""
-    tasks, counts = torch.unique_consecutive(ids, return_counts=True)
-    found = tasks.tolist()
-    if len(set(found)) == len(found):
-        return dict(zip(found, rows.split(counts.tolist()), strict=True))
-    return {t: rows[(ids == t).nonzero().squeeze(1).to(rows.device)] for t in set(found)}

@@ -145,10 +145,11 @@ class MergeMethod(nn.Module):
         """
         try:
             found = self.weights()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            raise contract.explained(self, error) from error
+            wrong = contract.misplaced(self)
+            if wrong is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise AdamergeError(wrong) from error
         if not self._is_checked and torch.is_grad_enabled():
             self._refuse_without_fold()
             contract.check(self, found)

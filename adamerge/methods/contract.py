@@ -36,10 +36,10 @@ def check(method: nn.Module, weights: Any) -> None:
         raise AdamergeError(f"{name} {wrong}")
 
 
-def explained(method: nn.Module, error: RuntimeError) -> Exception:
-    """What a method forgot, if that may be why its `weights` failed; else the error itself."""
+def misplaced(method: nn.Module) -> str | None:
+    """What a method forgot, if that may be why its `weights` failed."""
     wrong = _of_places(method) or _of_learnables(method)
-    return error if wrong is None else AdamergeError(f"{type(method).__name__} {wrong}")
+    return None if wrong is None else f"{type(method).__name__} {wrong}"
 
 
 def lacks(method: nn.Module, name: str, what: str) -> AdamergeError:
