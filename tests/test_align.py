@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from open_clip.transformer import VisionTransformer
@@ -19,7 +23,8 @@ from transformers import (
     ViTModel,
 )
 
-from adamerge import align
+from adamerge import AdamergeError, align
+from adamerge.align import Group, Place, Spec
 
 Inputs = Callable[[], Tensor]
 
@@ -132,7 +137,7 @@ def rgb8() -> Tensor:
 
 
 def rgb() -> Tensor:
-    return torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    return torch.randn(2, 3, 16, 16, dtype=torch.float64)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Inputs, int]] = {  # and how many groups
@@ -141,7 +146,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Inputs, int]] = {  # and how 
     "resnet layernorm": (lambda: Residual(ChannelsLast, bias=True), images, 5),
     "resnet groupnorm": (lambda: Residual(lambda n: nn.GroupNorm(1, n), bias=True), images, 5),
     "resnet plain": (lambda: Residual(lambda _: nn.Identity(), bias=True), images, 5),
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=4), rgb, 12),
+    "timm resnet": (lambda: timm.create_model("test_resnet", num_classes=4), rgb, 11),
     "flattening": (Flattening, images, 1),
     "open_clip vit": (vit, rgb8, 5),
     "torch encoder layer": (torch_encoder, words, 2),
@@ -187,3 +192,97 @@ def test_a_permuted_network_is_the_same_function(name: str) -> None:
         other.load_state_dict(moved)
         for old, new in zip(before, outputs(other, batch), strict=True):
             torch.testing.assert_close(new, old, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("module", ["derive", "matching", "restore", "soups", "symmetry"])
+def test_examples(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"adamerge.align.{module}"))
+    assert found.attempted and not found.failed
+
+
+def test_a_resnet_has_a_group_for_each_stage_and_block() -> None:
+    with torch.device("meta"):
+        groups = align.spec(torchvision.models.resnet18()).groups
+    assert len(groups) == 12 and groups["conv1"].units == 64
+    assert groups["layer2.0.conv2"].places[-1].tensor == "layer3.0.downsample.0.weight"
+
+
+def test_half_a_head_stays_in_its_head() -> None:
+    """Whole heads move: their three blocks of rows together."""
+    spec = align.spec(vit())
+    heads = spec.groups["transformer.resblocks.0.attn.heads"]
+    assert heads.units == 4 and heads.places[0].outer == 3
+    state = {"transformer.resblocks.0.attn.in_proj_weight": torch.arange(48.0)[:, None]}
+    one = Spec({"heads": Group(4, heads.places[:1])})
+    moved = align.apply(one, {"heads": torch.tensor([1, 0, 2, 3])}, state)
+    rows = next(iter(moved.values())).flatten().tolist()
+    assert rows[:16] == [*range(4, 8), *range(4), *range(8, 16)]
+    assert rows[16:32] == [row + 16 for row in rows[:16]]
+
+
+class Unknown(nn.Module):
+    """A network whose first layer's outputs are sorted, and whose second's are sliced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 6), nn.Linear(3, 5)
+        self.d = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.b(self.a(x).sort(-1).values)[:, :3]))
+
+
+def test_units_that_meet_an_unknown_operation_stay() -> None:
+    assert list(align.spec(Unknown()).groups) == ["c"]
+
+
+def test_a_stream_that_is_returned_stays() -> None:
+    tower = vit()
+    assert "stream" in align.spec(tower).groups
+    tower.output_tokens = True
+    assert "stream" not in align.spec(tower).groups
+
+
+class Choosing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+TABLE = {"hidden": {"0.weight": 0, "0.bias": 0, "2.weight": 1}}
+
+
+def chain(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+
+
+def test_a_table_says_what_the_module_says() -> None:
+    assert align.spec(chain(), TABLE).groups["hidden"] == align.spec(chain()).groups["0"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"h": {"0.weight": 2}}, "axis 2 of tensor '0.weight' .* does not exist.*\\[8, 3\\]"),
+        ({"h": {"0.wait": 0}}, "no tensor '0.wait', of which group 'h' permutes axis 0"),
+        ({"h": {"0.weight": 0, "2.weight": 0}}, "axis 0 of tensor '2.weight' .* has 2 entries"),
+        ({"h": {"0.weight": 0}, "g": {"0.weight": 0}}, "axis 0 of .*'0.weight' .*'h' and 'g'"),
+        ({"h": Group(3, (Place("0.weight", 0),))}, "has 8 entries .* multiple of 3 units"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(table: Any, message: str) -> None:
+    with pytest.raises(AdamergeError, match=message):
+        align.spec(chain(), table)
+
+
+def test_other_mistakes_are_named() -> None:
+    spec = align.spec(chain())
+    with pytest.raises(AdamergeError, match=r"Choosing cannot be recorded .*table"):
+        align.spec(Choosing())
+    with pytest.raises(AdamergeError, match=r"axis 0 of tensor '0.weight' .* has 9 entries"):
+        align.apply(spec, {}, chain(9).state_dict())
+    for orders, message in (
+        ({"9": torch.arange(8)}, "a group '9'"),
+        ({"0": torch.zeros(8, dtype=torch.long)}, "group '0' is not one of the numbers 0 to 7"),
+    ):
+        with pytest.raises(AdamergeError, match=message):
+            align.apply(spec, orders, chain().state_dict())
