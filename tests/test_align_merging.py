@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,3 +282,11 @@ def test_soups_name_mistakes() -> None:
         align.greedy([state], lambda _: math.nan)
     with pytest.raises(AdamergeError, match="at least one"):
         align.greedy([], lambda _: 0.0)
+
+
+def test_the_example_of_soups_runs() -> None:
+    path = Path(__file__).parent.parent / "examples" / "soup.py"
+    found = runpy.run_path(str(path))["main"]()
+    pretrained, best, uniform, greedy = found.values()
+    assert list(found)[2] == "uniform soup" and list(found)[3].startswith("greedy soup of ")
+    assert min(best, uniform, greedy) > pretrained + 0.1
