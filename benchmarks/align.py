@@ -9,7 +9,7 @@ Then the second is aligned with the first, and both are interpolated.
 - barrier: the largest loss along the line beyond the line between the endpoints' losses;
 - midpoint: accuracy with half of each.
 
-Loss and accuracy are of test images; what takes unlabeled inputs gets 400 training images.
+Loss and accuracy are of test images; what takes unlabeled inputs gets 300 training images.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from adamerge.encoders.tower import Tower
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-POINTS = torch.linspace(0, 1, 9).tolist()
+POINTS = torch.linspace(0, 1, 7).tolist()
 Curve = list[tuple[float, float]]  # loss and accuracy, at every point
 
 
@@ -57,7 +57,7 @@ class Digits:
     @property
     def unlabeled(self) -> list[Tensor]:
         """Training images, for what takes inputs alone."""
-        return [self.images[:400]]
+        return [self.images[:300]]
 
     @classmethod
     def read(cls) -> Digits:
@@ -114,9 +114,9 @@ def mlp(width: int = 512) -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, float, int]] = {  # epochs, rate, pairs
-    "MLP": (mlp, 40, 1e-3, 5),
-    "ResNet": (ResNet, 10, 2e-3, 3),
-    "ViT": (Vit, 30, 1e-3, 3),
+    "MLP": (mlp, 20, 1e-3, 5),
+    "ResNet": (ResNet, 8, 3e-3, 3),
+    "ViT": (Vit, 25, 2e-3, 3),
 }
 
 
@@ -178,7 +178,7 @@ def learned(spec: align.Spec, one: nn.Module, two: nn.Module, digits: Digits) ->
     optimizer = torch.optim.Adam([coefficients], 1e-2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
-        batch = torch.randint(400, (64,), generator=generator)
+        batch = torch.randint(300, (64,), generator=generator)
         weights = {**vectors.combine(coefficients), **vectors.constants, **buffers}
         logs = tower(weights, inputs[0][batch]).log_softmax(1)
         loss = -(logs.exp() * logs).sum(1).mean()

@@ -35,7 +35,8 @@ def test_a_permuted_copy_is_found_again_by_its_weights(name: str) -> None:
     assert align.agreement(spec, state, found) >= align.agreement(spec, state, shuffled)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# Without one of which some units put out the same number for all inputs: they look alike.
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "timm efficientnet"])
 def test_a_permuted_copy_is_found_again_by_its_outputs(name: str) -> None:
     build, inputs, _ = NETWORKS[name]
     module, other = filled(build), build().double().eval()

@@ -6,6 +6,7 @@ In an attention only whole heads move.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,7 @@ _MLPS = (
     (("intermediate.dense",), "output.dense"),
 )
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
+_POSITIONS = r"relative_position|relative_attention|rel_pos|bias_table|attention_bias"
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,35 @@ class Part:
 
 
 def parts_of(module: nn.Module) -> list[Part]:
-    """All attentions and MLPs of blocks that are known, in the order of the state dict."""
-    attentions = list(_attentions(module))
-    found = [*attentions, *_mlps(module, {part.block for part in attentions})]
-    order = {name: index for index, name in enumerate(module.state_dict())}
-    return sorted(found, key=lambda part: order[part.group.places[0].tensor])
+    """All attentions and MLPs of blocks that are known, in the order of the state dict.
+
+    Heads stay where a bias of positions, or a tensor that is not known, may belong to them.
+    """
+    state = module.state_dict()
+    seen = list(_attentions(module))
+    blocks = {block for block, _ in seen}
+    parts = [*(part for _, part in seen if part is not None), *_mlps(module, blocks)]
+    width = parts[0].width if parts else 0
+    known = {name for part in parts for name in part.tensors} | dict(norms(module, width)).keys()
+    unknown = {name for name in state if name not in known and tuple(state[name].shape) != (width,)}
+    biased = any(re.search(_POSITIONS, name) for name in state)
+    order = {name: index for index, name in enumerate(state)}
+    found = []
+    for part in sorted(parts, key=lambda part: order[part.group.places[0].tensor]):
+        beside = any(name.startswith(f"{part.block}.") for name in unknown)
+        if not (part.name.endswith("heads") and (biased or beside)):
+            found.append(part)
+    return found
 
 
-def _attentions(module: nn.Module) -> Iterator[Part]:
+def _attentions(module: nn.Module) -> Iterator[tuple[str, Part | None]]:
+    """The block of every attention, and its heads where whole heads can move."""
     for name, attention in module.named_modules():
         block, dot = name.rpartition(".")[0], name and name + "."
         if isinstance(attention, nn.MultiheadAttention):
-            part = _multihead(dot, block, attention)
-        else:
-            part = _projections(dot, block, attention)
-        if part is not None:
-            yield part
+            yield block, _multihead(dot, block, attention)
+        elif _pair(attention, _ATTENTIONS) is not None:
+            yield block, _projections(dot, block, attention)
 
 
 def _multihead(dot: str, block: str, attention: nn.MultiheadAttention) -> Part | None:
@@ -94,8 +109,8 @@ def _multihead(dot: str, block: str, attention: nn.MultiheadAttention) -> Part |
 
 
 def _projections(dot: str, block: str, attention: nn.Module) -> Part | None:
-    heads = _heads(attention)
     found = _pair(attention, _ATTENTIONS)
+    heads = _heads(attention)
     if found is None or heads is None:
         return None
     names, first, _, last = found
@@ -111,8 +126,8 @@ def _projections(dot: str, block: str, attention: nn.Module) -> Part | None:
 
 
 def _heads(attention: nn.Module) -> int | None:
-    """The number of heads, as an attention or a part of it says it."""
-    for holder in (attention, *attention.children()):
+    """The number of heads, as an attention, a part of it or its settings say it."""
+    for holder in (attention, *attention.children(), getattr(attention, "config", None)):
         for name in _HEADS:
             if isinstance(getattr(holder, name, None), int):
                 return int(getattr(holder, name))

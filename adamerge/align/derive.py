@@ -40,8 +40,8 @@ def spec(module: nn.Module, table: Mapping[str, Group | Mapping[str, int]] | Non
         table: the groups, instead of deriving them: see `from_table`.
 
     Raises:
-        AdamergeError: the forward pass cannot be recorded, nothing can be permuted, or a table
-            does not fit: naming tensor and axis.
+        AdamergeError: the forward pass cannot be recorded, or a table does not fit: naming tensor
+            and axis.
 
     >>> found = spec(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)))
     >>> [(place.tensor, place.axis) for place in found.groups["0"].places]

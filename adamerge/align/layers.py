@@ -106,6 +106,16 @@ def _affine(streams: Streams, layer: nn.Module, wire: Wire, fits: bool) -> Wire:
     return wire
 
 
+def _batch_norm(streams: Streams, wire: Wire, rest: list[Any]) -> Wire:
+    """The function behind the layer: all its tensors have a number for each channel."""
+    if wire.flat or wire.ndim is None or wire.ndim + wire.axis != 1:
+        return streams.fix(wire)
+    for value in rest:
+        if isinstance(value, Weight):
+            streams.place(wire, value.tensor, 0)
+    return wire
+
+
 def _pooled(streams: Streams, kind: str, wire: Wire) -> Wire:
     """Pooling over the last one, two or three axes (`kind` ends in 1d, 2d or 3d)."""
     rank = int(kind[-2]) if kind[-1] == "d" and kind[-2].isdigit() else 0
@@ -139,7 +149,9 @@ def computed(streams: Streams, node: fx.Node, args: Sequence[Any], kwargs: dict[
     if name in _ELEMENTWISE:
         weights = [value for value in args if isinstance(value, Weight)]
         return _joined(streams, wires, weights)
-    one = len(wires) == 1 and isinstance(args[0], Wire)
+    one = len(wires) == 1 and bool(args) and isinstance(args[0], Wire)
+    if name == "batch_norm" and one:
+        return _batch_norm(streams, wires[0], [*args[1:], *kwargs.values()])
     if name in ("cat", "concat") and not one:
         return _concatenated(streams, wires, args, kwargs)
     if not one:
