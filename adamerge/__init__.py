@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adamerge import encoders, methods, transforms
+    from adamerge import align, encoders, methods, transforms
     from adamerge._base.errors import AdamergeError
     from adamerge.encoders import heads
     from adamerge.export.load import load
@@ -28,7 +28,7 @@ _HOMES = {
     "load": "adamerge.export.load",
     "step_loss": "adamerge.learn.step",
 }
-_PACKAGES = ("encoders", "methods", "transforms")
+_PACKAGES = ("align", "encoders", "methods", "transforms")
 # Modules by short names: in `import adamerge.heads`, and in `_target_`s of configurations, of
 # which some were written by earlier versions.
 _SHORT = {
@@ -42,6 +42,7 @@ __all__ = [
     "Adaptation",
     "TaskVectors",
     "adapt",
+    "align",
     "encoders",
     "heads",
     "load",

@@ -19,7 +19,9 @@ MODULES = {  # a package's name where it is not that of its module
     "yaml": "PyYAML",
     "sklearn": "scikit-learn",
 }
-WITH_ANOTHER = {"lightning_utilities", "triton"}  # brought by lightning, and by torch on a GPU
+# Brought by lightning, by torch on a GPU, and by scikit-learn.
+WITH_ANOTHER = {"lightning_utilities", "triton", "scipy"}
+OPTIONAL = {"ot"}  # imported where it is needed, and an error says what to install
 
 
 def floors(requirements: list[str]) -> dict[str, str]:
@@ -44,7 +46,7 @@ def test_every_import_is_of_a_declared_package() -> None:
                 used |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 used.add(node.module.partition(".")[0])
-    used -= set(sys.stdlib_module_names) | WITH_ANOTHER | {"adamerge"}
+    used -= set(sys.stdlib_module_names) | WITH_ANOTHER | OPTIONAL | {"adamerge"}
     assert {MODULES.get(name, name) for name in used} <= set(floors(PROJECT["dependencies"]))
 
 
