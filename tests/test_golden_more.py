@@ -199,8 +199,6 @@ NOT_CHECKED: dict[str, str] = {
     "prodistill": "ProDistill: not here yet",
     "symerge": "SyMerge: not here yet",
     "fixmatch": "an objective of two views: not here yet",
-    **dict.fromkeys(("expert_labels", "expert_labels_sure"), "an objective: not here yet"),
-    **dict.fromkeys(("sam", "sam_adaptive"), "an update: not here yet"),
     **dict.fromkeys(("featcal", "regmean_pp"), "a calibration: not here yet"),
 }
 

@@ -24,6 +24,7 @@ from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_compiling, refuse_recomputing
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
+from adamerge.learn.updates import update_of
 from adamerge.methods.base import MergeMethod, tracing
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -87,9 +88,22 @@ def check(config: Config) -> None:
         found.append(
             "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
         )
-    found = found or _trial(config)
+    found = found or _update_problems(config) or _trial(config)
     if found:
         raise AdamergeError("; ".join(found))
+
+
+def _update_problems(config: Config) -> list[str]:
+    try:
+        update_of(config["update"])
+    except AdamergeError as error:
+        return [str(error)]
+    if config["online"] and config["update"]["name"] == "per_task":
+        return [
+            "online lets a task end before others, which update=per_task would ask for: set "
+            "update=joint"
+        ]
+    return []
 
 
 def _storage_problems(config: Config, method: Callable[..., Any]) -> list[str]:
@@ -241,6 +255,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         config["micro_batch"],
         config["log_every"],
         config["cuda_graph"] and _can_be_recorded(config),
+        update_of(config["update"], config["seed"]),
     )
 
 

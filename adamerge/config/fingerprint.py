@@ -33,6 +33,8 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
     for key in _TRAINER:
         if key not in ("max_steps", "max_time", "accelerator", "strategy"):
             add(f"trainer.{key}", config["trainer"].get(key))
+    if config["update"]["name"] != "joint":  # runs of earlier versions know no other
+        add("update", config["update"])
     if config["task_vectors"]["dtype"] != "float32":
         flat["task_vectors.dtype"] = config["task_vectors"]["dtype"]
     flat["order of tasks"] = ", ".join(config["suite"]["tasks"])

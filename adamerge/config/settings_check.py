@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from adamerge._base.binding import fits, nearest
+from adamerge.learn.updates import NAMES as UPDATES
 from adamerge.weights.storage_kinds import DTYPES, PLACES
 
 Config = dict[str, Any]
@@ -23,6 +24,8 @@ _CHOICES = {
     "device": PLACES,
     "mode": ("auto", "online", "offline", "off"),
     "precision": ("32-true", "bf16-mixed"),
+    "name": UPDATES,
+    "order": ("fixed", "shuffled"),
 }
 _RANGES = {
     "seed": (0, 2**32 - 1),  # what numpy takes
@@ -59,10 +62,10 @@ def shape_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def sugar(key: str, value: Any, defaults: Config) -> tuple[str, Any]:
-    """`wandb=off` means `wandb.mode=off`, `preflight=off` `preflight.enabled=false`; YAML reads a
-    bare `off` as false."""
+    """`wandb=off` means `wandb.mode=off`, `preflight=off` `preflight.enabled=false`, `update=sam`
+    `update.name=sam`; YAML reads a bare `off` as false."""
     if isinstance(defaults.get(key), dict) and not isinstance(value, dict):
-        switches = [name for name in ("mode", "enabled") if name in defaults[key]]
+        switches = [name for name in ("mode", "enabled", "name") if name in defaults[key]]
         key = ".".join([key, *switches])
     if key.endswith(".mode") and isinstance(value, bool):
         value = "auto" if value else "off"

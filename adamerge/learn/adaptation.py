@@ -17,7 +17,8 @@ from adamerge.learn.graphs import ReplayedSteps
 from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
 from adamerge.learn.readings import Readings
-from adamerge.learn.step import step_loss
+from adamerge.learn.step import learnables, step_loss
+from adamerge.learn.updates import Joint, Update
 from adamerge.methods.base import MergeMethod, numbers_of
 
 # task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`, and
@@ -26,6 +27,7 @@ Batch = Mapping[str, Tensor | Mapping[str, Tensor]]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
+_LOSSES = ("loss", "loss_mean")
 _FAILED = "failed"  # whether a step was not finite, among the numbers of a step
 
 
@@ -45,6 +47,7 @@ class Adaptation(pl.LightningModule):
         micro_batch: images encoded at a time, see `step_loss`.
         log_every: steps between two log entries.
         cuda_graph: record the step on a GPU and replay it, see `graphs.ReplayedSteps`.
+        update: how a step moves what is learned, see `updates`.
     """
 
     def __init__(
@@ -58,14 +61,17 @@ class Adaptation(pl.LightningModule):
         micro_batch: int | None = None,
         log_every: int = 10,
         cuda_graph: bool = False,
+        update: Update | None = None,
     ) -> None:
         super().__init__()
         self.method, self.objective, self.heads = method, objective, heads
         self.normalizer = normalizer
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.micro_batch, self.log_every = micro_batch, log_every
-        learnables = [tensor for tensor in method.parameters() if tensor.requires_grad]
-        self._step = ReplayedSteps(self._compute, learnables) if cuda_graph else self._compute
+        learned = learnables(method, objective)
+        self._step = ReplayedSteps(self._compute, learned) if cuda_graph else self._compute
+        self.update = Joint() if update is None else update
+        self._only: int | None = None  # the task whose images the loss is of; None: of all
         self._values: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}  # of the step under way, if it is logged
         self._readings = Readings()
@@ -78,8 +84,19 @@ class Adaptation(pl.LightningModule):
         loss, values, features = self._step(images, task_ids, targets)
         self._values = values
         if self._is_logged():
-            self._numbers = self._measure(loss.detach(), features, task_ids)
+            self._note(self._measure(loss.detach(), features, task_ids))
         return loss
+
+    def _note(self, numbers: dict[str, Tensor]) -> None:
+        """Adds those of one pass to the step's: a loss to that of other tasks, and nothing else
+        that is known from where the step began."""
+        losses = {n: t + self._numbers[n] for n, t in numbers.items() if n in self._numbers}
+        added = {n: t for n, t in losses.items() if n in _LOSSES and self._only is not None}
+        self._numbers = {**numbers, **self._numbers, **added}
+
+    def _learned(self) -> dict[str, Tensor]:
+        """What the method and the objective learn, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
     def _compute(
         self, images: Tensor, task_ids: Tensor, targets: Tensor | None
@@ -97,9 +114,10 @@ class Adaptation(pl.LightningModule):
 
     def _collect(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         """All tasks' inputs, targets if known, and task ids; a task may have no more images."""
-        parts, sizes = [], []
+        parts: list[Mapping[str, Tensor]] = []
+        sizes = []
         for task in self.heads.tasks:
-            part = batch.get(task, {})
+            part = batch.get(task, {}) if self._only in (None, len(parts)) else {}
             parts.append(part if isinstance(part, Mapping) else {"images": part})
             sizes.append(len(next(iter(parts[-1].values()), ())))
         known = {
@@ -117,7 +135,7 @@ class Adaptation(pl.LightningModule):
         sizes = torch.bincount(task_ids, minlength=len(self.heads.tasks)).tolist()
         for task, rows in zip(self.heads.tasks, features.split(sizes), strict=True):
             if len(rows) == 0:
-                continue
+                continue  # its images are over, or come later in the step
             logits = self.heads.logits(rows, task)
             classes = max(logits.shape[-1], 2)
             metrics[f"entropy/{task}"] = sample_entropy(logits).mean()
@@ -134,7 +152,7 @@ class Adaptation(pl.LightningModule):
         every checkpoint.
         """
         assert self._values is not None
-        parameters = dict(self.method.named_parameters())
+        parameters = self._learned()
         grads = [p.grad.norm() for p in parameters.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(grads))
         finite = torch.isfinite(norm) & torch.isfinite(self._values).all()
@@ -149,12 +167,41 @@ class Adaptation(pl.LightningModule):
         if self._asks_at_once:
             self.refuse_failure()
         if self._is_logged():
-            self._send(norm)
+            self._numbers["gradient_norm"] = norm
 
-    def _send(self, norm: Tensor) -> None:
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """One step of the update, which may move the optimizer several times."""
+        assert optimizer_closure is not None
+        run, step = optimizer_closure, self.global_step
+
+        def compute(task: int | None) -> Any:
+            self._only = task
+            try:
+                return run()
+            finally:
+                self._only = None
+
+        def move(closure: Callable[[], Any]) -> Any:
+            return optimizer.step(closure=closure)
+
+        self._numbers = {}
+        self.objective.begin_step(step)
+        learned = learnables(self.method, self.objective)
+        self.update(compute, move, learned, len(self.heads.tasks), step)
+        if self._is_logged():
+            self._send()
+
+    def _send(self) -> None:
         """Sends the numbers of a logged step on their way, after handing over those before it."""
         self.hand_over(wait=True)
-        numbers = {**self._numbers, "gradient_norm": norm, _FAILED: self._failed.to(norm.dtype)}
+        norm = self._numbers["gradient_norm"]
+        numbers = {**self._numbers, _FAILED: self._failed.to(norm.dtype)}
         self._numbers = {}
         self._readings.put(self.global_step, numbers, self._average)
         self._readings.add({"epoch": self.current_epoch})  # Lightning's own entry
@@ -214,7 +261,9 @@ class Adaptation(pl.LightningModule):
         """
         if self._good is None or not bool(self._failed):
             return
-        self.method.load_state_dict(self._good)
+        with torch.no_grad():
+            for name, parameter in self._learned().items():
+                parameter.copy_(self._good[name])
         self._failed = torch.zeros_like(self._failed)
         raise AdamergeError(self._describe_failure())
 
@@ -230,7 +279,7 @@ class Adaptation(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the method's learnables, with its scheduler if there is one."""
-        optimizer = self.make_optimizer(self.method.parameters())
+        optimizer = self.make_optimizer(learnables(self.method, self.objective))
         if self.make_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
