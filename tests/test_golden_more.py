@@ -195,7 +195,6 @@ NOT_COMPARED: dict[str, str] = {}
 NOT_CHECKED: dict[str, str] = {
     **dict.fromkeys(("adarank_ta", "adarank_cart"), "AdaRank: not here yet"),
     **dict.fromkeys(("concrete_adam", "concrete_sgd"), "Concrete: not here yet"),
-    "atlas": "coefficients per partition: not here yet",
     "prodistill": "ProDistill: not here yet",
     "symerge": "SyMerge: not here yet",
     "fixmatch": "an objective of two views: not here yet",

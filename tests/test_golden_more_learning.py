@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -88,7 +89,53 @@ def sam(label: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None
     more.agrees(torch.stack(pushes), f"{label}/push")
 
 
+def atlas(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = lambda seed, task, layer, shape: more.uniform(0, layer, shape)  # noqa: E731
+    monkeypatch.setattr("adamerge.transforms.draws.uniform", given)
+    method = merging(dtype, granularity="partition", parts=3, init=0.0)
+    sizes = [torch.bincount(own.flatten(), minlength=3) for own in method._parts.values()]
+    more.agrees(torch.stack(sizes).to(dtype), "atlas/partition_sizes")
+    objective = adamerge.objectives.Entropy(golden.heads(dtype))
+    optimizer = torch.optim.AdamW(method.parameters(), lr=0.01, weight_decay=0.1)
+    found, norms = [method.coefficients.detach().clone()], []
+
+    def clip(*_: Any) -> None:
+        norms.append(torch.nn.utils.clip_grad_norm_(method.parameters(), 0.16))
+
+    update = Clipped(clip)
+    optimizer.register_step_post_hook(lambda *_: found.append(method.coefficients.detach().clone()))
+    steps = len(more.expected("atlas/loss"))
+    more.agrees(Course(method, objective, dtype, update).run(optimizer, steps)[:, 0], "atlas/loss")
+    more.agrees(torch.stack(found), "atlas/coefficients")
+    more.agrees(torch.stack(norms), "atlas/gradient_norm")
+    check_features("atlas", method.fold(), dtype)
+
+
+class Clipped:
+    """The joint update with something done to the gradient, as Lightning clips it."""
+
+    def __init__(self, change: Callable[[], None]) -> None:
+        self.change = change
+
+    def __call__(self, compute: Any, move: Any, *_: Any) -> None:
+        def changed() -> Tensor:
+            loss: Tensor = compute(None)
+            self.change()
+            return loss
+
+        move(changed)
+
+
+def check_features(label: str, encoder: torch.nn.Module, dtype: torch.dtype) -> None:
+    """The features of every task's first batch."""
+    images, ids = golden.batch(0, dtype)
+    found = encoder(images, ids)
+    for row, task in enumerate(golden.TASKS):
+        more.agrees(found[ids == row], f"{label}/features/{task}")
+
+
 CHECKS = {
+    "atlas": atlas,
     "expert_labels": lambda dtype, _: expert_labels("expert_labels", dtype),
     "expert_labels_sure": lambda dtype, _: expert_labels("expert_labels_sure", dtype),
     "sam": lambda dtype, patch: sam("sam", dtype, patch),
