@@ -23,6 +23,8 @@ METHODS: dict[str, Make] = {
     "layer_wise": lambda b, tv: AdaMerging(b, tv, granularity="layer"),
     "task_wise": lambda b, tv: AdaMerging(b, tv, granularity="task"),
     "block_wise": lambda b, tv: AdaMerging(b, tv, granularity="block"),
+    "partition": lambda b, tv: AdaMerging(b, tv, granularity="partition", parts=4),
+    "element": lambda b, tv: AdaMerging(b, tv, granularity="element"),
     "layer_wise_clamped": lambda b, tv: AdaMerging(b, tv, granularity="layer", clamp=True),
     "layer_wise_pp": lambda b, tv: AdaMerging(b, ties(tv), granularity="layer"),
     "emr, an encoder per task": lambda b, tv: AdaMerging(b, emr(tv), "layer", 0.7),

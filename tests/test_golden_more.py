@@ -193,12 +193,9 @@ NOT_COMPARED: dict[str, str] = {}
 
 # Labels without a check, and why.
 NOT_CHECKED: dict[str, str] = {
-    "atlas": "coefficients per partition: not here yet",
     "prodistill": "ProDistill: not here yet",
     "symerge": "SyMerge: not here yet",
     "fixmatch": "an objective of two views: not here yet",
-    **dict.fromkeys(("expert_labels", "expert_labels_sure"), "an objective: not here yet"),
-    **dict.fromkeys(("sam", "sam_adaptive"), "an update: not here yet"),
 }
 
 

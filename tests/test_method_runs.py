@@ -22,6 +22,9 @@ METHODS = {
     "adarank": ["method=adarank", "optim.lr=1e-2"],
     "adarank_cart": ["method=adarank_cart", "optim.lr=1e-2"],
     "concrete": ["method=concrete", "optim.lr=1e-2", "method.mask_steps=2"],
+    "per_task": ["update=per_task", "update.order=shuffled", "optim.lr=1e-2"],
+    "sam": ["update=sam", "update.adaptive=true", "objective=expert_labels"],
+    "mixed": ["objective=mixed", "objective.steps=3", "optim.lr=1e-2"],
     "surgery": ["method=surgery", "optim.lr=1e-2"],
     "surgery, computed": ["method=surgery", "optim.lr=1e-2", "store=false"],
     "surgery_v2": ["method=surgery_v2", "optim.lr=1e-2"],
@@ -66,7 +69,7 @@ def test_another_seed_draws_other_routers_and_images(base: list[str], tmp_path: 
     assert equal(states[0], states[1]) and not equal(states[0], states[2])
 
 
-@pytest.mark.parametrize("name", ["wemoe", "surgery", "adarank", "concrete"])
+@pytest.mark.parametrize("name", ["wemoe", "surgery", "adarank", "concrete", "per_task", "sam"])
 def test_two_processes_equal_one_fed_the_same_images(
     name: str, base: list[str], tmp_path: Path
 ) -> None:

@@ -22,8 +22,8 @@ OLD = {  # as `config.yaml` of earlier runs has them -> where they are now
     "adamerge.methods.adamerging.AdaMerging": "adamerge.methods.adamerging",
     "adamerge.methods.surgery.Surgery": "adamerge.methods.surgery",
     "adamerge.methods.wemoe.WEMoE": "adamerge.methods.wemoe",
-    "adamerge.objectives.Entropy": "adamerge.learn.objectives",
-    "adamerge.objectives.ExpertL1": "adamerge.learn.objectives",
+    "adamerge.objectives.Entropy": "adamerge.learn.objectives.unlabeled",
+    "adamerge.objectives.ExpertL1": "adamerge.learn.objectives.taught",
     "adamerge.transforms.ties": "adamerge.transforms.sparse",
     "adamerge.demo_images.dataset": "adamerge.images.demo",
 }

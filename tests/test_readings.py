@@ -143,7 +143,7 @@ def test_no_step_looks_at_a_value(name: str, monkeypatch: pytest.MonkeyPatch) ->
     nothing = contextlib.nullcontext()
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nothing)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-    sent = []
+    sent, losses = [], []
     adapt = module(name, 1)
     monkeypatch.setattr(
         adapt, "_send", lambda numbers: sent.append(torch.stack([*numbers.values()]))
@@ -151,12 +151,17 @@ def test_no_step_looks_at_a_value(name: str, monkeypatch: pytest.MonkeyPatch) ->
     adapt.to("meta")
     for batch in batches(2):
         on_device = {task: pixels.to("meta") for task, pixels in batch.items()}
-        loss = adapt.training_step(on_device, 0)
-        loss.backward()
         optimizer = torch.optim.SGD(adapt.method.parameters(), 0.1)
-        adapt.on_before_optimizer_step(optimizer)
-        optimizer.step()
-    assert loss.device.type == "meta" and len(sent) == 2
+
+        def closure(images: Any = on_device, optimizer: Any = optimizer) -> torch.Tensor:
+            loss = adapt.training_step(images, 0)
+            loss.backward()
+            adapt.on_before_optimizer_step(optimizer)
+            losses.append(loss)
+            return loss
+
+        adapt.optimizer_step(0, 0, optimizer, closure)
+    assert {loss.device.type for loss in losses} == {"meta"} and len(sent) == 2
 
 
 def test_a_value_that_is_looked_at_would_be_found() -> None:

@@ -56,6 +56,8 @@ class Job(Inputs):
             add(f"trainer.{key}", config["trainer"].get(key))
         if config["task_vectors"]["dtype"] != "float32":
             add("task_vectors.dtype", config["task_vectors"]["dtype"])
+        if config["update"]["name"] != "joint":  # runs of earlier versions know no other
+            add("update", config["update"])
         if build.asks_statistics(config):
             add("statistics", config["statistics"])
         add("order of tasks", ", ".join(config["suite"]["tasks"]))

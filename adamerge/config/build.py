@@ -33,6 +33,7 @@ from adamerge.learn.blocks import refuse_inside
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import learnables, refused_micro_batch
+from adamerge.learn.updates import update_of
 from adamerge.methods.base import MergeMethod, tracing
 from adamerge.methods.contract import Staged
 from adamerge.weights.task_vectors import TaskVectors
@@ -75,7 +76,22 @@ def _part_problems(config: Config) -> list[str]:
         found.append(
             "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
         )
-    return found
+    return found + _update_problems(config)
+
+
+def _update_problems(config: Config) -> list[str]:
+    if not isinstance(config["update"], dict):
+        return []  # said elsewhere
+    try:
+        update_of(config["update"])
+    except AdamergeError as error:
+        return [str(error)]
+    if config["online"] and config["update"]["name"] == "per_task":
+        return [
+            "online lets a task end before others, which update=per_task would ask for: set "
+            "update=joint"
+        ]
+    return []
 
 
 def _transforms(config: Config) -> list[Any]:
@@ -206,6 +222,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         config["micro_batch"],
         config["log_every"],
         config["cuda_graph"] and _can_be_recorded(config) and not isinstance(method, Staged),
+        update_of(config["update"], config["seed"]),
     )
 
 
@@ -241,4 +258,4 @@ def _can_be_recorded(config: Config) -> bool:
     """Whether every step is the same work on the GPU, and needs nothing from elsewhere."""
     kept = config["task_vectors"]
     elsewhere = kept["device"] in ("host", "disk") or kept["shard"]
-    return not (elsewhere or config["recompute"])
+    return not (elsewhere or config["recompute"]) and config["update"]["name"] == "joint"

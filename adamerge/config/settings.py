@@ -28,7 +28,8 @@ __all__ = ["GROUPS", "Config", "config_root", "load", "load_run", "names", "prob
 
 _MOST_BYTES, _MOST_VALUES = 8 * 2**20, 250_000  # of a YAML file, its aliases written out
 _UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, AttributeError)
-_SWITCHES = {"wandb": "wandb.mode", "preflight": "preflight.enabled"}  # wandb=off, preflight=off
+# `wandb=off`, `preflight=off` and `update=sam` set these.
+_SWITCHES = {"wandb": "wandb.mode", "preflight": "preflight.enabled", "update": "update.name"}
 
 
 def config_root() -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from adamerge._base.binding import nearest
+from adamerge.learn.updates import NAMES as UPDATES
 from adamerge.weights.storage_kinds import DTYPES, PLACES
 
 Config = dict[str, Any]
@@ -37,6 +38,8 @@ _KINDS: dict[str, Kinds] = {
     "cache_dir": (None, str),
     "task_vectors.dtype": DTYPES,
     "task_vectors.device": PLACES,
+    "update.name": UPDATES,
+    "update.order": ("fixed", "shuffled"),
     "trainer.max_steps": (range(10**9 + 1),),
     "trainer.devices": (range(-1, 1025), str, list),
     "trainer.precision": ("32-true", "bf16-mixed"),

@@ -14,6 +14,7 @@ from adamerge.encoders.rows import Inputs
 from adamerge.learn.classifiers import as_heads
 from adamerge.learn.objectives import AnyHeads, Entropy, InfoMax, Objective
 from adamerge.learn.step import learnables, step_loss
+from adamerge.learn.updates import Update, update_of
 from adamerge.methods.base import MergeMethod
 from adamerge.methods.contract import Staged
 
@@ -33,6 +34,7 @@ def adapt(
     lr: float = 1e-3,
     micro_batch: int | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    update: str | Update = "joint",
     seed: int = 0,
 ) -> Tensor:
     """Learns a merge on unlabeled batches, in place; the same numbers for the same seed.
@@ -64,6 +66,8 @@ def adapt(
         lr: the learning rate.
         micro_batch: inputs encoded at a time, see `step_loss`.
         optimizer: called with the learnables and `lr`.
+        update: how a step moves what is learned: `joint`, `per_task`, `sam`, or one of
+            `adamerge.learn.updates`, as `Sam(rho=0.1)`.
         seed: of what shuffles, as DataLoaders do; torch's own generator is left as it was.
 
     Returns:
@@ -80,23 +84,36 @@ def adapt(
     if not here:
         method.shared_weights()  # says what was forgotten
         raise AdamergeError(f"{type(method).__name__} has nothing to learn")
-    device = here[0].device
-    update, was_training = optimizer(here, lr=lr), method.training
-    course = _Course(here, loss_of.heads.tasks)
+    device, was_training = here[0].device, method.training
+    moving = optimizer(here, lr=lr)
+    take = update_of(update, seed) if isinstance(update, str) else update
+    course, found = _Course(here, loss_of.heads.tasks), []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         loss_of.to(device)
         method.train()
         try:
-            for step, (inputs, task_ids) in enumerate(_steps(batches, loss_of.heads.tasks, steps)):
+            for number, (inputs, ids) in enumerate(_steps(batches, loss_of.heads.tasks, steps)):
+                batch = rows.each(lambda t: t.to(device, non_blocking=True), inputs), ids
+
+                def compute(task: int | None, batch: tuple[Inputs, Tensor] = batch) -> Tensor:
+                    own, own_ids = batch if task is None else _of_task(*batch, task)
+                    moving.zero_grad()
+                    loss, values, _ = step_loss(method, loss_of, own, own_ids, micro_batch)
+                    loss.backward()
+                    found.append(values)
+                    return loss
+
+                def move(closure: Callable[[], Tensor], number: int = number) -> None:
+                    found.clear()
+                    closure()
+                    course.add(found[0], number)
+                    moving.step()
+
                 if isinstance(method, Staged):
-                    method.begin(step)
-                moved = rows.each(lambda tensor: tensor.to(device, non_blocking=True), inputs)
-                update.zero_grad()
-                loss, values, _ = step_loss(method, loss_of, moved, task_ids, micro_batch)
-                loss.backward()
-                course.add(values)
-                update.step()
+                    method.begin(number)
+                loss_of.begin_step(number)
+                take(compute, move, here, len(loss_of.heads.tasks), number)
         finally:
             method.train(was_training)
     return course.finish()
@@ -111,7 +128,11 @@ class _Course:
         self._values: list[Tensor] = []
         self._fine = 0  # steps that are known to be finite
 
-    def add(self, values: Tensor) -> None:
+    def add(self, values: Tensor, step: int) -> None:
+        if step < len(self._values):  # of another task, at the same step
+            self._values[step] = self._values[step] + values
+            self._fine = min(self._fine, step)
+            return
         self._values.append(values)
         if len(self._values) % _LOOK == 0:
             self._look()
@@ -135,8 +156,8 @@ class _Course:
         with torch.no_grad():
             for good, tensor in zip(self._good, self._learned, strict=True):
                 tensor.copy_(good)
-        step = self._fine + int((~finite).any(1).int().argmax())
-        flags = zip(self._tasks, finite.all(0).tolist(), strict=True)
+        first = int((~finite).any(1).int().argmax())  # the steps after it are its consequence
+        step, flags = self._fine + first, zip(self._tasks, finite[first].tolist(), strict=True)
         bad = [task for task, fine in flags if not fine]
         what = f"the loss of task {', '.join(bad)}" if bad else "what is learned"
         raise AdamergeError(
@@ -210,6 +231,12 @@ def _steps(batches: Batches, tasks: Sequence[str], steps: int) -> Iterator[tuple
     for parts in zip(*streams.values(), strict=True):
         sizes = torch.tensor([rows.count(part) for part in parts])
         yield rows.join(parts), torch.repeat_interleave(torch.arange(len(parts)), sizes)
+
+
+def _of_task(inputs: Inputs, task_ids: Tensor, task: int) -> tuple[Inputs, Tensor]:
+    """The rows of one task."""
+    own = (task_ids == task).nonzero().squeeze(1)
+    return rows.each(lambda tensor: tensor[own.to(tensor.device)], inputs), task_ids[own]
 
 
 def _ids(task_ids: Any, count: int, tasks: int) -> Tensor:

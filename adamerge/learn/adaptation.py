@@ -20,6 +20,7 @@ from adamerge.learn.graphs import ReplayedSteps
 from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import learnables, step_loss
+from adamerge.learn.updates import Joint, Update
 from adamerge.methods.base import MergeMethod, numbers_of
 from adamerge.methods.contract import Staged
 
@@ -29,6 +30,7 @@ Batch = Mapping[str, Tensor | Mapping[str, Tensor]]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
+_LOSSES = ("loss", "loss_mean")
 _FAILED = "failed"  # among the numbers of a step: whether this one or one before was not finite
 
 
@@ -48,6 +50,7 @@ class Adaptation(pl.LightningModule):
         micro_batch: images encoded at a time, see `step_loss`.
         log_every: steps between two log entries.
         cuda_graph: record the step on a GPU and replay it, see `graphs.ReplayedSteps`.
+        update: how a step moves what is learned, see `updates`.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Adaptation(pl.LightningModule):
         micro_batch: int | None = None,
         log_every: int = 10,
         cuda_graph: bool = False,
+        update: Update | None = None,
     ) -> None:
         super().__init__()
         self.method, self.objective, self.heads = method, objective, heads
@@ -69,6 +73,8 @@ class Adaptation(pl.LightningModule):
         self.micro_batch, self.log_every = micro_batch, log_every
         learned = learnables(method, objective)
         self._step = ReplayedSteps(self._compute, learned) if cuda_graph else self._compute
+        self.update = Joint() if update is None else update
+        self._only: int | None = None  # the task whose images the loss is of; None: of all
         self._values: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}  # of the last logged step
         self._since, self._images = time.perf_counter(), 0  # since the last logged step
@@ -86,8 +92,15 @@ class Adaptation(pl.LightningModule):
             loss, self._values, features = self._compute(images, task_ids, targets, image_ids)
         self._images += len(task_ids)
         if self._is_logged():
-            self._numbers = self._measure(loss.detach(), features, task_ids)
+            self._note(self._measure(loss.detach(), features, task_ids))
         return loss
+
+    def _note(self, numbers: dict[str, Tensor]) -> None:
+        """Adds those of one pass to the step's: a loss to that of other tasks, and nothing else
+        that is known from where the step began."""
+        losses = {n: t + self._numbers[n] for n, t in numbers.items() if n in self._numbers}
+        added = {n: t for n, t in losses.items() if n in _LOSSES and self._only is not None}
+        self._numbers = {**numbers, **self._numbers, **added}
 
     def _compute(
         self,
@@ -111,9 +124,10 @@ class Adaptation(pl.LightningModule):
     def _collect(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """All tasks' inputs, targets and image ids if known, and task ids; a task may have no more
         images."""
-        parts, sizes = [], []
+        parts: list[Mapping[str, Tensor]] = []
+        sizes = []
         for task in self.heads.tasks:
-            part = batch.get(task, {})
+            part = batch.get(task, {}) if self._only in (None, len(parts)) else {}
             parts.append(part if isinstance(part, Mapping) else {"images": part})
             sizes.append(len(next(iter(parts[-1].values()), ())))
         known = {
@@ -131,7 +145,7 @@ class Adaptation(pl.LightningModule):
         sizes = torch.bincount(task_ids, minlength=len(self.heads.tasks)).tolist()
         for task, rows in zip(self.heads.tasks, features.split(sizes), strict=True):
             if len(rows) == 0:
-                continue
+                continue  # its images are over, or come later in the step
             logits = self.heads.logits(rows, task)
             classes = max(logits.shape[-1], 2)
             metrics[f"entropy/{task}"] = sample_entropy(logits).mean()
@@ -161,7 +175,35 @@ class Adaptation(pl.LightningModule):
         if self.refuse_at_once:
             self.refuse_failure()
         if self._is_logged():
-            self._send({**self._numbers, "gradient_norm": norm, _FAILED: self._failed})
+            self._numbers["gradient_norm"] = norm
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """One step of the update, which may move the optimizer several times."""
+        assert optimizer_closure is not None
+        run, step = optimizer_closure, self.global_step
+
+        def compute(task: int | None) -> Any:
+            self._only = task
+            try:
+                return run()
+            finally:
+                self._only = None
+
+        def move(closure: Callable[[], Any]) -> Any:
+            return optimizer.step(closure=closure)
+
+        self._numbers = {}
+        self.objective.begin_step(step)
+        learned = learnables(self.method, self.objective)
+        self.update(compute, move, learned, len(self.heads.tasks), step)
+        if self._is_logged():
+            self._send({**self._numbers, _FAILED: self._failed})
 
     def _send(self, numbers: Mapping[str, Tensor]) -> None:
         """Gives the numbers of a logged step to the loggers, as means over the processes.
@@ -178,7 +220,9 @@ class Adaptation(pl.LightningModule):
         if logged.pop(_FAILED):  # on any process: all stop together
             self._failed = torch.ones_like(self._failed)
             self.refuse_failure()
-        self.log_dict(dict(zip(logged, values, strict=False)), logger=False)
+        latest = dict(zip(logged, values, strict=False))
+        self.trainer.callback_metrics.update(latest)
+        self.trainer.logged_metrics.update(latest)
         logged |= self._usage() | {"epoch": self.current_epoch}
         for logger in self.trainer.loggers:
             logger.log_metrics(logged, self.global_step)

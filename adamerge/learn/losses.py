@@ -74,6 +74,27 @@ def expert_kl(logits: Tensor, expert_logits: Tensor, temperature: float = 1.0) -
     return temperature**2 * (wanted.exp() * (wanted - found)).sum(-1).mean()
 
 
+def expert_labels(logits: Tensor, expert_logits: Tensor, sure: bool = False) -> Tensor:
+    """Mean cross-entropy to the class that the expert predicts, `[B, C], [B, C] -> []`, in nats.
+
+    With `sure`, the mean over the images that SyMerge keeps (arXiv 2412.19098): those where both
+    predict one class, or where the expert's greatest probability is at least the model's. Where
+    none is kept it is 0, with gradient 0. Half-precision logits are promoted to float32.
+
+    >>> expert_labels(torch.zeros(1, 4), torch.tensor([[9.0, 0, 0, 0]])).exp()
+    tensor(4.)
+    """
+    found, wanted = promote(logits), promote(expert_logits)
+    classes = wanted.argmax(-1)
+    each = torch.nn.functional.cross_entropy(found, classes, reduction="none")
+    if not sure:
+        return each.mean()
+    with torch.no_grad():
+        surer = wanted.softmax(-1).amax(-1) >= found.softmax(-1).amax(-1)
+        kept = surer | (found.argmax(-1) == classes)
+    return torch.where(kept, each, 0).sum() / kept.sum().clamp_min(1)
+
+
 def promote(tensor: Tensor) -> Tensor:
     """To float32, if it is not float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""AdaMerging: learned merging coefficients, per task, per layer or per block."""
+"""AdaMerging: learned merging coefficients, per task, block or layer, or within layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from adamerge.encoders.experts import PerTaskEncoder, by_task
 from adamerge.encoders.rows import Inputs
 from adamerge.encoders.tower import FoldedEncoder, merged_encoder
 from adamerge.methods.base import MergeMethod
+from adamerge.transforms import draws
+from adamerge.weights import entrywise
 from adamerge.weights.task_vectors import TaskVectors
+
+_WITHIN = ("partition", "element")  # coefficients that differ within a layer
 
 
 class AdaMerging(MergeMethod):
@@ -32,12 +36,18 @@ class AdaMerging(MergeMethod):
             state dict.
         granularity: `task` learns λ `[T]`; `layer` learns `[T, L]`, a coefficient per parameter
             tensor; `block` learns `[T, G]`, one per transformer block (or other named group).
+            `partition` learns `[T, L, K]`: every layer's entries are drawn into K parts, the same
+            for all tasks, with a coefficient each (aTLAS, arXiv 2407.02880). `element` learns one
+            per weight, a tensor `[T, *shape]` per layer: T models more in memory.
         init: initial value of every coefficient.
         clamp: use λ clamped to [0, 1] in the forward pass (as the paper's script does); the
             stored values move freely.
+        parts: K, of `partition`.
+        seed: of the drawing.
 
     Attributes:
-        coefficients: the learnable λ; float32, or float64 with float64 task vectors.
+        coefficients: the learnable λ; float32, or float64 with float64 task vectors. Of `element`
+            a list, a tensor per layer.
         groups: the names of the columns of λ.
 
     >>> network, expert = nn.Linear(1, 1), nn.Linear(1, 1)
@@ -55,31 +65,68 @@ class AdaMerging(MergeMethod):
         self,
         backbone: nn.Module,
         task_vectors: TaskVectors,
-        granularity: Literal["task", "layer", "block"] = "layer",
+        granularity: Literal["task", "layer", "block", "partition", "element"] = "layer",
         init: float = 0.3,
         clamp: bool = False,
+        parts: int = 3,
+        seed: int = 0,
     ) -> None:
         super().__init__(backbone, task_vectors)
         self.groups, self._column = _group(task_vectors.names, granularity)
         self.granularity, self.clamp = granularity, clamp
         first = task_vectors.pretrained[task_vectors.names[0]]
         self._column = self._column.to(first.device)
-        tasks = len(task_vectors.tasks)
-        shape = (tasks,) if granularity == "task" else (tasks, len(self.groups))
-        self.coefficients = nn.Parameter(
-            torch.full(shape, float(init), dtype=first.dtype, device=first.device)
-        )
+        tasks, layers = len(task_vectors.tasks), len(task_vectors.names)
+        self.coefficients: nn.Parameter | nn.ParameterList
+        shapes = {"task": (tasks,), "partition": (tasks, layers, parts)}
+        if granularity == "element":
+            self.coefficients = nn.ParameterList(
+                torch.full((tasks, *base.shape), float(init)).to(base)
+                for base in task_vectors.pretrained.values()
+            )
+        else:
+            shape = shapes.get(granularity, (tasks, len(self.groups)))
+            self.coefficients = nn.Parameter(torch.full(shape, float(init)).to(first))
+        self._parts: dict[str, Tensor] = {}
+        if granularity in _WITHIN:
+            _check_within(task_vectors, parts)
+        if granularity == "partition":
+            self._parts = _draw(task_vectors, parts, seed)
 
     def layer_coefficients(self) -> Tensor:
-        """λ as it is applied, `[T, L]`: clamped if asked, spread over the layers of a group."""
-        used = self.coefficients.clamp(0, 1) if self.clamp else self.coefficients
+        """λ as it is applied, `[T, L]`: clamped if asked, spread over the layers of a group; of
+        coefficients within layers, their mean over each."""
+        if self.granularity in _WITHIN:
+            means = [t.flatten(1)[:, self._of(n)].mean(1) for n, t in self._within().items()]
+            return torch.stack(means, 1)
+        used = self._clamped(self._table())
         if used.ndim == 1:
             return used[:, None].expand(-1, len(self.task_vectors.names))
         return used[:, self._column] if self.granularity == "block" else used
 
+    def _table(self) -> Tensor:
+        assert isinstance(self.coefficients, Tensor)
+        return self.coefficients
+
+    def _clamped(self, coefficients: Tensor) -> Tensor:
+        return coefficients.clamp(0, 1) if self.clamp else coefficients
+
+    def _within(self) -> dict[str, Tensor]:
+        """λ of each layer: `[T, K]`, or `[T, *shape]`."""
+        element = isinstance(self.coefficients, nn.ParameterList)
+        tables = list(self.coefficients) if element else self._table().unbind(1)
+        return dict(zip(self.task_vectors.names, map(self._clamped, tables), strict=True))
+
+    def _of(self, name: str) -> Tensor | slice:
+        """Of each of a layer's entries, the place of its coefficient."""
+        return self._parts[name].flatten().int() if self._parts else slice(None)
+
     def weights(self) -> dict[str, Tensor]:
         """The merged weights, by layer (`0/layer`, `1/layer` … of each task, where every task has
         its own); differentiable in `coefficients`."""
+        if self.granularity in _WITHIN:
+            parts = list(self._parts.values()) or None
+            return entrywise.combine(self.task_vectors, list(self._within().values()), parts)
         used, dtype = self.layer_coefficients(), self._compute_type()
         if not self.task_vectors.per_task:
             return self.task_vectors.combine(used, dtype)
@@ -91,7 +138,7 @@ class AdaMerging(MergeMethod):
 
     def _compute_type(self) -> torch.dtype | None:
         """That of autocast, where it is on: matrices are cast once, and so are their gradients."""
-        device = self.coefficients.device.type
+        device = self.task_vectors.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def encode(self, weights: Mapping[str, Tensor], inputs: Any, task_ids: Tensor) -> Tensor:
@@ -107,6 +154,9 @@ class AdaMerging(MergeMethod):
     def fold(self) -> FoldedEncoder | PerTaskEncoder:
         """The merged network as a static encoder, or one for each task, on the device of the task
         vectors."""
+        if self.granularity in _WITHIN:
+            with torch.no_grad(), torch.autocast(self.task_vectors.device.type, enabled=False):
+                return FoldedEncoder(self.tower, {**self.task_vectors.constants, **self.weights()})
         used = self.layer_coefficients()
         if not self.task_vectors.per_task:
             return merged_encoder(self.tower, self.task_vectors, used)
@@ -144,17 +194,35 @@ def _group(names: tuple[str, ...], granularity: str) -> tuple[tuple[str, ...], T
     """Column names of λ and the column of each layer, `[L]`."""
     if granularity == "task":
         labels = ["all"] * len(names)
-    elif granularity == "layer":
+    elif granularity == "layer" or granularity in _WITHIN:
         labels = list(names)
     elif granularity == "block":
         labels = [_block(name) for name in names]
     else:
         raise AdamergeError(
-            f"granularity is {granularity!r}: expected 'task', 'layer' or 'block' "
-            "(method.granularity)"
+            f"granularity is {granularity!r}: expected 'task', 'layer', 'block', 'partition' or "
+            "'element' (method.granularity)"
         )
     groups = tuple(dict.fromkeys(labels))
     return groups, torch.tensor([groups.index(label) for label in labels])
+
+
+def _check_within(vectors: TaskVectors, parts: int) -> None:
+    if not 1 <= parts <= 256:
+        raise AdamergeError(f"parts is {parts}: expected 1 to 256 (method.parts)")
+    if vectors.per_task:
+        raise AdamergeError(
+            "the transform (emr, tall) makes an encoder of its own for every task, whose "
+            "coefficients cannot differ within layers: set method.granularity to task or layer"
+        )
+
+
+def _draw(vectors: TaskVectors, parts: int, seed: int) -> dict[str, Tensor]:
+    """The part of every entry of each layer, `[*shape]`; the same on every device."""
+    return {
+        name: (draws.uniform(seed, "", name, base.shape) * parts).to(base.device, torch.uint8)
+        for name, base in vectors.pretrained.items()
+    }
 
 
 def _block(name: str) -> str:

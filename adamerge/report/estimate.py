@@ -164,6 +164,7 @@ def _untouched(module: Adaptation) -> Iterator[None]:
     """
     modes = {part: part.training for part in module.modules()}
     gradients = [parameter.grad for parameter in module.parameters()]
+    memory = [(buffer, buffer.detach().clone()) for buffer in module.objective.buffers()]
     try:
         with isolate_rng(), torch.enable_grad():
             module.eval()
@@ -171,6 +172,8 @@ def _untouched(module: Adaptation) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+        for buffer, before in memory:
+            buffer.copy_(before)
         for parameter, gradient in zip(module.parameters(), gradients, strict=True):
             parameter.grad = gradient
 

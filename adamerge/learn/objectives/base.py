@@ -1,14 +1,10 @@
-"""Label-free losses over tasks, for training; as pure functions they are in `losses`.
-
-An objective is called with the features and task ids of a whole step and returns one value per
-task; the loss is their (weighted) sum.
-"""
+"""What every objective is: a value per task of a step's features, and their weighted sum."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,43 +12,9 @@ from torch import Tensor, nn
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders import rows
 from adamerge.learn.classifiers import TaskHeads, as_heads
-from adamerge.learn.losses import (
-    entropy,
-    expert_kl,
-    infomax,
-    marginal_entropy,
-    promote,
-    sample_entropy,
-)
-
-__all__ = [
-    "Entropy",
-    "ExpertKL",
-    "ExpertL1",
-    "InfoMax",
-    "Objective",
-    "TaskHeads",
-    "Teacher",
-    "entropy",
-    "expert_kl",
-    "infomax",
-    "marginal_entropy",
-    "sample_entropy",
-]
-
+from adamerge.learn.losses import promote
 
 AnyHeads = TaskHeads | Mapping[str, nn.Module] | nn.ModuleDict
-
-
-class Teacher(Protocol):
-    """What an objective asks of a teacher (see `adamerge.encoders.Experts`)."""
-
-    @property
-    def widths(self) -> Sequence[int]: ...
-
-    def __call__(self, images: Any, task_ids: Tensor) -> Tensor: ...
-
-    def trace(self, images: Any, task_ids: Tensor) -> Tensor: ...
 
 
 class Objective(nn.Module):
@@ -102,6 +64,9 @@ class Objective(nn.Module):
             f"{type(self).__name__} has no term(): give one that turns the logits [B, C] of a "
             "task's images into its loss [], or value() for one of features"
         )
+
+    def begin_step(self, number: int) -> None:
+        """Called before step `number` (from 0), for what changes over the steps: here, nothing."""
 
     def value(self, features: Tensor, task: str, targets: Tensor | None) -> Tensor:
         """The loss of one task's images, of their features `[B_t, D]`."""
@@ -179,108 +144,3 @@ class Objective(nn.Module):
                 "the method's encode nor the objective may detach what it computes"
             )
         return loss
-
-
-class Entropy(Objective):
-    """`entropy` per task, summed over tasks (arXiv 2310.02575): the papers' objective."""
-
-    additive = True
-
-    def term(self, logits: Tensor) -> Tensor:
-        return entropy(logits)
-
-
-class InfoMax(Objective):
-    """`infomax` per task, summed over tasks (arXiv 2002.08546): entropy without its collapses.
-
-    The marginal is estimated over that task's images of the whole step, across ranks and
-    micro-batches; give a task with many classes a larger `batch_size`.
-    """
-
-    def term(self, logits: Tensor) -> Tensor:
-        return infomax(logits)
-
-
-class Taught(Objective):
-    """Base of the losses against a frozen teacher's outputs on the same unlabeled images.
-
-    Args:
-        teacher: `(images, task_ids) -> features`, usually `Experts`.
-    """
-
-    additive = True
-
-    def __init__(
-        self, heads: AnyHeads, teacher: Teacher, weights: Mapping[str, float] | None = None
-    ) -> None:
-        super().__init__(heads, weights)
-        self._teacher = (teacher,)  # no part of the module: it is frozen, and in no checkpoint
-
-    @property
-    def teacher(self) -> Teacher:
-        """As given."""
-        return self._teacher[0]
-
-    @torch.no_grad()
-    def targets(self, images: Any, task_ids: Tensor) -> Tensor:
-        teach = self.teacher.trace if self.traces else self.teacher
-        return teach(images, task_ids)
-
-
-class ExpertKL(Taught):
-    """`losses.expert_kl` per task, summed over tasks: the experts' predictions are the target.
-
-    It needs no labels, and unlike entropy it cannot confirm the merged model's own mistakes.
-
-    Args:
-        temperature: divides the logits of both; above 1 the expert's second choices count more.
-    """
-
-    def __init__(
-        self,
-        heads: AnyHeads,
-        teacher: Teacher,
-        temperature: float = 1.0,
-        weights: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(heads, teacher, weights)
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise AdamergeError(
-                f"objective.temperature is {temperature!r}: expected a finite number > 0"
-            )
-        self.temperature = temperature
-
-    def value(self, features: Tensor, task: str, targets: Tensor | None) -> Tensor:
-        assert targets is not None
-        logits, wanted = self.heads.logits(features, task), self.heads.logits(targets, task)
-        return expert_kl(logits, wanted, self.temperature)
-
-
-class ExpertL1(Taught):
-    """Mean absolute difference to the expert's features, per task, summed over tasks.
-
-    The objective of Surgery (arXiv 2402.02705); of SurgeryV2 (arXiv 2410.14389) with `blocks`:
-    plus, for every block, the mean absolute difference of the token means after it. Features as
-    they come, not normalised.
-    """
-
-    def __init__(
-        self,
-        heads: AnyHeads,
-        teacher: Teacher,
-        blocks: bool = False,
-        weights: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(heads, teacher, weights)
-        self.traces, self.widths = blocks, list(teacher.widths) if blocks else []
-
-    def value(self, features: Tensor, task: str, targets: Tensor | None) -> Tensor:
-        assert targets is not None
-        off = (promote(features) - promote(targets)).abs()
-        if not self.widths:
-            return off.mean()
-        sizes = [*self.widths, features.shape[1] - sum(self.widths)]
-        return torch.stack([part.mean() for part in off.split(sizes, 1)]).sum()
-
-    def final(self, features: Tensor) -> Tensor:
-        return features[:, sum(self.widths) :]
