@@ -95,7 +95,7 @@ def test_fixed_coefficients_are_not_learned() -> None:
 def test_the_levels_of_the_paper_are_learned_apart() -> None:
     method = concrete()
     for part in ("logits", "coefficients"):
-        method.has_learnables = (part,)
+        method.learns = (part,)
         assert learned(method) == {part}
 
 

@@ -159,10 +159,10 @@ def check_concrete(
         for step in range(3):
             method.begin(step)
             restart(method)
-            method.has_learnables = ("coefficients",)
+            method.learns = ("coefficients",)
             losses["inner"].append(descend(method, below, 2 * step))
             coefficients.append(method.coefficients.detach().clone())
-            method.has_learnables = ("logits",)
+            method.learns = ("logits",)
             losses["outer"].append(descend(method, above, 2 * step + 1))
             if step in (0, 2):
                 check_fields(f"{label}/logits_{step + 1}", method, method.logits)

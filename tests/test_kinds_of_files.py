@@ -280,7 +280,7 @@ def test_other_heads_are_refused(tmp_path: Path) -> None:
 
 
 def test_settings_of_any_type_are_read(tmp_path: Path) -> None:
-    module = golden.clip()
+    module = copy.deepcopy(golden.clip())
     for block in module.backbone.transformer.resblocks:
         block.ln_1.eps = block.ln_2.eps = [1e-5]
     torch.save(module.backbone, tmp_path / "tower.pt")
