@@ -196,7 +196,6 @@ NOT_CHECKED: dict[str, str] = {
     **dict.fromkeys(("adarank_ta", "adarank_cart"), "AdaRank: not here yet"),
     **dict.fromkeys(("concrete_adam", "concrete_sgd"), "Concrete: not here yet"),
     "prodistill": "ProDistill: not here yet",
-    "symerge": "SyMerge: not here yet",
     "fixmatch": "an objective of two views: not here yet",
     **dict.fromkeys(("featcal", "regmean_pp"), "a calibration: not here yet"),
 }

@@ -21,6 +21,7 @@ from adamerge.config.arguments import INIT
 from adamerge.config.device import run_device
 from adamerge.config.inputs import Inputs
 from adamerge.encoders.experts import Experts
+from adamerge.encoders.heads import Heads
 from adamerge.encoders.tower import Tower
 from adamerge.export import load, read, write
 from adamerge.learn.data import TaskData
@@ -94,10 +95,10 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     normalizer, found = inputs.normalizer(job.suite.clip), None
     device = run_device(job.settings["trainer"])
     folded = method.fold()
-    rows = score(job, folded, name)
+    rows = score(job, folded, name, job.heads())
     if job.scorer(device).measures:
         found = folds.statistics(method, job.data, normalizer, device, size)
-        rows += folds.rows(method, name, found, job.scorer(device))
+        rows += folds.rows(method, name, found, job.own_scorer(device))
     results = _results(job, rows, name) | _exported(job)
     results |= _signs(job, folded, run_dir)
     table = write_results(results, run_dir)
@@ -126,8 +127,13 @@ def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
     return {"coefficients": path}
 
 
-def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
+def score(
+    job: Inputs, encoder: torch.nn.Module, name: str, heads: Heads | None = None
+) -> list[Row]:
     """The encoder's row of that name, after the baselines' if they are wanted.
+
+    Args:
+        heads: the encoder's own; None: the suite's, which the baselines always have.
 
     Baselines depend on a run's inputs alone: their scores are kept in `cache_dir`.
     """
@@ -145,7 +151,8 @@ def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
         )
         log.info("baselines are kept in %s", kept.path)
     log.info("scoring: %s", name)
-    return [*rows, scorer.row(name, encoder)]
+    own = scorer if heads is None else dataclasses.replace(scorer, heads=heads)
+    return [*rows, own.row(name, encoder)]
 
 
 def _results(job: Inputs, rows: Sequence[Row], method: str) -> dict[str, Any]:
@@ -192,7 +199,7 @@ def export_merged(
     }
     samples, wanted = (torch.cat(images), torch.cat(ids)), method if exact else encoder
     return write.export(
-        folder, encoder, wanted, suite.clip, suite.heads, samples, provenance, table, method
+        folder, encoder, wanted, suite.clip, job.heads(), samples, provenance, table, method
     )
 
 
@@ -239,7 +246,10 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
         )
     encoder = load.for_tasks(encoder, layout, known.suite.heads.tasks)
     name = target.resolve().name
-    results = _results(known, score(known, encoder, name), name)
+    heads = read.read_heads(folder)
+    learned = heads.tasks == known.suite.heads.tasks and heads.bias(heads.tasks[0]) is not None
+    rows = score(known, encoder, name, heads if learned else None)
+    results = _results(known, rows, name)
     (to or target / "evaluation").mkdir(parents=True, exist_ok=True)
     print(f"\n{write_results(results, to or target / 'evaluation')}")
     return 0

@@ -216,7 +216,7 @@ def _fit(
 
     def look(_: int) -> dict[str, float]:
         tracking.log_pictures(wandb, results.draw_coefficients(job, run_dir))
-        found = job.scorer(job.module.device).accuracy(job.module.method.fold())
+        found = job.own_scorer(job.module.device).accuracy(job.module.method.fold())
         return {f"accuracy/{task}": value for task, value in found.items()}
 
     checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())

@@ -19,6 +19,7 @@ from adamerge.encoders.heads import Heads
 from adamerge.encoders.tower import FoldedEncoder, Tower, merged_encoder
 from adamerge.export.load import for_tasks
 from adamerge.export.read import read_encoder, read_layout
+from adamerge.learn.classifiers import LearnedHeads
 from adamerge.weights.formats.read import Checkpoint, read, tower_state
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -57,7 +58,7 @@ def supplies(
     clip: Clip,
     task_vectors: TaskVectors,
     transformed: TaskVectors,
-    heads: Heads,
+    heads: Heads | LearnedHeads,
     own: Mapping[str, Any],
     files: dict[str, dict[str, str]],
     protocol: str,
@@ -97,7 +98,7 @@ def supplies(
         "teacher": lambda: Experts(backbone, task_vectors),
         "encoder": encoder,
         "tasks": lambda: heads.tasks,
-        "dim": lambda: heads.weight(heads.tasks[0]).shape[1],
+        "dim": lambda: int(clip.config["model_cfg"]["embed_dim"]),
         "base": base,
     }
 

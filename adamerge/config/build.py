@@ -22,6 +22,7 @@ from adamerge.encoders.architectures import architecture_names
 from adamerge.images.sources import data_problems
 from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_compiling, refuse_recomputing
+from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import refused_micro_batch
 from adamerge.learn.updates import update_of
@@ -98,6 +99,8 @@ def _update_problems(config: Config) -> list[str]:
         update_of(config["update"])
     except AdamergeError as error:
         return [str(error)]
+    if config["heads"] == "learned" and config["trainer"].get("devices") not in (1, "1", "auto"):
+        return ["heads=learned wants one process: set trainer.devices=1"]
     if config["online"] and config["update"]["name"] == "per_task":
         return [
             "online lets a task end before others, which update=per_task would ask for: set "
@@ -221,7 +224,8 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
     """The LightningModule of a run."""
     target, arguments = _target("objective", config["objective"])
     vectors = suite.task_vectors
-    known = (suite.clip, vectors, vectors, suite.heads)
+    heads = LearnedHeads(suite.heads) if config["heads"] == "learned" else suite.heads
+    known = (suite.clip, vectors, vectors, heads)
     supplied = supplies(*known, {}, suite.files, config["protocol"])
     objective: Objective = _construct("objective", target, arguments, supplied)
     _check_pair(method, objective, config["micro_batch"])
@@ -248,7 +252,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
     return Adaptation(
         method,
         objective,
-        suite.heads,
+        heads,
         normalizer(suite.clip),
         functools.partial(optimizer, **settings),
         scheduler,

@@ -35,6 +35,8 @@ def fingerprint(config: Config, suite: Suite, data: TaskData) -> dict[str, str]:
             add(f"trainer.{key}", config["trainer"].get(key))
     if config["update"]["name"] != "joint":  # runs of earlier versions know no other
         add("update", config["update"])
+    if config["heads"] != "frozen":
+        add("heads", config["heads"])
     if config["task_vectors"]["dtype"] != "float32":
         flat["task_vectors.dtype"] = config["task_vectors"]["dtype"]
     flat["order of tasks"] = ", ".join(config["suite"]["tasks"])

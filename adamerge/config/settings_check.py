@@ -24,6 +24,7 @@ _CHOICES = {
     "device": PLACES,
     "mode": ("auto", "online", "offline", "off"),
     "precision": ("32-true", "bf16-mixed"),
+    "heads": ("frozen", "learned"),
     "name": UPDATES,
     "order": ("fixed", "shuffled"),
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.clip import Normalizer
 from adamerge.encoders.heads import Heads
+from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.graphs import ReplayedSteps
 from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
@@ -54,7 +55,7 @@ class Adaptation(pl.LightningModule):
         self,
         method: MergeMethod,
         objective: Objective,
-        heads: Heads,
+        heads: Heads | LearnedHeads,
         normalizer: Normalizer,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,

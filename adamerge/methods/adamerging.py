@@ -81,12 +81,12 @@ class AdaMerging(MergeMethod):
         shapes = {"task": (tasks,), "partition": (tasks, layers, parts)}
         if granularity == "element":
             self.coefficients = nn.ParameterList(
-                torch.full((tasks, *base.shape), float(init)).to(base)
+                base.new_full((tasks, *base.shape), float(init))
                 for base in task_vectors.pretrained.values()
             )
         else:
             shape = shapes.get(granularity, (tasks, len(self.groups)))
-            self.coefficients = nn.Parameter(torch.full(shape, float(init)).to(first))
+            self.coefficients = nn.Parameter(first.new_full(shape, float(init)))
         self._parts: dict[str, Tensor] = {}
         if granularity in _WITHIN:
             _check_within(task_vectors, parts)
