@@ -13,7 +13,7 @@ from torch import nn
 import adamerge
 from adamerge.encoders.tower import Tower, merged_encoder
 from adamerge.learn.step import step_loss
-from adamerge.methods import AdaMerging, MergeMethod, Surgery, WEMoE
+from adamerge.methods import AdaMerging, MergeMethod, Pareto, Surgery, WEMoE
 from adamerge.transforms import emr, tall, ties
 from adamerge.weights.merging import Merge
 from tests import golden_data as golden
@@ -29,6 +29,8 @@ METHODS: dict[str, Make] = {
     "layer_wise_pp": lambda b, tv: AdaMerging(b, ties(tv), granularity="layer"),
     "emr, an encoder per task": lambda b, tv: AdaMerging(b, emr(tv), "layer", 0.7),
     "tall, an encoder per task": lambda b, tv: AdaMerging(b, tall(tv), "task", clamp=True),
+    "pareto": lambda b, tv: Pareto(b, tv),
+    "pareto, one task first": lambda b, tv: Pareto(b, tv, preference={tv.tasks[0]: 3.0}),
     "wemoe": lambda b, tv: WEMoE(b, tv),
     "wemoe_linear": lambda b, tv: WEMoE(b, tv, router_layers=1),
     "wemoe_constant": lambda b, tv: WEMoE(b, tv, router_layers=0),

@@ -24,6 +24,7 @@ METHODS = {
     "sam": ["update=sam", "update.adaptive=true", "objective=expert_labels"],
     "mixed": ["objective=mixed", "objective.steps=3", "optim.lr=1e-2"],
     "symerge": ["method=symerge", "trainer.max_steps=4", "batch_size=4"],
+    "pareto": ["method=pareto", "optim.lr=1e-2"],
     "atlas": ["method=atlas"],
     "surgery": ["method=surgery", "optim.lr=1e-2"],
     "surgery, computed": ["method=surgery", "optim.lr=1e-2", "store=false"],

@@ -193,6 +193,7 @@ class Adaptation(pl.LightningModule):
 
         self._numbers = {}
         self.objective.begin_step(step)
+        self.method.begin_step(step)
         learned = learnables(self.method, self.objective)
         self.update(compute, move, learned, len(self.heads.tasks), step)
         if self._is_logged():
@@ -252,6 +253,7 @@ class Adaptation(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Hands over all there is."""
+        self.method.begin_step(None)
         self.hand_over(wait=True)
 
     def refuse_failure(self) -> None:

@@ -75,6 +75,9 @@ class MergeMethod(nn.Module):
             raise contract.lacks(self, "encode", "return the features [B, D] of a batch")
         return self.tower(weights, inputs)
 
+    def begin_step(self, number: int | None) -> None:
+        """Called before step `number` (from 0) of learning, and with None after the last."""
+
     def fold(self) -> nn.Module:
         """An encoder of plain tensors with nothing left to learn; exact.
 
