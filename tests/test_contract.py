@@ -13,7 +13,15 @@ from torch import nn
 import adamerge
 from adamerge.encoders.tower import Tower, merged_encoder
 from adamerge.learn.step import step_loss
-from adamerge.methods import AdaMerging, AdaRank, Concrete, MergeMethod, Surgery, WEMoE
+from adamerge.methods import (
+    AdaMerging,
+    AdaRank,
+    Concrete,
+    MergeMethod,
+    Pareto,
+    Surgery,
+    WEMoE,
+)
 from adamerge.transforms import centre, emr, tall, ties
 from adamerge.weights.merging import Merge
 from tests import golden_data as golden
@@ -34,6 +42,8 @@ METHODS: dict[str, Make] = {
     "concrete": lambda b, tv: Concrete(b, tv),
     "concrete, per task": lambda b, tv: Concrete(b, tv, granularity="task"),
     "concrete, fixed": lambda b, tv: Concrete(b, tv, granularity="fixed"),
+    "pareto": lambda b, tv: Pareto(b, tv),
+    "pareto, one task first": lambda b, tv: Pareto(b, tv, preference={tv.tasks[0]: 3.0}),
     "wemoe": lambda b, tv: WEMoE(b, tv),
     "wemoe_linear": lambda b, tv: WEMoE(b, tv, router_layers=1),
     "wemoe_constant": lambda b, tv: WEMoE(b, tv, router_layers=0),

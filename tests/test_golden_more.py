@@ -194,7 +194,6 @@ NOT_COMPARED: dict[str, str] = {}
 # Labels without a check, and why.
 NOT_CHECKED: dict[str, str] = {
     "prodistill": "ProDistill: not here yet",
-    "symerge": "SyMerge: not here yet",
     "fixmatch": "an objective of two views: not here yet",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 import adamerge
 from adamerge.encoders import Experts
+from adamerge.learn.classifiers import LearnedHeads
+from adamerge.learn.losses import expert_labels as expert_labels_of
 from adamerge.learn.step import step_loss
-from adamerge.learn.updates import Joint, Sam, Update
+from adamerge.learn.updates import Joint, PerTask, Sam, Update
 from adamerge.methods import AdaMerging, MergeMethod
 from tests import golden_data as golden
 from tests import golden_more_data as more
@@ -38,9 +41,10 @@ class Course:
         self.learned = [*dict.fromkeys([*method.parameters(), *objective.parameters()])]
         self.course: list[list[Tensor]] = []  # by step, the loss of every pass
 
-    def run(self, optimizer: torch.optim.Optimizer, steps: int) -> Tensor:
+    def run(self, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> Tensor:
         """The losses, `[steps, passes]`."""
-        for step in range(steps):
+        self.course.clear()
+        for step in range(start, start + steps):
             losses: list[Tensor] = []
 
             def compute(task: int | None, step: int = step, losses: Any = losses) -> Tensor:
@@ -111,6 +115,39 @@ def atlas(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     check_features("atlas", method.fold(), dtype)
 
 
+def symerge(dtype: torch.dtype, _: Any) -> None:
+    method, heads = merging(dtype, clamp=True), LearnedHeads(golden.heads(dtype))
+    objective = adamerge.objectives.ExpertLabels(heads, experts(dtype), sure=True)
+    course = Course(method, objective, dtype, PerTask())
+    optimizer = torch.optim.Adam(course.learned, lr=1e-2)
+    found, steps = [method.coefficients.detach().clone()], len(more.expected("symerge/loss"))
+    shares: list[Tensor] = []
+
+    def used(student: Tensor, expert: Tensor, sure: bool) -> Tensor:
+        shares.append(kept(student, expert).sum())
+        return expert_labels_of(student, expert, sure)
+
+    with patch("adamerge.learn.objectives.taught.expert_labels", used):
+        losses = []
+        for _ in range(steps):
+            losses.append(course.run(optimizer, 1, start=len(losses))[0])
+            found.append(method.coefficients.detach().clone())
+    more.agrees(torch.stack(losses), "symerge/loss")
+    more.agrees(torch.stack(found), "symerge/coefficients")
+    more.agrees(torch.stack(shares).view(steps, -1).to(dtype), "symerge/used")
+    own = heads.frozen()
+    for task in golden.TASKS:
+        more.agrees(own.weight(task), f"symerge/head/{task}")
+        more.agrees(own.bias(task), f"symerge/bias/{task}")
+    check_features("symerge", method.fold(), dtype)
+
+
+def kept(student: Tensor, expert: Tensor) -> Tensor:
+    """Which images SyMerge uses, one after the other."""
+    pairs = zip(student.softmax(-1), expert.softmax(-1), strict=True)
+    return torch.tensor([bool(s.argmax() == e.argmax() or e.max() >= s.max()) for s, e in pairs])
+
+
 class Clipped:
     """The joint update with something done to the gradient, as Lightning clips it."""
 
@@ -138,6 +175,7 @@ CHECKS = {
     "atlas": atlas,
     "expert_labels": lambda dtype, _: expert_labels("expert_labels", dtype),
     "expert_labels_sure": lambda dtype, _: expert_labels("expert_labels_sure", dtype),
+    "symerge": symerge,
     "sam": lambda dtype, patch: sam("sam", dtype, patch),
     "sam_adaptive": lambda dtype, patch: sam("sam_adaptive", dtype, patch),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adamerge.cli import main
+from adamerge.export.read import read_heads
 from tests.processes import train_on_ranks
 from tests.tiny import learned, make_suite
 
@@ -25,6 +27,9 @@ METHODS = {
     "per_task": ["update=per_task", "update.order=shuffled", "optim.lr=1e-2"],
     "sam": ["update=sam", "update.adaptive=true", "objective=expert_labels"],
     "mixed": ["objective=mixed", "objective.steps=3", "optim.lr=1e-2"],
+    "symerge": ["method=symerge", "trainer.max_steps=4", "batch_size=4"],
+    "pareto": ["method=pareto", "optim.lr=1e-2"],
+    "atlas": ["method=atlas"],
     "surgery": ["method=surgery", "optim.lr=1e-2"],
     "surgery, computed": ["method=surgery", "optim.lr=1e-2", "store=false"],
     "surgery_v2": ["method=surgery_v2", "optim.lr=1e-2"],
@@ -79,3 +84,26 @@ def test_two_processes_equal_one_fed_the_same_images(
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_learned_heads_are_exported_and_scored(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *base, *METHODS["symerge"], f"run_dir={run}"]) == 0
+    own, saved = read_heads(run / "merged"), learned(run)
+    for row, task in enumerate(own.tasks):
+        assert torch.equal(own.weight(task), saved[f"heads.weights.{row}"])
+        bias = own.bias(task)
+        assert bias is not None and bias.abs().max() > 0
+        assert torch.equal(bias, saved[f"heads.biases.{row}"])
+    features = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    unit = features / features.norm(dim=1, keepdim=True)
+    wanted = unit @ own.weight("dots").T + own.bias("dots")
+    torch.testing.assert_close(own.logits(features, "dots"), wanted)
+    again = tmp_path / "again"
+    assert main(["evaluate", str(run), "--to", str(again)]) == 0
+    rows = [json.loads((f / "results.json").read_text())["rows"][-1] for f in (run, again)]
+    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    assert main(["train", *base, *METHODS["symerge"], "trainer.devices=2"]) == 2
+    assert "heads=learned wants one process: set trainer.devices=1" in capsys.readouterr().err

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from adamerge.config import build, inputs
 from adamerge.config.inputs import Inputs
 from adamerge.config.settings import Config
+from adamerge.encoders.heads import Heads
 from adamerge.export import folds
 from adamerge.learn.adaptation import Adaptation
+from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.resume import CHECKPOINT, check_fingerprint, read_checkpoint
+from adamerge.report.evaluation import Scorer
 
 # What the result of a run depends on, besides files and images.
 _DECISIVE = (
@@ -39,6 +44,15 @@ class Job(Inputs):
 
     module: Adaptation
 
+    def heads(self) -> Heads:
+        """The heads of the merge: the suite's, or what was learned from them."""
+        heads = self.module.heads
+        return heads.frozen() if isinstance(heads, LearnedHeads) else self.suite.heads
+
+    def own_scorer(self, device: torch.device | None = None) -> Scorer:
+        """Measures the merge, by its own heads."""
+        return replace(self.scorer(device), heads=self.heads())
+
     def fingerprint(self) -> dict[str, str]:
         """What the run's result depends on, as `key: value` texts: settings, files, images."""
         config, flat = self.settings, {}
@@ -58,6 +72,8 @@ class Job(Inputs):
             add("task_vectors.dtype", config["task_vectors"]["dtype"])
         if config["update"]["name"] != "joint":  # runs of earlier versions know no other
             add("update", config["update"])
+        if config["heads"] != "frozen":
+            add("heads", config["heads"])
         if build.asks_statistics(config):
             add("statistics", config["statistics"])
         add("order of tasks", ", ".join(config["suite"]["tasks"]))

@@ -20,6 +20,7 @@ from adamerge.config import settings as config
 from adamerge.config.arguments import INIT
 from adamerge.config.inputs import Inputs
 from adamerge.encoders.experts import Experts
+from adamerge.encoders.heads import Heads
 from adamerge.encoders.tower import Tower
 from adamerge.export import folds, load, read, write
 from adamerge.learn.data import TaskData
@@ -88,10 +89,10 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     method, name = job.module.method.eval(), job.settings["method"]["name"]
     write.write_coefficients(run_dir / "coefficients.csv", method, job.suite.heads.tasks)
     folded, scorer = method.fold(), job.scorer()
-    rows, statistics = score(job, folded, name), None
+    rows, statistics = score(job, folded, name, job.heads()), None
     if scorer.measures:
         statistics = _statistics(job)
-        rows += evaluation.fold_rows(method, name, statistics, scorer)
+        rows += evaluation.fold_rows(method, name, statistics, job.own_scorer())
     results = _results(job, rows, name) | _exported(job)
     results |= _signs(job, folded, run_dir)
     table = write_results(results, run_dir)
@@ -130,8 +131,13 @@ def draw_coefficients(job: Job, run_dir: Path) -> dict[str, Path]:
     return {name: run_dir / f"{name}.png" for name in drawn}
 
 
-def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
+def score(
+    job: Inputs, encoder: torch.nn.Module, name: str, heads: Heads | None = None
+) -> list[Row]:
     """The encoder's row of that name, after the baselines' if they are wanted.
+
+    Args:
+        heads: the encoder's own; None: the suite's, which the baselines always have.
 
     Baselines depend on a run's inputs alone: their scores are kept in `cache_dir`.
     """
@@ -143,7 +149,8 @@ def score(job: Inputs, encoder: torch.nn.Module, name: str) -> list[Row]:
         rows = evaluation.baseline_rows(*given, kept)
         log.info("baselines are kept in %s", kept.path)
     log.info("scoring: %s", name)
-    return [*rows, scorer.row(name, encoder)]
+    own = scorer if heads is None else dataclasses.replace(scorer, heads=heads)
+    return [*rows, own.row(name, encoder)]
 
 
 def _results(job: Inputs, rows: Sequence[Row], method: str) -> dict[str, Any]:
@@ -187,7 +194,7 @@ def export_merged(
     }
     samples, wanted = (torch.cat(images), torch.cat(ids)), method if exact else encoder
     return write.export(
-        folder, encoder, wanted, suite.clip, suite.heads, samples, provenance, table, method
+        folder, encoder, wanted, suite.clip, job.heads(), samples, provenance, table, method
     )
 
 
@@ -236,7 +243,9 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
         )
     encoder = load.for_tasks(encoder, layout, known.suite.heads.tasks)
     name, place = target.resolve().name, to or target / "evaluation"
-    results = _results(known, score(known, encoder, name), name)
+    heads = read.read_heads(folder, layout)
+    learned = heads.tasks == known.suite.heads.tasks and heads.bias(heads.tasks[0]) is not None
+    results = _results(known, score(known, encoder, name, heads if learned else None), name)
     place.mkdir(parents=True, exist_ok=True)
     print(f"\n{write_results(results, place)}")
     return 0

@@ -204,7 +204,7 @@ def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int |
 
     def measure() -> dict[str, float]:
         tracking.log_pictures(wandb, results.draw_coefficients(job, run_dir))
-        accuracy = job.scorer(job.module.device).accuracy(method.fold())
+        accuracy = job.own_scorer(job.module.device).accuracy(method.fold())
         return {f"accuracy/{task}": value for task, value in accuracy.items()}
 
     checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())

@@ -85,7 +85,7 @@ def supplied(
         "teacher": lambda: Experts(backbone, suite.task_vectors),
         "encoder": encoder,
         "tasks": lambda: heads.tasks,
-        "dim": lambda: heads.weight(heads.tasks[0]).shape[1],
+        "dim": lambda: int(suite.clip.config["model_cfg"]["embed_dim"]),
         "base": base,
     }
 

@@ -30,6 +30,7 @@ from adamerge.encoders.architectures import architecture_names
 from adamerge.images.sources import data_problems
 from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.blocks import refuse_inside
+from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import learnables, refused_micro_batch
@@ -86,6 +87,8 @@ def _update_problems(config: Config) -> list[str]:
         update_of(config["update"])
     except AdamergeError as error:
         return [str(error)]
+    if config["heads"] == "learned" and config["trainer"].get("devices") not in (1, "1", "auto"):
+        return ["heads=learned wants one process: set trainer.devices=1"]
     if config["online"] and config["update"]["name"] == "per_task":
         return [
             "online lets a task end before others, which update=per_task would ask for: set "
@@ -208,14 +211,16 @@ def _transformed(key: str, part: Any, config: Config, suite: Suite, given: Suppl
 
 def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adaptation:
     """The LightningModule of a run."""
+    heads = LearnedHeads(suite.heads) if config["heads"] == "learned" else suite.heads
     values = supplied(suite, suite.task_vectors, {}, config["protocol"])
+    values = {**values, "heads": lambda: heads}
     objective: Objective = build("objective", config["objective"], KINDS["objective"], values)
     _check_pair(config, method, objective)
     scheduler = config["scheduler"]
     return Adaptation(
         method,
         objective,
-        suite.heads,
+        heads,
         normalizer(suite.clip),
         functools.partial(_optimizer, config["optim"]),
         None if scheduler is None else functools.partial(_scheduler, scheduler),

@@ -38,6 +38,7 @@ _KINDS: dict[str, Kinds] = {
     "cache_dir": (None, str),
     "task_vectors.dtype": DTYPES,
     "task_vectors.device": PLACES,
+    "heads": ("frozen", "learned"),
     "update.name": UPDATES,
     "update.order": ("fixed", "shuffled"),
     "trainer.max_steps": (range(10**9 + 1),),

@@ -36,16 +36,22 @@ class Prompts:
 
 
 class Heads(nn.Module):
-    """Classifier weights per task; `logits = normalize(features) @ weight.T`.
+    """Classifier weights per task; `logits = normalize(features) @ weight.T`, plus a bias, if any.
 
     Args:
         weights: task -> `[C, D]`, rows already multiplied by the logit scale.
         classes: task -> its C class names.
+        biases: task -> `[C]`, of heads that were learned.
 
     They move with the module, and are not saved in checkpoints.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], classes: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        classes: Mapping[str, Sequence[str]],
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.tasks = tuple(weights)
         self.classes = {task: tuple(classes[task]) for task in self.tasks}
@@ -56,10 +62,16 @@ class Heads(nn.Module):
                     f"{len(self.classes[task])} class names: expected one row per class"
                 )
             self.register_buffer(f"weight_{index}", weights[task].detach(), persistent=False)
+            bias = None if biases is None else biases[task].detach()
+            self.register_buffer(f"bias_{index}", bias, persistent=False)
 
     def weight(self, task: str) -> Tensor:
         """The `[C, D]` weight of a task."""
         return getattr(self, f"weight_{self.tasks.index(task)}")
+
+    def bias(self, task: str) -> Tensor | None:
+        """The bias `[C]` of a task, where heads were learned."""
+        return getattr(self, f"bias_{self.tasks.index(task)}")
 
     def logits(self, features: Tensor, task: str) -> Tensor:
         """`[B, D]` features (normalised here) -> `[B, C]` logits of a task.
@@ -67,9 +79,14 @@ class Heads(nn.Module):
         In the heads' own precision, also under autocast: logits of magnitude 100 do not survive
         bfloat16.
         """
-        weight = self.weight(task)
-        with torch.autocast(features.device.type, enabled=False):
-            return nn.functional.normalize(features.to(weight.dtype), dim=-1) @ weight.T
+        return classify(features, self.weight(task), self.bias(task))
+
+
+def classify(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`normalize(features) @ weight.T + bias`, `[B, D] -> [B, C]`, in the weight's precision."""
+    with torch.autocast(features.device.type, enabled=False):
+        rows = nn.functional.normalize(features.to(weight.dtype), dim=-1)
+        return rows @ weight.T if bias is None else rows @ weight.T + bias
 
 
 def zero_shot_heads(

@@ -53,8 +53,9 @@ model.classify([Image.open("picture.png")], task="{heads.tasks[0]}")  # [(class 
 {_elsewhere(record, heads)}
 
 `{HEADS}` holds a classifier per task, `[classes, features]`, rows times the logit scale:
-`logits = normalize(features) @ head.T`; the class names are in its metadata. `merge.json` holds the
-settings, inputs and versions; `coefficients.csv`, where there is one, the merging coefficients.
+`logits = normalize(features) @ head.T`, plus the `bias of …` where there is one; class names are in
+its metadata. `merge.json` holds the settings, inputs and versions; `coefficients.csv`, where
+there is one, the merging coefficients.
 
 | file | bytes |
 |---|--:|

@@ -22,6 +22,7 @@ from adamerge.methods.adapters import AdaptedEncoder
 from adamerge.methods.mixtures import DynamicEncoder, within
 
 RECORD, HEADS = "merge.json", "heads.safetensors"
+BIAS = "bias of "  # in front of a task's name: the bias of a learned head
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # A dynamic encoder is none that open_clip could build: under these names it does not try.
 OWN_CONFIG, OWN_WEIGHTS = "adamerge_config.json", "encoder.safetensors"
@@ -137,7 +138,8 @@ def read_heads(folder: Path, layout: Layout) -> Heads:
     weights, notes = _tensors(folder / HEADS)
     try:
         classes = dict(parse_json(notes["classes"]))
-        heads = Heads({task: weights[task] for task in classes}, classes)
+        biases = {t: weights[f"{BIAS}{t}"] for t in classes if f"{BIAS}{t}" in weights}
+        heads = Heads({task: weights[task] for task in classes}, classes, biases or None)
     except (KeyError, ValueError, TypeError) as error:
         raise _damaged(folder / HEADS, f"class names or heads are missing: {error}") from error
     if layout.tasks and set(layout.tasks) != set(heads.tasks):

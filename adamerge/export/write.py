@@ -21,7 +21,7 @@ from adamerge.encoders.clip import Clip
 from adamerge.encoders.heads import Heads
 from adamerge.export.card import card
 from adamerge.export.kinds import Encode, verify, write_encoder, write_safetensors
-from adamerge.export.read import HEADS, RECORD
+from adamerge.export.read import BIAS, HEADS, RECORD
 from adamerge.methods.base import MergeMethod
 
 _PACKAGES = ("adamerge", "torch", "lightning", "open_clip_torch", "datasets", "torchmetrics")
@@ -68,6 +68,8 @@ def export(
     with replacing_folder(folder) as temporary:
         layout = write_encoder(temporary, encoder, clip, heads.tasks)
         weights = {task: heads.weight(task) for task in heads.tasks}
+        biases = {f"{BIAS}{task}": heads.bias(task) for task in heads.tasks}
+        weights |= {name: bias for name, bias in biases.items() if bias is not None}
         write_safetensors(temporary / HEADS, weights, ("classes", json.dumps(heads.classes)))
         difference = verify(temporary, layout, wanted, clip, *samples)
         if method is not None:

@@ -113,9 +113,11 @@ def adapt(
                 if isinstance(method, Staged):
                     method.begin(number)
                 loss_of.begin_step(number)
+                method.begin_step(number)
                 take(compute, move, here, len(loss_of.heads.tasks), number)
         finally:
             method.train(was_training)
+            method.begin_step(None)
     return course.finish()
 
 

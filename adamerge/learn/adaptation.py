@@ -16,6 +16,7 @@ from torch import Tensor
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.clip import Normalizer
 from adamerge.encoders.heads import Heads
+from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.graphs import ReplayedSteps
 from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
@@ -57,7 +58,7 @@ class Adaptation(pl.LightningModule):
         self,
         method: MergeMethod,
         objective: Objective,
-        heads: Heads,
+        heads: Heads | LearnedHeads,
         normalizer: Normalizer,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
@@ -200,6 +201,7 @@ class Adaptation(pl.LightningModule):
 
         self._numbers = {}
         self.objective.begin_step(step)
+        self.method.begin_step(step)
         learned = learnables(self.method, self.objective)
         self.update(compute, move, learned, len(self.heads.tasks), step)
         if self._is_logged():
@@ -241,6 +243,10 @@ class Adaptation(pl.LightningModule):
     def on_train_start(self) -> None:
         """The rate of images counts from here."""
         self._since, self._images = time.perf_counter(), 0
+
+    def on_train_end(self) -> None:
+        """No step is under way any more."""
+        self.method.begin_step(None)
 
     def refuse_failure(self) -> None:
         """Puts the last good parameters back and raises, if a step was not finite.

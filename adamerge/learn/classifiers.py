@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
+from adamerge.encoders.heads import Heads, classify
 
 
 @runtime_checkable
@@ -49,6 +50,37 @@ class Classifiers(nn.Module):
     def train(self, mode: bool = True) -> Classifiers:
         """Stays in evaluation mode."""
         return self
+
+
+class LearnedHeads(nn.Module):
+    """Zero-shot heads that are learned along, each with a bias that starts at 0.
+
+    An objective that has them learns them. An expert's predictions stay those of the zero-shot
+    heads.
+
+    Args:
+        zero_shot: where they start; left unchanged.
+    """
+
+    def __init__(self, zero_shot: Heads) -> None:
+        super().__init__()
+        self.zero_shot, self.tasks, self.classes = zero_shot, zero_shot.tasks, zero_shot.classes
+        own = [zero_shot.weight(task).detach() for task in self.tasks]
+        self.weights = nn.ParameterList(weight.clone() for weight in own)
+        self.biases = nn.ParameterList(weight.new_zeros(len(weight)) for weight in own)
+
+    def logits(self, features: Tensor, task: str) -> Tensor:
+        """`[B, D]` features (normalised here) -> `[B, C]` logits of a task."""
+        row = self.tasks.index(task)
+        return classify(features, self.weights[row], self.biases[row])
+
+    def frozen(self) -> Heads:
+        """Copies as they are now, on the CPU."""
+        weights, biases = (
+            {t: p.detach().cpu().clone() for t, p in zip(self.tasks, own, strict=True)}
+            for own in (self.weights, self.biases)
+        )
+        return Heads(weights, self.classes, biases)
 
 
 class Logits:

@@ -5,6 +5,7 @@ from adamerge.methods.adarank import AdaRank
 from adamerge.methods.base import MergeMethod
 from adamerge.methods.concrete import Concrete
 from adamerge.methods.featcal import FeatCal
+from adamerge.methods.pareto import Pareto
 from adamerge.methods.regmean_pp import RegMeanPP
 from adamerge.methods.surgery import Surgery
 from adamerge.methods.wemoe import WEMoE
@@ -15,6 +16,7 @@ __all__ = [
     "Concrete",
     "FeatCal",
     "MergeMethod",
+    "Pareto",
     "RegMeanPP",
     "Surgery",
     "WEMoE",

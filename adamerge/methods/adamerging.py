@@ -81,12 +81,12 @@ class AdaMerging(MergeMethod):
         shapes = {"task": (tasks,), "partition": (tasks, layers, parts)}
         if granularity == "element":
             self.coefficients = nn.ParameterList(
-                base.new_full((tasks, *base.shape), init)
+                base.new_full((tasks, *base.shape), float(init))
                 for base in task_vectors.pretrained.values()
             )
         else:
             shape = shapes.get(granularity, (tasks, len(self.groups)))
-            self.coefficients = nn.Parameter(first.new_full(shape, init))
+            self.coefficients = nn.Parameter(first.new_full(shape, float(init)))
         self._parts: dict[str, Tensor] = {}
         if granularity in _WITHIN:
             _check_within(task_vectors, parts)

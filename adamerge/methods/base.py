@@ -73,14 +73,14 @@ class MergeMethod(nn.Module):
         return dict(self.named_parameters())
 
     def encode(self, weights: Mapping[str, Tensor], inputs: Any, task_ids: Tensor) -> Tensor:
-        """Features or logits `[B, D]` given the shared `weights`; by default the tower's.
-
-        Args:
-            inputs: images `[B, 3, H, W]`, or whatever the network takes, see `encoders.rows`.
-        """
+        """Features or logits `[B, D]` of inputs given the shared `weights`; by default the tower's.
+        Inputs are images `[B, 3, H, W]`, or whatever the network takes, see `encoders.rows`."""
         if "tower" not in vars(self):
             raise contract.lacks(self, "encode", "the features [B, D] of a batch")
         return self.tower(weights, inputs)
+
+    def begin_step(self, number: int | None) -> None:
+        """Called before step `number` (from 0) of learning, and with None after the last."""
 
     def fold(self) -> nn.Module:
         """An encoder of plain tensors with nothing left to learn; exact.
