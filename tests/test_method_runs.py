@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamerge.cli import main
-from adamerge.export.read import read_heads
+from adamerge.export.read import read_heads, read_layout
 from tests.processes import train_on_ranks
 from tests.tiny import learned, make_suite
 
@@ -91,7 +91,8 @@ def test_learned_heads_are_exported_and_scored(
 ) -> None:
     run = tmp_path / "run"
     assert main(["train", *base, *METHODS["symerge"], f"run_dir={run}"]) == 0
-    own, saved = read_heads(run / "merged"), learned(run)
+    merged = run / "merged"
+    own, saved = read_heads(merged, read_layout(merged)), learned(run)
     for row, task in enumerate(own.tasks):
         assert torch.equal(own.weight(task), saved[f"heads.weights.{row}"])
         bias = own.bias(task)

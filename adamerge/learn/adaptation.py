@@ -153,7 +153,8 @@ class Adaptation(pl.LightningModule):
             metrics[f"confidence/{task}"] = logits.float().softmax(-1).amax(-1).mean()
             metrics[f"marginal_entropy/{task}"] = marginal_entropy(logits) / math.log(classes)
         metrics |= numbers_of(self.method, self.heads.tasks)
-        return {name: value.to(loss.device) for name, value in metrics.items()}
+        # Copies: what is a view of a parameter would be logged as the step leaves it.
+        return {name: value.to(loss.device, copy=True) for name, value in metrics.items()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes whether loss and gradient are finite, and keeps the parameters while they are.
