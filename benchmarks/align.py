@@ -250,8 +250,9 @@ def drawn(found: dict[str, dict[str, list[Curve]]], path: Path) -> None:
             axis.plot(POINTS, losses.mean(0), label=title)
         axis.set(title=name, xlabel="share of the second network")
     axes[0][0].set_ylabel("test loss")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=len(titles), frameon=False)
     figure.savefig(path, dpi=110)
 
 
