@@ -63,8 +63,7 @@ def fisher_batch_sum(
 
     Asks for `gradients`; costs one backward pass per batch.
 
-    Args:
-        task_vectors, gradients, normalised, floor: as of `fisher`.
+    Arguments are those of `fisher`.
 
     Raises:
         AdamergeError: a floor outside (0, 1].

@@ -144,7 +144,8 @@ def doge(
         scale: of the coefficients.
         subspace: one direction of so many is shared, and not changed by δ.
         density: the share of entries to keep, in (0, 1].
-        steps, lr: of Adam.
+        steps: of Adam.
+        lr: its learning rate.
         layers: `blocks` (the matrices of the blocks alone) or `matrices` (all of two dimensions).
         device: that computes.
 
