@@ -294,7 +294,7 @@ def test_gradients_go_back_while_the_backward_pass_runs(monkeypatch: pytest.Monk
     method = AdaMerging(golden.clip().backbone, vectors)
     images, ids = golden.batch(0, torch.float32)
     encoded: list[int] = []
-    method._tower.skeleton.register_forward_hook(lambda *_: encoded.append(len(seen)))
+    method.tower.skeleton.register_forward_hook(lambda *_: encoded.append(len(seen)))
     step_loss(method, adamerge.objectives.Entropy(golden.heads(torch.float32)), images, ids)
     count = len(vectors.groups)
     assert encoded == [count], "all is merged before the images are encoded"

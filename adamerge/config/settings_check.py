@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from adamerge._base.binding import nearest
-from adamerge.learn.updates import NAMES as UPDATES
 from adamerge.weights.storage_kinds import DTYPES, PLACES
 
 Config = dict[str, Any]
@@ -39,7 +38,7 @@ _KINDS: dict[str, Kinds] = {
     "task_vectors.dtype": DTYPES,
     "task_vectors.device": PLACES,
     "heads": ("frozen", "learned"),
-    "update.name": UPDATES,
+    "update.name": ("joint", "per_task", "sam"),
     "update.order": ("fixed", "shuffled"),
     "trainer.max_steps": (range(10**9 + 1),),
     "trainer.devices": (range(-1, 1025), str, list),
