@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -174,8 +173,6 @@ def _refuse_other(cell: Cell) -> None:
 
 def _run_all(cells: Sequence[Cell], jobs: int, command: Command) -> None:
     """Runs what is not done, a few at a time; stopped, it stops them all and lets them save."""
-    import adamerge.cli.train  # noqa: F401 - before processes are forked, once for all
-
     begun, waiting = time.monotonic(), [c for c in cells if not c.done and not c.failed]
     total, ended = len(waiting), 0
     if len(waiting) < len(cells):
@@ -214,9 +211,11 @@ def _run_all(cells: Sequence[Cell], jobs: int, command: Command) -> None:
 
 
 def _start(cell: Cell, place: int, jobs: int, command: Command) -> BaseProcess:
+    # Forked from a server that has only imported: a fork of this process, whose threads may be at
+    # work, could wait for them for ever.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["adamerge.cli.train"])
     arguments = (command, cell.words, str(cell.folder), place, jobs)
-    fork, spawn = (multiprocessing.get_context(way) for way in ("fork", "spawn"))
-    context: Any = fork if sys.platform == "linux" else spawn
     process: BaseProcess = context.Process(target=_run_cell, args=arguments)
     process.start()
     return process
