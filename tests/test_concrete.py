@@ -36,7 +36,7 @@ def test_weights_and_gradients_are_those_of_plain_sums(granularity: Any) -> None
     with torch.no_grad():
         method.logits[column].normal_()
         method.coefficients.normal_()
-    method.begin(3)
+    method.begin_step(3)
     logits = method.logits[column].detach().clone().requires_grad_()
     coefficients = method.coefficients.detach().clone().requires_grad_()
     drawn = uniform(5, "sample 3", NAME, logits.shape).double()
@@ -58,7 +58,7 @@ def test_samples_differ_by_step_and_seed_and_nothing_else() -> None:
     seen = []
     for step in (0, 1, 0):
         for method in (one, other):
-            method.begin(step)
+            method.begin_step(step)
         torch.manual_seed(step)
         assert torch.equal(one.mask(NAME), other.mask(NAME))
         seen.append(one.mask(NAME))
@@ -69,19 +69,19 @@ def test_samples_differ_by_step_and_seed_and_nothing_else() -> None:
 
 def test_two_phases() -> None:
     method = concrete(mask_steps=2)
-    method.begin(1)
+    method.begin_step(1)
     assert method.sample == 1 and learned(method) == {"logits", "coefficients"}
-    method.begin(2)
+    method.begin_step(2)
     assert method.sample is None and learned(method) == {"coefficients"}
     last = method.mask(NAME)
-    method.begin(7)
+    method.begin_step(7)
     assert torch.equal(method.mask(NAME), last), "the second phase has one sample"
-    method.begin(0)
+    method.begin_step(0)
     images, ids = golden.batch(0)
     folded = method.fold()(images, ids)
     assert not torch.equal(folded, method(images, ids)), "a step's sample is not what is folded"
     assert method.sample == 0
-    method.begin(2)
+    method.begin_step(2)
     torch.testing.assert_close(folded, method(images, ids))
 
 

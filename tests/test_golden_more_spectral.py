@@ -157,7 +157,7 @@ def check_concrete(
         losses: dict[str, list[Tensor]] = {"inner": [], "outer": [], "last": []}
         coefficients = []
         for step in range(3):
-            method.begin(step)
+            method.begin_step(step)
             restart(method)
             method.learns = ("coefficients",)
             losses["inner"].append(descend(method, below, 2 * step))
@@ -166,7 +166,7 @@ def check_concrete(
             losses["outer"].append(descend(method, above, 2 * step + 1))
             if step in (0, 2):
                 check_fields(f"{label}/logits_{step + 1}", method, method.logits)
-        method.begin(method.mask_steps)
+        method.begin_step(method.mask_steps)
         restart(method)
         masks = [method.mask(name).detach() for name in method.task_vectors.names]
         check_fields(f"{label}/mask", method, masks)

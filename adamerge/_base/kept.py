@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +37,16 @@ class Kept:
     def __call__(self, name: str, make: Callable[[], Any]) -> Any:
         """The value of that name, made if it is not there; as JSON has it, tuples are lists."""
         if name not in self._values:
-            with self._alone():
+            with contextlib.ExitStack() as alone:
+                with contextlib.suppress(
+                    OSError
+                ):  # where nothing can be kept, nobody is waited for
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    alone.enter_context(locked(self.path.with_suffix(".lock")))
+                    self._values = self._read() | self._values  # what another made meanwhile
                 if name not in self._values:
                     self.put(name, json.loads(json.dumps(make())))
         return self._values[name]
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """For one process at a time, which reads first what another has made meanwhile."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.path.with_suffix(".lock"))
-            lock.__enter__()
-        except OSError:  # nothing can be kept there
-            yield
-            return
-        try:
-            self._values = self._read() | self._values
-            yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def get(self, name: str) -> Any:
         """The value of that name, or None."""

@@ -28,7 +28,6 @@ from adamerge.learn.blocks import compiled, recomputing
 from adamerge.learn.callbacks import Progress, Sharding, StopOnSignal, Watch
 from adamerge.learn.features import online_steps
 from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, Checkpoints
-from adamerge.methods.contract import Staged
 from adamerge.report import tables, tracking
 from adamerge.report.tracking import is_main_process
 
@@ -214,7 +213,7 @@ def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int |
         return None
     given = settings["trainer"]
     trainer = build_trainer(
-        _in_parts(given) if isinstance(method, Staged) else given,
+        _in_parts(given) if method.staged else given,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
             Progress(),

@@ -36,7 +36,6 @@ from adamerge.learn.objectives import Objective
 from adamerge.learn.step import learnables, refused_micro_batch
 from adamerge.learn.updates import update_of
 from adamerge.methods.base import MergeMethod, tracing
-from adamerge.methods.contract import Staged
 from adamerge.weights.task_vectors import TaskVectors
 
 _MAPPINGS = ("suite", "method", "objective", "optim", "task_vectors", "trainer")
@@ -226,7 +225,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
         None if scheduler is None else functools.partial(_scheduler, scheduler),
         config["micro_batch"],
         config["log_every"],
-        config["cuda_graph"] and _can_be_recorded(config) and not isinstance(method, Staged),
+        config["cuda_graph"] and _can_be_recorded(config) and not method.staged,
         update_of(config["update"], config["seed"]),
     )
 

@@ -16,7 +16,6 @@ from adamerge.learn.objectives import AnyHeads, Entropy, InfoMax, Objective
 from adamerge.learn.step import learnables, step_loss
 from adamerge.learn.updates import Update, update_of
 from adamerge.methods.base import MergeMethod
-from adamerge.methods.contract import Staged
 
 Batches = Mapping[str, Iterable[Any]] | Iterable[tuple[Inputs, Tensor]]
 
@@ -110,8 +109,6 @@ def adapt(
                     course.add(found[0], number)
                     moving.step()
 
-                if isinstance(method, Staged):
-                    method.begin(number)
                 loss_of.begin_step(number)
                 method.begin_step(number)
                 take(compute, move, here, len(loss_of.heads.tasks), number)

@@ -23,7 +23,6 @@ from adamerge.learn.objectives import Objective
 from adamerge.learn.step import learnables, step_loss
 from adamerge.learn.updates import Joint, Update
 from adamerge.methods.base import MergeMethod, numbers_of
-from adamerge.methods.contract import Staged
 
 # task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`,
 # `targets` and `image_ids` (see adamerge.learn.features). No labels.
@@ -85,8 +84,6 @@ class Adaptation(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss over all tasks' images together."""
         images, targets, image_ids, task_ids = self._collect(batch)
-        if isinstance(self.method, Staged):
-            self.method.begin(self.global_step)
         if image_ids is None:
             loss, self._values, features = self._step(images, task_ids, targets)
         else:  # what is kept of every image is no part of a recording

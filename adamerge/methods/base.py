@@ -46,6 +46,7 @@ class MergeMethod(nn.Module):
     streams = False
     # Whether it takes task vectors that make an encoder of its own for every task.
     takes_per_task = False
+    staged = False  # whether steps learn different parts, so that none stands for another
     tower: Tower
     task_vectors: TaskVectors
     _is_checked = False
@@ -80,7 +81,7 @@ class MergeMethod(nn.Module):
         return self.tower(weights, inputs)
 
     def begin_step(self, number: int | None) -> None:
-        """Called before step `number` (from 0) of learning, and with None after the last."""
+        """Called before step `number` (from 0, resumed or not), and with None after the last."""
 
     def fold(self) -> nn.Module:
         """An encoder of plain tensors with nothing left to learn; exact.
@@ -124,8 +125,7 @@ class MergeMethod(nn.Module):
         return {name: tensor.clone() for name, tensor in folded.backbone.state_dict().items()}
 
     def forward(self, inputs: Inputs, task_ids: Tensor) -> Tensor:
-        """Features or logits `[B, D]` of inputs and their tasks `[B]`, differentiable in the
-        learnables.
+        """Features or logits `[B, D]` of inputs and tasks `[B]`, differentiable in the learnables.
 
         Raises:
             AdamergeError: no inputs, or not one task id for each.

@@ -56,7 +56,7 @@ class Concrete(MergeMethod):
         AdamergeError: a setting out of range, or task vectors that do not fit the backbone.
     """
 
-    streams = True
+    streams = staged = True
 
     def __init__(
         self,
@@ -82,10 +82,13 @@ class Concrete(MergeMethod):
             nn.Parameter(torch.zeros_like(base)) for base in task_vectors.pretrained.values()
         )
 
-    def begin(self, step: int) -> None:
-        """What step number `step`, counted from 0, of training learns, and on which sample."""
-        first = step < self.mask_steps
-        self.sample = step if first else None
+    def begin_step(self, number: int | None) -> None:
+        """What step `number`, counted from 0, of training learns, and on which sample; None changes
+        nothing."""
+        if number is None:
+            return
+        first = number < self.mask_steps
+        self.sample = number if first else None
         self.learns = ("logits", "coefficients") if first else ("coefficients",)
 
     def mask(self, layer: str) -> Tensor:

@@ -1,26 +1,14 @@
-"""What a method forgot, in one sentence, found the first time that its weights are asked for.
-
-And what a loop has to do for some methods.
-"""
+"""What a method forgot, in one sentence, found the first time that its weights are asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
-
-
-@runtime_checkable
-class Staged(Protocol):
-    """A method whose steps differ by their number, so that none stands for another."""
-
-    def begin(self, step: int) -> None:
-        """Told before every step of training its number, counted from 0 on, resumed or not."""
-        ...
 
 
 def check(method: nn.Module, weights: Any) -> None:

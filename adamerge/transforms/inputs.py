@@ -12,6 +12,7 @@ from torch import Tensor
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.statistics import LayerInputs
 from adamerge.transforms.layers import check_number, each_layer
+from adamerge.transforms.matrices import eigen, reciprocal, scaled, smaller_side
 from adamerge.weights.task_vectors import TaskVectors
 
 log = logging.getLogger("adamerge")
@@ -202,31 +203,16 @@ def _directions(tau: Tensor, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     rows, columns = tau.shape
     if rows <= columns:
-        variances, directions = _falling(tau @ gram @ tau.T)
+        variances, directions = eigen(tau @ gram @ tau.T)
         return directions[:, :count] * (variances[:count] > 0), variances[:count]
-    values, basis = _falling(gram)
+    values, basis = eigen(gram)
     shift = tau @ (basis * values.sqrt())
-    variances, basis = _falling(shift.T @ shift)
-    return (shift @ (basis * _inverse_root(variances)))[:, :count], variances[:count]
+    variances, basis = eigen(shift.T @ shift)
+    return (shift @ (basis * reciprocal(variances.sqrt())))[:, :count], variances[:count]
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthogonal rows or columns, `P Qᵀ` of `P D Qᵀ`, times D's mean; what
     the matrix has no part in is left out."""
-    tall = matrix if len(matrix) >= matrix.shape[1] else matrix.T
-    squares, basis = _falling(tall.T @ tall)
-    found = tall @ (basis * _inverse_root(squares)) @ basis.T * squares.sqrt().mean()
-    return found if tall is matrix else found.T
-
-
-def _falling(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a Gram matrix, falling, those that are rounding errors 0; eigenvectors."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values = values.flip(0)
-    least = values[:1] * len(values) * torch.finfo(values.dtype).eps
-    return torch.where(values > least, values, 0), vectors.flip(1)
-
-
-def _inverse_root(values: Tensor) -> Tensor:
-    """`1 / √values`, and 0 for 0."""
-    return torch.where(values > 0, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0)
+    values, basis = smaller_side(matrix, exact=False)
+    return scaled(matrix, basis, reciprocal(values)) * values.mean()

@@ -117,8 +117,14 @@ def smaller_side(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     if exact:
         _, values, transposed = torch.linalg.svd(tall, full_matrices=False)
         return _cleaned(values), transposed.T
-    squares, vectors = torch.linalg.eigh(tall.T @ tall)
-    return _cleaned(squares.flip(0)).sqrt(), vectors.flip(1)
+    squares, vectors = eigen(tall.T @ tall)
+    return squares.sqrt(), vectors
+
+
+def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a Gram matrix, falling, those that are rounding errors 0; eigenvectors."""
+    values, vectors = torch.linalg.eigh(gram)
+    return _cleaned(values.flip(0)), vectors.flip(1)
 
 
 def scaled(matrices: Tensor, basis: Tensor, factors: Tensor) -> Tensor:
