@@ -46,3 +46,15 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_suite
 
     return make_suite(tmp_path_factory.mktemp("suite"))
+
+
+@pytest.fixture
+def train(words: list[str], tmp_path: Path) -> Callable[..., Path]:
+    """Trains a run of that name with the words of the test's module, and more; gives its folder."""
+    from adamerge.cli import main
+
+    def run(name: str, *own: str) -> Path:
+        assert main(["train", *words, *own, f"run_dir={tmp_path / name}"]) == 0
+        return tmp_path / name
+
+    return run

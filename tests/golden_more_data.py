@@ -52,20 +52,18 @@ def expected(key: str) -> Tensor:
     return numbers()[key]
 
 
-def run(check: Check, label: str, dtype: torch.dtype, without: Mapping[str, str] = {}) -> None:
+def run(check: Check, label: str, dtype: torch.dtype) -> None:
     """Runs the check of a label, which must compare every tensor `label/…` of the file.
 
     Args:
         check: the function of a type.
         label: the first part of the keys.
         dtype: in which the check computes.
-        without: key -> the reason why it is not compared; a folder of keys ends in `/`.
     """
     _COMPARED.clear()
     check(dtype)
     keys = {key for key in numbers() if key.startswith(f"{label}/")}
-    left = {key for key in keys - _COMPARED if not key.startswith(tuple(without))}
-    assert not left, f"not compared: {sorted(left)}"
+    assert not keys - _COMPARED, f"not compared: {sorted(keys - _COMPARED)}"
 
 
 def agrees(found: Tensor, key: str, tolerance: float | None = None) -> None:

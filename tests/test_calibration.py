@@ -39,15 +39,6 @@ def words(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture
-def train(words: list[str], tmp_path: Path) -> Train:
-    def run(name: str, *own: str) -> Path:
-        assert main(["train", *words, *own, f"run_dir={tmp_path / name}"]) == 0
-        return tmp_path / name
-
-    return run
-
-
 def job_of(words: list[str], *own: str) -> Job:
     return load_job(config.load([*words, *own]))
 

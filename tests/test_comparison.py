@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +25,6 @@ def a_run(folder: Path, method: str, seed: int, accuracy: float | None, **more: 
     settings = {"suite": suite, "batch_size": 8, "method": {"name": method}, "seed": seed, **more}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     if accuracy is None:
-        (folder / "failed.txt").write_text("task <a> has no images")
         return folder
     rows = [
         {"name": "expert", "accuracy": {"a": 1.0, "b": 1.0}, "average": 1.0, "normalized": 1.0},
@@ -48,7 +48,9 @@ def a_run(folder: Path, method: str, seed: int, accuracy: float | None, **more: 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Run]:
     values = [("one", 0, 0.8), ("one", 1, 0.9), ("two<b>", 0, 0.7), ("bad", 0, None)]
-    return [read_run(a_run(tmp_path / f"{m[:3]}-{s}", m, s, v)) for m, s, v in values]
+    *read, bad = [read_run(a_run(tmp_path / f"{m[:3]}-{s}", m, s, v)) for m, s, v in values]
+    assert bad.failed == "no results yet"
+    return [*read, dataclasses.replace(bad, failed="task <a> has no images")]
 
 
 def test_seeds_make_a_recipe_and_methods_do_not(runs: list[Run]) -> None:

@@ -41,15 +41,6 @@ def words(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture
-def train(words: list[str], tmp_path: Path) -> Train:
-    def run(name: str, *own: str) -> Path:
-        assert main(["train", *words, *own, f"run_dir={tmp_path / name}"]) == 0
-        return tmp_path / name
-
-    return run
-
-
 @pytest.mark.parametrize("name", STATIC)
 def test_every_static_method_merges_by_its_init(name: str, words: list[str]) -> None:
     settings = config.load([*words, f"method={name}"])

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -223,7 +223,7 @@ def read_json(
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} where an object is expected")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        reason = getattr(error, "strerror", None) or one_line(error, 120)
         raise AdamergeError(f"{path} is not {what} ({reason}): {mend}") from error
     return content
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge.align.layers import called, computed
 from adamerge.align.streams import FIXED, Streams, Weight, Wire, wires_in
 from adamerge.align.symmetry import Spec
@@ -36,7 +36,7 @@ def traced(module: nn.Module) -> Spec:
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # whatever a forward pass raises of what is no tensor
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error, 150)
         raise AdamergeError(
             f"the forward pass of {type(module).__name__} cannot be recorded by torch.fx "
             f"({reason}): give the groups as a table, align.spec(module, table)"

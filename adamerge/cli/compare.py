@@ -177,9 +177,7 @@ def _run_all(cells: Sequence[Cell], jobs: int, command: Command) -> None:
     total, ended = len(waiting), 0
     if len(waiting) < len(cells):
         log.info("%d of %d runs are done or left out", len(cells) - len(waiting), len(cells))
-    running: dict[BaseProcess, Cell] = {}
-    places = list(range(jobs))  # which GPU a process takes, where there are several
-    taken: dict[BaseProcess, int] = {}
+    running: dict[BaseProcess, tuple[Cell, int]] = {}  # and which GPU, where there are several
     try:
         while waiting or running:
             for cell in [c for c in waiting if c.base is not None and c.base.failed]:
@@ -190,11 +188,10 @@ def _run_all(cells: Sequence[Cell], jobs: int, command: Command) -> None:
             while ready and len(running) < jobs:
                 cell = ready.pop(0)
                 waiting.remove(cell)
-                process = _start(cell, places[0], jobs, command)
-                taken[process], running[process] = places.pop(0), cell
+                place = min(set(range(jobs)) - {taken for _, taken in running.values()})
+                running[_start(cell, place, jobs, command)] = cell, place
             for process in [p for p in running if not p.is_alive()]:
-                cell = running.pop(process)
-                places.append(taken.pop(process))
+                cell, _ = running.pop(process)
                 ended += 1
                 if not cell.done:
                     cell.failed = _why(cell, process.exitcode)

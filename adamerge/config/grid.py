@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge.report.comparison.runs import differing
 
 
@@ -62,7 +62,7 @@ def _of_file(path: Path, words: Sequence[str]) -> list[Recipe]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error, 150)
         raise AdamergeError(f"{path} cannot be read as a grid ({reason}): {expected}") from error
     recipes = content.pop("recipes", None) if isinstance(content, dict) else None
     if not isinstance(recipes, dict) or not all(isinstance(r, dict) for r in recipes.values()):

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from adamerge._base.binding import code_beside, nearest
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge._base.files import replacing
 from adamerge.config.references import resolved
 from adamerge.config.settings_check import GROUPS, Config, setting_problems
@@ -158,7 +158,7 @@ def _read(path: Path) -> Config:
         _refuse_many_aliases(content)
         tree = OmegaConf.to_container(OmegaConf.load(io.BytesIO(content)), resolve=False)
     except _UNREADABLE as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error, 300)
         raise AdamergeError(f"{path} is not valid YAML ({said}): mend that line") from error
     except RecursionError as error:
         raise AdamergeError(f"{path} is nested too deeply: write it flatter") from error

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from adamerge._base.compat import is_failed_compilation, undo_compile
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge.encoders.fast_paths import attention_for
 from adamerge.encoders.tower import resblocks, towers_of
 from adamerge.methods.base import MergeMethod
@@ -59,7 +59,7 @@ def compiled(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
     except Exception as error:
         if not is_failed_compilation(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise AdamergeError(
             f"the tower could not be compiled ({reason}): set compile=false, or install what "
             "torch.compile needs here, a C++ compiler or Triton"

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge._base.files import replacing
 from adamerge.learn.adaptation import Adaptation
 
@@ -148,7 +148,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content.seek(0)
         saved = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever is wrong with it, it is not a checkpoint of ours
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise AdamergeError(
             f"{path} is not a readable checkpoint ({reason}): put a copy of it there, or start "
             "the run again in another run_dir"

@@ -20,7 +20,7 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge._base.files import replacing
 
 log = logging.getLogger("adamerge")
@@ -102,7 +102,7 @@ def read_metrics(path: Path, before: float = math.inf) -> list[dict[str, str]]:
             int(row["step"]), [float(value) for value in row.values()]
         return [row for row in rows if int(row["step"]) < before]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise AdamergeError(
             f"{path} is damaged ({reason}): mend that line, or move the file away to go on without "
             "what was logged before"
@@ -167,7 +167,7 @@ def _logged_in() -> bool:
             return False
         return bool(wandb.login(**settings))
     except Exception as error:  # no network, a wrong key: none of them stops a run
-        log.info("Weights & Biases: offline (%s)", " ".join(str(error).split())[:100])
+        log.info("Weights & Biases: offline (%s)", one_line(error, 100))
         return False
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from adamerge._base.errors import AdamergeError
+from adamerge._base.errors import AdamergeError, one_line
 from adamerge._base.files import read_json
 from adamerge.report.tracking import read_metrics
 
@@ -130,10 +130,9 @@ def read_run(folder: Path) -> Run:
     try:
         settings = flat(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise AdamergeError(f"{config} is damaged ({reason}): it cannot be compared") from error
     results, record = folder / "results.json", folder / "merged" / "merge.json"
-    failed = folder / "failed.txt"
     run = Run(
         folder,
         settings,
@@ -141,17 +140,13 @@ def read_run(folder: Path) -> Run:
         [{k: float(v) for k, v in line.items()} for line in read_metrics(folder / "metrics.csv")],
         _coefficients(folder / "coefficients.csv"),
         read_json(record, "record of an export", mend) if record.is_file() else {},
-        "" if results.is_file() else _reason(failed),
+        "" if results.is_file() else "no results yet",
     )
     try:
         run.row(), run.signals(), run.costs()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdamergeError(f"{results} is not results of a run ({error!r}): {mend}") from error
     return run
-
-
-def _reason(failed: Path) -> str:
-    return failed.read_text().strip() if failed.is_file() else "no results yet"
 
 
 def _coefficients(path: Path) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ import pickletools
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, cast
 
+from adamerge._base.errors import one_line
 from adamerge.weights.formats.pickled import (
     LOAD_STORAGE,
     Blob,
@@ -85,7 +86,7 @@ def load(
     except Refused:
         raise
     except _MALFORMED as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = one_line(error, 100) or type(error).__name__
         raise Refused(f"not a well-formed pickle ({reason})") from error
     if isinstance(result, Standin) and result.called:
         raise Unsafe(f"a call of {result.path}")
