@@ -1,7 +1,7 @@
 """What a run survives: kills, signals, full disks, flipped bits, other runs, lost processes.
 
     python benchmarks/faults.py             # every point at which files change their names; minutes
-    python benchmarks/faults.py --short     # a few of each kind, drawn with --seed; in the tests
+    python benchmarks/faults.py --short     # a few of each kind, drawn with --seed; in .ci/run
 
 A tiny suite is trained and exported undisturbed, and then again and again with one fault. A fault
 is *held* if afterwards the same command, `resume=` or `adamerge export` ends with coefficients and

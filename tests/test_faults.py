@@ -341,11 +341,3 @@ def test_a_damaged_head_in_the_cache_is_made_again(
         path.write_bytes(content)
         assert torch.equal(heads._cached(path, make), weight)
     assert len(made) > 30 and "is damaged and made again" in caplog.text
-
-
-def test_a_few_faults_of_the_campaign_are_held() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--short"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=230)
-    assert answer.returncode == 0, answer.stdout + answer.stderr[-2000:]
-    _, tried, held, lost = answer.stdout.splitlines()[-1].split()
-    assert int(tried) == int(held) >= 10 and lost == "0"

@@ -488,9 +488,7 @@ def test_wandb_never_asks(base: list[str], tmp_path: Path) -> None:
     code = f"""
 import sys
 from adamerge.cli import main
-for mode in ("auto", "offline"):
-    if main([*{words!r}, f"wandb={{mode}}", f"run_dir={{mode}}"]):
-        sys.exit(f"{{mode}} failed")
+sys.exit(main([*{words!r}, "wandb=auto", "run_dir=run"]))
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     answer = subprocess.run(
@@ -503,8 +501,7 @@ for mode in ("auto", "offline"):
         timeout=200,
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
-    for mode in ("auto", "offline"):
-        assert list((tmp_path / mode / "wandb").glob("offline-run-*/*.wandb")), mode
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert not (tmp_path / "wandb").exists()
 
 

@@ -698,6 +698,26 @@ def test_the_home_folder_and_a_glob_of_images(
     assert found.key == cached(tmp_path, npy(tmp_path)).key
 
 
+def test_a_split_of_the_hub_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, files = datasets.load_dataset, {}
+    for name, rows in (("train", 4), ("valid", 3)):
+        files[name] = str(tmp_path / f"{name}.parquet")
+        tiny.images("dots").select(range(rows)).to_parquet(files[name])
+
+    def from_files(path: str, name: None, split: str, revision: None) -> datasets.Dataset:
+        return load("parquet", data_files=files, split=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_files)
+    for split, rows in (("validation", 3), ("val", 3), ("train", 4), ("valid[:2]", 2)):
+        opened = open_dataset("t", {"path": "owner/name", "split": split})
+        assert isinstance(opened, datasets.Dataset) and len(opened) == rows
+    message = r"data\.split: no 'test' in owner/name: it has 'train', 'valid'$"
+    with pytest.raises(AdamergeError, match=message):
+        open_dataset("t", {"path": "owner/name"})
+
+
 def test_a_hub_out_of_reach_is_one_sentence() -> None:
     message = (
         r"data\.path: cannot read 'owner/name' from the hub .*reach.* no file or folder of that"

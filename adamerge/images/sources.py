@@ -130,7 +130,7 @@ def _read(
             return ArraySource(where, local, split or "test")
         if not here:
             _require_a_hub_name(path)
-            return datasets.load_dataset(path, name, split=split or "test", revision=revision)
+            return _from_hub(path, name, split, revision)
         places = [local, local.parent, Path()] if local.is_dir() else [local.parent, Path()]
         places = [place.absolute() for place in places]
         return with_images(_local(path, name, split, label == "label"), image, places, path)
@@ -150,6 +150,21 @@ def _read(
             f"{where}.path: cannot read {path!r} {'' if here else place}"
             f"({type(error).__name__}: {reason}){'' if here else absent}: expected {_EXPECTED}"
         ) from error
+
+
+def _from_hub(
+    path: str, name: str | None, split: str | None, revision: str | None
+) -> datasets.Dataset:
+    """A split of a data set on the hub, by its name or another for the same (`val`, `dev`)."""
+    told = ""
+    for wanted in split_names(split):
+        try:
+            return datasets.load_dataset(path, name, split=wanted, revision=revision)
+        except ValueError as error:
+            if not (told := str(error)).startswith("Unknown split"):
+                raise
+    others = told.partition("one of ")[2].strip("[].") or "other splits"
+    raise AdamergeError(f"split: no {split or 'test'!r} in {path}: it has {others}")
 
 
 def _local(path: str, name: str | None, split: str | None, labelled: bool) -> datasets.Dataset:
