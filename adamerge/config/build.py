@@ -76,7 +76,27 @@ def _part_problems(config: Config) -> list[str]:
         found.append(
             "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
         )
-    return found + _update_problems(config)
+    return found + _update_problems(config) + _label_problems(config)
+
+
+def learns_from_labels(config: Config) -> bool:
+    """Whether a run's objective is given the true labels."""
+    target, _ = target_of("objective", config["objective"], KINDS["objective"])
+    return bool(getattr(target, "sees_labels", False)) and config["trainer"]["max_steps"] != 0
+
+
+def _label_problems(config: Config) -> list[str]:
+    try:
+        learns = learns_from_labels(config)
+    except AdamergeError:
+        return []  # said elsewhere
+    asked = config["objective"].get("scored_images") is True
+    if not learns or asked or config["protocol"] != "paper":
+        return []
+    return [
+        "the objective learns from true labels, and protocol=paper scores the same images by them: "
+        "set protocol=heldout, or, for an upper bound, objective.scored_images=true"
+    ]
 
 
 def _update_problems(config: Config) -> list[str]:
