@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +17,21 @@ from adamerge.cli.job import Job, load_job
 from adamerge.config import settings as config
 from adamerge.config.statistics import statistics
 from adamerge.encoders import Experts, Tower, merged_encoder, static_encoder
-from adamerge.methods import FeatCal, RegMeanPP, WEMoE
+from adamerge.methods import FeatCal, ProDistill, RegMeanPP, WEMoE
+from adamerge.methods.calibration.base import Calibration
 from tests import golden_data as golden
 from tests.processes import train_on_ranks
 from tests.test_golden_more_statistics import images
 from tests.tiny import learned
 
 Train = Callable[..., Path]
-CALIBRATIONS: dict[str, type[FeatCal] | type[RegMeanPP]] = {
+CALIBRATIONS: dict[str, Callable[..., Calibration]] = {
     "featcal": FeatCal,
+    "prodistill": functools.partial(ProDistill, epochs=30),
     "regmean_pp": RegMeanPP,
 }
+RUNS = {name: [f"method={name}"] for name in CALIBRATIONS}
+RUNS["prodistill"] += ["method.epochs=2"]
 every = pytest.mark.parametrize("name", CALIBRATIONS)
 
 
@@ -43,7 +48,7 @@ def job_of(words: list[str], *own: str) -> Job:
     return load_job(config.load([*words, *own]))
 
 
-def make(name: str, dtype: torch.dtype = torch.float64, **settings: float) -> FeatCal | RegMeanPP:
+def make(name: str, dtype: torch.dtype = torch.float64, **settings: float) -> Calibration:
     vectors, backbone = golden.task_vectors(dtype), golden.clip().backbone
     start = merged_encoder(Tower(backbone), vectors, 0.3)
     return CALIBRATIONS[name](start, Experts(backbone, vectors), images(dtype, 1), **settings)
@@ -89,13 +94,13 @@ def test_much_ridge_keeps_the_anchor() -> None:
 
 @every
 def test_it_is_a_whole_run(name: str, train: Train, words: list[str], tmp_path: Path) -> None:
-    run = train("run", f"method={name}", "preflight.enabled=true", "preflight.images=2")
+    run = train("run", *RUNS[name], "preflight.enabled=true", "preflight.images=2")
     results = json.loads((run / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == [name] and learned(run) == {}
     model = adamerge.load(run / "merged")
     assert model.kind == "static"
     batch = torch.randn(2, 3, 16, 16)
-    method = job_of(words, f"method={name}").module.method
+    method = job_of(words, *RUNS[name]).module.method
     torch.testing.assert_close(model.encoder(batch), method.fold()(batch), rtol=1e-4, atol=1e-5)
     assert main(["export", str(run), "--to", str(tmp_path / "again")]) == 0
     assert torch.equal(adamerge.load(tmp_path / "again").encoder(batch), model.encoder(batch))
@@ -104,8 +109,8 @@ def test_it_is_a_whole_run(name: str, train: Train, words: list[str], tmp_path: 
 
 @every
 def test_two_processes_give_what_one_gives(name: str, train: Train, words: list[str]) -> None:
-    one = train("one", f"method={name}")
-    train_on_ranks([*words, f"method={name}", f"run_dir={one.parent / 'two'}"], 2, one.parent)
+    one = train("one", *RUNS[name])
+    train_on_ranks([*words, *RUNS[name], f"run_dir={one.parent / 'two'}"], 2, one.parent)
     batch = torch.randn(2, 3, 16, 16)
     one_model, two_model = (adamerge.load(one.parent / run / "merged") for run in ("one", "two"))
     assert torch.equal(one_model.encoder(batch), two_model.encoder(batch))
@@ -133,7 +138,7 @@ def test_it_calibrates_what_a_transform_merges_towards_the_experts_themselves(
         torch.testing.assert_close(held[key], tensor, rtol=1e-4, atol=1e-4)
     experts = [job_of(words, "method=featcal", *own).module.method for own in ([], [steps])]
     assert all(isinstance(method, FeatCal) for method in experts)
-    first, second = (method._experts.task_vectors.deltas["proj"] for method in experts)
+    first, second = (method.experts.task_vectors.deltas["proj"] for method in experts)
     assert torch.equal(first, second)
 
 

@@ -15,7 +15,7 @@ from adamerge.learn.classifiers import Logits
 from adamerge.learn.objectives import Entropy, Objective
 from adamerge.learn.step import step_loss
 from adamerge.methods import MergeMethod
-from adamerge.methods.base import numbers_of
+from adamerge.methods.contract import numbers_of
 
 INPUTS, IDS = torch.ones(4, 3), torch.tensor([0, 0, 1, 1])
 

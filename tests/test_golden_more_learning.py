@@ -15,7 +15,7 @@ from adamerge.encoders import Experts
 from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.losses import expert_labels as expert_labels_of
 from adamerge.learn.step import step_loss
-from adamerge.learn.updates import Joint, PerTask, Sam, Update
+from adamerge.learn.updates import Images, Joint, PerTask, Sam, Step, Update
 from adamerge.methods import AdaMerging, MergeMethod
 from tests import golden_data as golden
 from tests import golden_more_data as more
@@ -47,17 +47,17 @@ class Course:
         for step in range(start, start + steps):
             losses: list[Tensor] = []
 
-            def compute(task: int | None, step: int = step, losses: Any = losses) -> Tensor:
+            def compute(of: Images, step: int = step, losses: Any = losses) -> Tensor:
                 images, ids = golden.batch(step, self.dtype)
-                if task is not None:
-                    images, ids = images[ids == task], ids[ids == task]
+                if of.task is not None:
+                    images, ids = images[ids == of.task], ids[ids == of.task]
                 optimizer.zero_grad()
                 loss, _, _ = step_loss(self.method, self.objective, images, ids)
                 loss.backward()
                 losses.append(loss.detach())
                 return loss
 
-            self.update(compute, optimizer.step, self.learned, len(golden.TASKS), step)
+            self.update(Step(compute, optimizer.step, self.learned, len(golden.TASKS), step))
             self.course.append(losses)
         return torch.stack([torch.stack(losses) for losses in self.course])
 
@@ -154,13 +154,13 @@ class Clipped:
     def __init__(self, change: Callable[[], None]) -> None:
         self.change = change
 
-    def __call__(self, compute: Any, move: Any, *_: Any) -> None:
+    def __call__(self, step: Step) -> None:
         def changed() -> Tensor:
-            loss: Tensor = compute(None)
+            loss = step.compute(Images())
             self.change()
             return loss
 
-        move(changed)
+        step.move(changed)
 
 
 def check_features(label: str, encoder: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import adamerge
 from adamerge import TaskVectors, transforms
 from adamerge.learn.step import step_loss
+from adamerge.learn.updates import Bilevel, Images, Step, Update
 from adamerge.methods import AdaMerging, AdaRank, Concrete, MergeMethod
 from adamerge.transforms.spectral import directions
 from tests import golden_data as golden
@@ -140,30 +141,48 @@ def check_adarank(label: str, vectors: TaskVectors, **settings: float) -> None:
 
 
 def concrete_adam(dtype: torch.dtype) -> None:
-    check_concrete("concrete_adam", dtype, lambda p: torch.optim.Adam(p, lr=1.0))
+    check_concrete("concrete_adam", dtype, by_adam)
 
 
 def concrete_sgd(dtype: torch.dtype) -> None:
-    check_concrete("concrete_sgd", dtype, lambda p: torch.optim.SGD(p, lr=0.1))
+    check_concrete("concrete_sgd", dtype, lambda _: Bilevel(inner_lr=0.1))
 
 
-def check_concrete(
-    label: str, dtype: torch.dtype, inner: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-) -> None:
-    """The paper's two levels, driven from outside, then the second phase."""
+def by_adam(method: Concrete) -> Update:
+    """The bilevel update with an optimizer below that remembers earlier steps."""
+    below = torch.optim.Adam([method.coefficients], lr=1.0)
+
+    def update(step: Step) -> None:
+        restart(method)
+        method.learns = ("coefficients",)
+        step.compute(Images(half=0))
+        below.step()
+        method.learns = ("logits",)
+        step.move(lambda: step.compute(Images(half=1)))
+
+    return update
+
+
+def check_concrete(label: str, dtype: torch.dtype, update_of: Callable[[Concrete], Update]) -> None:
+    """The paper's two levels, each on a batch of its own, then the second phase."""
     with patch("adamerge.methods.concrete.uniform", given_sample):
         method = Concrete(golden.clip().backbone, golden.task_vectors(dtype))
-        below, above = inner([method.coefficients]), torch.optim.Adam(method.logits, lr=1e-3)
+        learned = list(method.parameters())
+        update, above = update_of(method), torch.optim.Adam(learned, lr=1e-3)
         losses: dict[str, list[Tensor]] = {"inner": [], "outer": [], "last": []}
         coefficients = []
+
+        def compute(images: Images) -> Tensor:
+            half = images.half or 0
+            if half == 1:
+                coefficients.append(method.coefficients.detach().clone())
+            loss = backward(method, 2 * step + half)
+            losses["outer" if half else "inner"].append(loss.detach())
+            return loss
+
         for step in range(3):
             method.begin_step(step)
-            restart(method)
-            method.learns = ("coefficients",)
-            losses["inner"].append(descend(method, below, 2 * step))
-            coefficients.append(method.coefficients.detach().clone())
-            method.learns = ("logits",)
-            losses["outer"].append(descend(method, above, 2 * step + 1))
+            update(Step(compute, above.step, learned, 3, step, method))
             if step in (0, 2):
                 check_fields(f"{label}/logits_{step + 1}", method, method.logits)
         method.begin_step(method.mask_steps)
@@ -192,13 +211,19 @@ def restart(method: Concrete) -> None:
 
 def descend(method: MergeMethod, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
     """One step on the entropy of a batch; the loss before it."""
-    dtype = next(method.parameters()).dtype
-    images, ids = golden.batch(step, dtype)
-    optimizer.zero_grad()
-    loss, _, _ = step_loss(method, adamerge.objectives.Entropy(golden.heads(dtype)), images, ids)
-    loss.backward()
+    loss = backward(method, step)
     optimizer.step()
     return loss.detach()
+
+
+def backward(method: MergeMethod, step: int) -> Tensor:
+    """The entropy of a batch, with its gradient alone."""
+    dtype = next(method.parameters()).dtype
+    images, ids = golden.batch(step, dtype)
+    method.zero_grad()
+    loss, _, _ = step_loss(method, adamerge.objectives.Entropy(golden.heads(dtype)), images, ids)
+    loss.backward()
+    return loss
 
 
 def check_fields(key: str, method: Concrete, tensors: Iterable[Tensor]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from adamerge import TaskVectors, transforms
 from adamerge.encoders import Experts, Tower, merged_encoder
 from adamerge.encoders.gradients import Gradients, Kind
 from adamerge.encoders.statistics import Inputs, gather_inputs
-from adamerge.methods import FeatCal, RegMeanPP
-from adamerge.methods.calibration import Calibration
+from adamerge.methods import FeatCal, ProDistill, RegMeanPP
+from adamerge.methods.calibration.base import Calibration
 from adamerge.transforms.gradients import task_weights
 from tests import golden_data as golden
 from tests import golden_more_data as more
@@ -106,6 +108,34 @@ def regmean_pp(teacher: Experts) -> Calibration:
     return RegMeanPP(merge_of(teacher, 1 / len(golden.TASKS)), teacher, images(dtype))
 
 
+def prodistill(dtype: torch.dtype) -> None:
+    """The method starts from the merge, the set from coefficients of 0.3: the same.
+
+    In float32 Adam moves key biases, which change nothing, by the rounding of their gradient.
+    """
+    bound = 1e-3 if dtype == torch.float32 else None
+    teacher = experts(dtype)
+    steps = more.expected("prodistill/loss").shape[1]
+    method = ProDistill(merge_of(teacher, 0.3), teacher, images(dtype, 1), epochs=steps)
+    found: list[Tensor] = []
+
+    def kept(index: int, *given: Any) -> tuple[dict[str, Tensor], list[float]]:
+        learned, losses = learn(index, *given)
+        key, used = f"prodistill/alpha/{index}", {n: a + 0.3 for n, a in learned.items()}
+        prints = [[more.fingerprint(alpha[t]) for alpha in used.values()] for t in tasks()]
+        more.agrees(stack(prints), f"{key}/fingerprint", bound)
+        for name in used.keys() & set(more.lists("full")):
+            if f"{key}/full/{name}" in more.numbers():
+                more.agrees(used[name], f"{key}/full/{name}", bound)
+        found.append(torch.tensor(losses, dtype=dtype))
+        return learned, losses
+
+    learn = method._learn
+    with patch.object(method, "_learn", kept):
+        calibration("prodistill", lambda _: method)(dtype)
+    more.agrees(torch.stack(found), "prodistill/loss")
+
+
 def tasks() -> range:
     return range(len(golden.TASKS))
 
@@ -122,6 +152,7 @@ CHECKS: dict[str, more.Check] = {
     "fisher_predicted": fisher(
         "fisher_predicted", "predicted", lambda tv, found: transforms.fisher(tv, found, "predicted")
     ),
+    "prodistill": prodistill,
     "regmean": regmean,
     "regmean_full": regmean_full,
     "regmean_pp": calibration("regmean_pp", regmean_pp),

@@ -23,8 +23,9 @@ METHODS = {
     "emr": ["method=emr", "optim.lr=1e-2"],
     "adarank": ["method=adarank", "optim.lr=1e-2"],
     "adarank_cart": ["method=adarank_cart", "optim.lr=1e-2"],
-    "concrete": ["method=concrete", "optim.lr=1e-2", "method.mask_steps=2"],
+    "concrete": ["method=concrete_bilevel", "optim.lr=1e-2", "method.mask_steps=2"],
     "per_task": ["update=per_task", "update.order=shuffled", "optim.lr=1e-2"],
+    "progressive": ["update=progressive", "update.inner_steps=1", "optim.lr=1e-2"],
     "sam": ["update=sam", "update.adaptive=true", "objective=expert_labels"],
     "mixed": ["objective=mixed", "objective.steps=3", "optim.lr=1e-2"],
     "symerge": ["method=symerge", "trainer.max_steps=4", "batch_size=4"],
@@ -83,7 +84,7 @@ def test_two_processes_equal_one_fed_the_same_images(
     train_on_ranks([*words, "batch_size=2", f"run_dir={tmp_path / 'two'}"], 2, tmp_path)
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
     for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=5e-5)
 
 
 def test_learned_heads_are_exported_and_scored(
@@ -108,3 +109,19 @@ def test_learned_heads_are_exported_and_scored(
     assert rows[0]["accuracy"] == rows[1]["accuracy"]
     assert main(["train", *base, *METHODS["symerge"], "trainer.devices=2"]) == 2
     assert "heads=learned wants one process: set trainer.devices=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["update=bilevel"], "AdaMerging with these settings has no such thing: use it with"),
+        (["update=bilevel", "batch_size=1"], "halves every task's images, and batch_size is 1"),
+        (["update=bilevel", "online=true"], "which update=bilevel would ask for"),
+        (["update=progressive", "method=surgery"], "Surgery merges no layers with numbers"),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused(
+    words: list[str], sentence: str, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *base, *words]) == 2
+    assert sentence in capsys.readouterr().err

@@ -23,7 +23,12 @@ from tests import golden_data as golden
 from tests.tiny import learned
 
 Train = Callable[..., Path]
-CALIBRATIONS = ("featcal", "esm_featcal", "regmean_pp")  # have no coefficients to learn on top of
+CALIBRATIONS = (
+    "featcal",
+    "esm_featcal",
+    "prodistill",
+    "regmean_pp",
+)  # have no coefficients to learn on top of
 STATIC = [
     name
     for name in config.names("method")

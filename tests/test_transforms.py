@@ -53,6 +53,7 @@ TRANSFORMS: dict[str, Callable[[TaskVectors], TaskVectors]] = {
     "ties": transforms.ties,
     "truncate": transforms.truncate,
     "tsv_m": transforms.tsv_m,
+    "twin": transforms.twin,
     "wudi": lambda tv: transforms.wudi(tv, steps=3),
 }
 TASKS = {"slerp": 2}  # where not all

@@ -265,3 +265,18 @@ def test_what_cannot_be_done_is_said() -> None:
 def test_examples_in_docstrings(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert found.attempted >= 3 and not found.failed
+
+
+def test_twin_is_a_shared_merge_and_a_low_rank_rest_of_every_task() -> None:
+    vectors = golden.task_vectors()
+    found = transforms.twin(vectors, scale=0.4, rank=0.25)
+    assert found.per_task
+    for name, tau in vectors.deltas.items():
+        shared = 0.4 * tau.sum(0)
+        for row, own in enumerate(tau):
+            wanted = own
+            if tau.ndim == 3 and "resblocks" in name:
+                left, sizes, right = torch.linalg.svd(own - shared, full_matrices=False)
+                k = len(sizes) // 4
+                wanted = shared + left[:, :k] * sizes[:k] @ right[:k]
+            torch.testing.assert_close(found.deltas[name][row], wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import adamerge
 from adamerge import AdamergeError, objectives
-from adamerge.learn.updates import PerTask, Sam, update_of
+from adamerge.learn.updates import Bilevel, Images, PerTask, Progressive, Sam, Step, update_of
 from tests import golden_data as golden
 
 
@@ -70,13 +71,13 @@ def test_a_shuffled_order_depends_on_seed_and_step_alone() -> None:
     def orders(seed: int) -> list[list[int]]:
         seen: list[list[int]] = []
 
-        def compute(task: Any) -> Tensor:
-            seen[-1].append(task)
+        def compute(images: Images) -> Tensor:
+            seen[-1].append(images.task)
             return torch.zeros(())
 
         for step in range(8):
             seen.append([])
-            PerTask("shuffled", seed)(compute, lambda closure: closure(), [], 5, step)
+            PerTask("shuffled", seed)(Step(compute, lambda closure: closure(), [], 5, step))
         return seen
 
     assert orders(0) == orders(0) and orders(0) != orders(1)
@@ -114,6 +115,66 @@ def test_the_adaptive_push_is_nothing_where_all_is_0() -> None:
     assert torch.equal(*runs)
 
 
+class TwoLevels(adamerge.methods.MergeMethod):
+    """One coefficient a task, the first of them below the others."""
+
+    def __init__(self, network: nn.Module, vectors: adamerge.TaskVectors) -> None:
+        super().__init__(network, vectors)
+        self.first, self.second = (nn.Parameter(torch.tensor([0.3])) for _ in range(2))
+
+    @property
+    def below(self) -> list[nn.Parameter]:
+        return [self.first]
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.task_vectors.combine(torch.cat([self.first, self.second]))
+
+
+def test_bilevel_moves_by_the_gradient_after_a_step_below() -> None:
+    one = method()
+    ours, given = TwoLevels(nn.Linear(4, 4), one.task_vectors), batches()
+    adamerge.adapt(ours, given, steps=3, lr=0.1, update=Bilevel(inner_lr=0.7))
+    first, second = torch.tensor([0.3]), nn.Parameter(torch.tensor([0.3]))
+    optimizer = torch.optim.Adam([second], lr=0.1)
+
+    def total(below: Tensor, step: int, half: int) -> Tensor:
+        table = torch.cat([below, second])[:, None].expand(2, 2)
+        return sum(loss(table, t, given[t][step][half::2], r) for r, t in enumerate(HEADS))
+
+    for step in range(3):
+        below = first.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(total(below, step, 0), below)
+        optimizer.zero_grad()
+        total(first - 0.7 * slope, step, 1).backward()
+        optimizer.step()
+    assert torch.equal(ours.first, first), "what is below begins anew at every step"
+    torch.testing.assert_close(ours.second, second)
+
+
+def test_progressive_learns_one_block_after_the_other() -> None:
+    torch.manual_seed(1)
+    network, a, b = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
+    vectors = adamerge.TaskVectors(network, {"a": a, "b": b})
+    ours, plain = (adamerge.methods.AdaMerging(network, vectors) for _ in range(2))
+    given, kept = batches(), torch.zeros(2, 4)
+    momentum = functools.partial(torch.optim.SGD, momentum=0.9)
+    update = Progressive(inner_steps=2)
+    adamerge.adapt(ours, given, steps=5, lr=0.1, update=update, optimizer=momentum)
+    for step in range(5):
+        plain.zero_grad()
+        for row, task in enumerate(HEADS):
+            images = given[task][step % 3]
+            objectives.entropy(plain(images, torch.full((6,), row))).backward()
+        assert plain.coefficients.grad is not None
+        block = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0]][step // 2])
+        kept = 0.9 * kept + plain.coefficients.grad * block
+        with torch.no_grad():
+            plain.coefficients -= 0.1 * kept * block
+    torch.testing.assert_close(ours.coefficients, plain.coefficients)
+    with pytest.raises(AdamergeError, match="merges no layers with numbers in their names"):
+        adamerge.adapt(method(), batches(), steps=1, update="progressive")
+
+
 def test_a_failed_task_is_named_and_the_step_too() -> None:
     given = batches()
     given["b"][1] = torch.full((6, 4), torch.nan)
@@ -127,6 +188,7 @@ def test_a_failed_task_is_named_and_the_step_too() -> None:
         ({"name": "both"}, "update.name is 'both': expected joint"),
         ({"name": "per_task", "order": "random"}, "update.order is 'random'"),
         ({"name": "sam", "rho": 0.0}, "update.rho is 0.0: expected a finite number > 0"),
+        ({"name": "bilevel", "inner_lr": -1}, "update.inner_lr is -1: expected a finite number"),
     ],
 )
 def test_refusals(settings: dict[str, Any], message: str) -> None:

@@ -93,7 +93,8 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     if scorer.measures:
         statistics = _statistics(job)
         rows += evaluation.fold_rows(method, name, statistics, job.own_scorer())
-    results = _results(job, rows, name) | _exported(job)
+    labels = build.learns_from_labels(job.settings)
+    results = _results(job, rows, name, labels) | _exported(job)
     results |= _signs(job, folded, run_dir)
     table = write_results(results, run_dir)
     drawn = draw_coefficients(job, run_dir)
@@ -153,9 +154,10 @@ def score(
     return [*rows, own.row(name, encoder)]
 
 
-def _results(job: Inputs, rows: Sequence[Row], method: str) -> dict[str, Any]:
+def _results(job: Inputs, rows: Sequence[Row], method: str, labels: bool) -> dict[str, Any]:
     settings = job.settings
-    return as_json(rows, settings["suite"]["name"], method, settings["protocol"], settings["seed"])
+    suite, protocol, seed = settings["suite"]["name"], settings["protocol"], settings["seed"]
+    return as_json(rows, suite, method, protocol, seed, labels)
 
 
 def _exported(job: Job) -> dict[str, str]:
@@ -185,6 +187,7 @@ def export_merged(
         "fold": fold,
         "fold_is_exact": exact,
         "protocol": settings["protocol"],
+        "labels": build.learns_from_labels(settings),
         "config": settings,
         "inputs": suite.files,
         "images": _images(job.data),
@@ -245,7 +248,8 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
     name, place = target.resolve().name, to or target / "evaluation"
     heads = read.read_heads(folder, layout)
     learned = heads.tasks == known.suite.heads.tasks and heads.bias(heads.tasks[0]) is not None
-    results = _results(known, score(known, encoder, name, heads if learned else None), name)
+    rows = score(known, encoder, name, heads if learned else None)
+    results = _results(known, rows, name, bool(layout.record.get("labels")))
     place.mkdir(parents=True, exist_ok=True)
     print(f"\n{write_results(results, place)}")
     return 0

@@ -34,7 +34,7 @@ from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import learnables, refused_micro_batch
-from adamerge.learn.updates import update_of
+from adamerge.learn.updates import blocks_of, update_of
 from adamerge.methods.base import MergeMethod, tracing
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -76,7 +76,27 @@ def _part_problems(config: Config) -> list[str]:
         found.append(
             "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
         )
-    return found + _update_problems(config)
+    return found + _update_problems(config) + _label_problems(config)
+
+
+def learns_from_labels(config: Config) -> bool:
+    """Whether a run's objective is given the true labels."""
+    target, _ = target_of("objective", config["objective"], KINDS["objective"])
+    return bool(getattr(target, "sees_labels", False)) and config["trainer"]["max_steps"] != 0
+
+
+def _label_problems(config: Config) -> list[str]:
+    try:
+        learns = learns_from_labels(config)
+    except AdamergeError:
+        return []  # said elsewhere
+    asked = config["objective"].get("scored_images") is True
+    if not learns or asked or config["protocol"] != "paper":
+        return []
+    return [
+        "the objective learns from true labels, and protocol=paper scores the same images by them: "
+        "set protocol=heldout, or, for an upper bound, objective.scored_images=true"
+    ]
 
 
 def _update_problems(config: Config) -> list[str]:
@@ -88,11 +108,14 @@ def _update_problems(config: Config) -> list[str]:
         return [str(error)]
     if config["heads"] == "learned" and config["trainer"].get("devices") not in (1, "1", "auto"):
         return ["heads=learned wants one process: set trainer.devices=1"]
-    if config["online"] and config["update"]["name"] == "per_task":
+    name = config["update"]["name"]
+    if config["online"] and name in ("per_task", "bilevel"):
         return [
-            "online lets a task end before others, which update=per_task would ask for: set "
+            f"online lets a task end before others, which update={name} would ask for: set "
             "update=joint"
         ]
+    if name == "bilevel" and config["batch_size"] == 1:
+        return ["update=bilevel halves every task's images, and batch_size is 1: set at least 2"]
     return []
 
 
@@ -237,6 +260,13 @@ def _check_pair(config: Config, method: MergeMethod, objective: Objective) -> No
         tracing(method)
     if config["micro_batch"] is not None and method.mixes_images:
         raise refused_micro_batch()
+    if config["update"]["name"] == "progressive":
+        blocks_of(method)
+    if config["update"]["name"] == "bilevel" and not method.below:
+        raise AdamergeError(
+            f"update=bilevel wants something to learn below something else, and {name} with these "
+            "settings has no such thing: use it with method=concrete, or update=joint"
+        )
     if config["task_vectors"]["shard"] and not hasattr(method, "task_vectors"):
         raise AdamergeError(
             f"task_vectors.shard looks for them in {name}.task_vectors, which is "

@@ -132,6 +132,14 @@ def towers_of(module: nn.Module) -> list[Tower]:
     return [value for value in vars(module).values() if isinstance(value, Tower)]
 
 
+def block_of(name: str) -> str:
+    """`transformer.resblocks.3.mlp.c_fc.weight` -> `transformer.resblocks.3`; `ln_pre.bias` ->
+    `ln_pre`: everything up to the first number, or the outermost name."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else parts[0]
+
+
 def resblocks(module: nn.Module) -> list[nn.Module]:
     """The transformer blocks of an open_clip image tower, or of an encoder holding one.
 

@@ -70,7 +70,6 @@ class Blocks:
             handle.remove()
         return reached[0]
 
-    @torch.no_grad()
     def run(
         self, index: int, weights: Mapping[str, Tensor], tokens: Tensor, see: See | None = None
     ) -> Tensor:

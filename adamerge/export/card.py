@@ -40,7 +40,7 @@ tags: [model-merging, adamerge]
 # {title}
 
 {_WHAT[kind].format(tasks=tasks)}
-What was learned was learned without labels by adamerge.
+What was learned was learned {"from" if record.get("labels") else "without"} labels by adamerge.
 {_folded(record)}
 ```python
 import adamerge

@@ -14,7 +14,7 @@ from adamerge.encoders.rows import Inputs
 from adamerge.learn.classifiers import as_heads
 from adamerge.learn.objectives import AnyHeads, Entropy, InfoMax, Objective
 from adamerge.learn.step import learnables, step_loss
-from adamerge.learn.updates import Update, update_of
+from adamerge.learn.updates import Images, Step, Update, update_of
 from adamerge.methods.base import MergeMethod
 
 Batches = Mapping[str, Iterable[Any]] | Iterable[tuple[Inputs, Tensor]]
@@ -65,8 +65,8 @@ def adapt(
         lr: the learning rate.
         micro_batch: inputs encoded at a time, see `step_loss`.
         optimizer: called with the learnables and `lr`.
-        update: how a step moves what is learned: `joint`, `per_task`, `sam`, or one of
-            `adamerge.learn.updates`, as `Sam(rho=0.1)`.
+        update: how a step moves what is learned: `joint`, `per_task`, `sam`, `bilevel`,
+            `progressive`, or one of `adamerge.learn.updates`, as `Sam(rho=0.1)`.
         seed: of what shuffles, as DataLoaders do; torch's own generator is left as it was.
 
     Returns:
@@ -95,8 +95,8 @@ def adapt(
             for number, (inputs, ids) in enumerate(_steps(batches, loss_of.heads.tasks, steps)):
                 batch = rows.each(lambda t: t.to(device, non_blocking=True), inputs), ids
 
-                def compute(task: int | None, batch: tuple[Inputs, Tensor] = batch) -> Tensor:
-                    own, own_ids = batch if task is None else _of_task(*batch, task)
+                def compute(images: Images, batch: tuple[Inputs, Tensor] = batch) -> Tensor:
+                    own, own_ids = _chosen(*batch, images)
                     moving.zero_grad()
                     loss, values, _ = step_loss(method, loss_of, own, own_ids, micro_batch)
                     loss.backward()
@@ -111,7 +111,7 @@ def adapt(
 
                 loss_of.begin_step(number)
                 method.begin_step(number)
-                take(compute, move, here, len(loss_of.heads.tasks), number)
+                take(Step(compute, move, here, len(loss_of.heads.tasks), number, method))
         finally:
             method.train(was_training)
             method.begin_step(None)
@@ -232,9 +232,12 @@ def _steps(batches: Batches, tasks: Sequence[str], steps: int) -> Iterator[tuple
         yield rows.join(parts), torch.repeat_interleave(torch.arange(len(parts)), sizes)
 
 
-def _of_task(inputs: Inputs, task_ids: Tensor, task: int) -> tuple[Inputs, Tensor]:
-    """The rows of one task."""
-    own = (task_ids == task).nonzero().squeeze(1)
+def _chosen(inputs: Inputs, task_ids: Tensor, images: Images) -> tuple[Inputs, Tensor]:
+    """The rows that a loss is of."""
+    if images == Images():
+        return inputs, task_ids
+    present = task_ids.unique().tolist() if images.task is None else [images.task]
+    own = torch.cat([images.of((task_ids == task).nonzero().squeeze(1)) for task in present])
     return rows.each(lambda tensor: tensor[own.to(tensor.device)], inputs), task_ids[own]
 
 

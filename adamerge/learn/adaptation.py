@@ -21,8 +21,9 @@ from adamerge.learn.graphs import ReplayedSteps
 from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import learnables, step_loss
-from adamerge.learn.updates import Joint, Update
-from adamerge.methods.base import MergeMethod, numbers_of
+from adamerge.learn.updates import Images, Joint, Step, Update
+from adamerge.methods.base import MergeMethod
+from adamerge.methods.contract import numbers_of
 
 # task -> uint8 images [B_t, 3, H, W]; or what is known of them: `images` or stored `features`,
 # `targets` and `image_ids` (see adamerge.learn.features). No labels.
@@ -74,7 +75,7 @@ class Adaptation(pl.LightningModule):
         learned = learnables(method, objective)
         self._step = ReplayedSteps(self._compute, learned) if cuda_graph else self._compute
         self.update = Joint() if update is None else update
-        self._only: int | None = None  # the task whose images the loss is of; None: of all
+        self._only = Images()  # those of the step that the loss is of
         self._values: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}  # of the last logged step
         self._since, self._images = time.perf_counter(), 0  # since the last logged step
@@ -97,7 +98,7 @@ class Adaptation(pl.LightningModule):
         """Adds those of one pass to the step's: a loss to that of other tasks, and nothing else
         that is known from where the step began."""
         losses = {n: t + self._numbers[n] for n, t in numbers.items() if n in self._numbers}
-        added = {n: t for n, t in losses.items() if n in _LOSSES and self._only is not None}
+        added = {n: t for n, t in losses.items() if n in _LOSSES and self._only.task is not None}
         self._numbers = {**numbers, **self._numbers, **added}
 
     def _compute(
@@ -125,8 +126,9 @@ class Adaptation(pl.LightningModule):
         parts: list[Mapping[str, Tensor]] = []
         sizes = []
         for task in self.heads.tasks:
-            part = batch.get(task, {}) if self._only in (None, len(parts)) else {}
-            parts.append(part if isinstance(part, Mapping) else {"images": part})
+            part = batch.get(task, {}) if self._only.task in (None, len(parts)) else {}
+            known = part if isinstance(part, Mapping) else {"images": part}
+            parts.append({key: self._only.of(rows) for key, rows in known.items()})
             sizes.append(len(next(iter(parts[-1].values()), ())))
         known = {
             key: torch.cat([part[key] for part in parts if part])
@@ -187,12 +189,12 @@ class Adaptation(pl.LightningModule):
         assert optimizer_closure is not None
         run, step = optimizer_closure, self.global_step
 
-        def compute(task: int | None) -> Any:
-            self._only = task
+        def compute(images: Images) -> Any:
+            self._only = images
             try:
                 return run()
             finally:
-                self._only = None
+                self._only = Images()
 
         def move(closure: Callable[[], Any]) -> Any:
             return optimizer.step(closure=closure)
@@ -201,7 +203,7 @@ class Adaptation(pl.LightningModule):
         self.objective.begin_step(step)
         self.method.begin_step(step)
         learned = learnables(self.method, self.objective)
-        self.update(compute, move, learned, len(self.heads.tasks), step)
+        self.update(Step(compute, move, learned, len(self.heads.tasks), step, self.method))
         if self._is_logged():
             self._send({**self._numbers, _FAILED: self._failed})
 

@@ -105,7 +105,7 @@ def prepare(store: Store, keep: bool, online: bool) -> None:
         online: every image comes once; a task ends with its images.
 
     Raises:
-        AdamergeError: `online` with several processes.
+        AdamergeError: `online` with several processes; a task without labels that are asked for.
     """
     if online and store.ranks != 1:
         raise AdamergeError(
@@ -124,8 +124,19 @@ def prepare(store: Store, keep: bool, online: bool) -> None:
         weights = content_key(module.method.frozen_state())
         keys = {task: [weights, task] for task in data.tasks}
         features = store.outputs(module.method.frozen_features, "merged encoder", keys)
+    if module.objective.sees_labels:
+        targets = {task: _labels(task, images.labels) for task, images in data.tasks.items()}
     image_ids = module.objective.sees_image_ids
     if targets or features is not None or online or image_ids:
         data.wrap = functools.partial(
             StoredBatches, targets=targets, features=features, online=online, image_ids=image_ids
         )
+
+
+def _labels(task: str, labels: np.ndarray | None) -> np.ndarray:
+    if labels is None:
+        raise AdamergeError(
+            f"task {task!r} has no labels, which the objective learns from: name their column in "
+            "its data, or use a label-free objective such as objective=expert_kl"
+        )
+    return labels

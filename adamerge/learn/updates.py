@@ -1,4 +1,4 @@
-"""How a step moves what is learned: all tasks together, one after another, or sharpness-aware.
+"""How a step moves what is learned: all together, by tasks, by blocks, in two levels, or by SAM.
 
 An update is called once a step. It may ask for gradients several times and move several times; it
 keeps nothing from one step to the next, so that a resumed run needs only the step's number.
@@ -6,9 +6,10 @@ keeps nothing from one step to the next, so that a resumed run needs only the st
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,28 +17,56 @@ import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
+from adamerge.encoders.tower import block_of
+from adamerge.methods.base import MergeMethod
 
-# The loss of one task (its index), or of all (None), at the learnables as they are now: `[]`. Fills
-# their gradients anew.
-Compute = Callable[[int | None], Tensor]
+
+@dataclass(frozen=True)
+class Images:
+    """Which of a step's images a loss is of: those of one task (its index) alone, every second one
+    of each task (from the first, half 0, or the second, half 1); by default all."""
+
+    task: int | None = None
+    half: int | None = None
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Of rows of one task's images those in the half."""
+        return rows if self.half is None else rows[self.half :: 2]
+
+
+# The loss of some of the step's images, at the learnables as they are now: `[]`. Fills their
+# gradients anew.
+Compute = Callable[[Images], Tensor]
 # One step of the optimizer, which is given what computes the loss and the gradients.
 Move = Callable[[Callable[[], Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an update works with.
+
+    Attributes:
+        compute: fills the gradients.
+        move: the optimizer's step.
+        learned: the learnables of method and objective.
+        tasks: T.
+        number: of the step, from 0.
+        method: what is learned.
+    """
+
+    compute: Compute
+    move: Move
+    learned: Sequence[Tensor]
+    tasks: int
+    number: int
+    method: MergeMethod = field(default_factory=MergeMethod)
 
 
 class Update(Protocol):
     """How a step moves the learnables."""
 
-    def __call__(
-        self, compute: Compute, move: Move, learned: Sequence[Tensor], tasks: int, step: int
-    ) -> None:
-        """Takes step `step` (from 0).
-
-        Args:
-            compute: fills the gradients.
-            move: the optimizer's step.
-            learned: the learnables.
-            tasks: T.
-        """
+    def __call__(self, step: Step) -> None:
+        """Takes a step."""
         ...
 
 
@@ -45,10 +74,8 @@ class Update(Protocol):
 class Joint:
     """All tasks together: one gradient, of the sum of their losses."""
 
-    def __call__(
-        self, compute: Compute, move: Move, learned: Sequence[Tensor], tasks: int, step: int
-    ) -> None:
-        move(lambda: compute(None))
+    def __call__(self, step: Step) -> None:
+        step.move(lambda: step.compute(Images()))
 
 
 @dataclass(frozen=True)
@@ -65,14 +92,12 @@ class PerTask:
     order: Literal["fixed", "shuffled"] = "fixed"
     seed: int = 0
 
-    def __call__(
-        self, compute: Compute, move: Move, learned: Sequence[Tensor], tasks: int, step: int
-    ) -> None:
-        order = list(range(tasks))
+    def __call__(self, step: Step) -> None:
+        order = list(range(step.tasks))
         if self.order == "shuffled":
-            order = np.random.default_rng([self.seed, step]).permutation(tasks).tolist()
+            order = np.random.default_rng([self.seed, step.number]).permutation(order).tolist()
         for task in order:
-            move(lambda task=task: compute(task))  # type: ignore[misc]
+            step.move(lambda task=task: step.compute(Images(task)))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -92,22 +117,15 @@ class Sam:
     rho: float = 0.05
     adaptive: bool = False
 
-    def __call__(
-        self, compute: Compute, move: Move, learned: Sequence[Tensor], tasks: int, step: int
-    ) -> None:
+    def __call__(self, step: Step) -> None:
         def pushed() -> Tensor:
-            loss = compute(None)
-            before = [tensor.detach().clone() for tensor in learned]
-            self.push(learned)
-            try:
-                compute(None)
-            finally:
-                with torch.no_grad():
-                    for tensor, kept in zip(learned, before, strict=True):
-                        tensor.copy_(kept)
+            loss = step.compute(Images())
+            with restored(step.learned):
+                self.push(step.learned)
+                step.compute(Images())
             return loss
 
-        move(pushed)
+        step.move(pushed)
 
     @torch.no_grad()
     def push(self, learned: Sequence[Tensor]) -> Tensor:
@@ -122,11 +140,115 @@ class Sam:
         return torch.linalg.vector_norm(torch.stack([push.norm() for push in pushes]))
 
 
-NAMES = ("joint", "per_task", "sam")
+@dataclass(frozen=True)
+class Bilevel:
+    """Two levels: what is learned above is moved for what one step below would make of it.
+
+    At every step those learnables x that the method has below (`MergeMethod.below`: of `Concrete`
+    the merging coefficients) move by plain gradient descent on one half of every task's images,
+    `x' = x − inner_lr · g`; the optimizer moves all others by the gradient at x' on the other half;
+    and x is put back. As Concrete Subspace Learning (arXiv 2312.06173) learns its masks.
+    Where the method has nothing below, as in Concrete's second phase, it is the joint update.
+
+    Args:
+        inner_lr: the learning rate below.
+    """
+
+    inner_lr: float = 0.1
+
+    def __call__(self, step: Step) -> None:
+        below = step.method.below
+
+        def above() -> Tensor:
+            step.compute(Images(half=0))
+            with restored(below), torch.no_grad():
+                for tensor in below:
+                    if tensor.grad is not None:
+                        tensor.sub_(tensor.grad, alpha=self.inner_lr)
+                with torch.enable_grad():
+                    loss = step.compute(Images(half=1))
+            for tensor in below:
+                tensor.grad = None
+            return loss
+
+        step.move(above if below else lambda: step.compute(Images()))
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """One block after the other: at a step the merged weights of one block alone are learned.
+
+    A block is what names of layers begin with up to their first number, `transformer.resblocks.3`;
+    layers without a number stay as they began. Every block has `inner_steps` steps, the first block
+    first, and after the last one it begins again. Learnables, or entries of them, that have no
+    gradient in that are not moved, whatever the optimizer's moments. The order of ProDistill (arXiv
+    2502.12706), for any method of one network and any objective.
+
+    Args:
+        inner_steps: of a block, one after the other.
+
+    Raises:
+        AdamergeError: on a call, a method whose layers are in no blocks.
+    """
+
+    inner_steps: int = 100
+
+    def __call__(self, step: Step) -> None:
+        blocks = blocks_of(step.method)
+        block = blocks[step.number // self.inner_steps % len(blocks)]
+        before = [tensor.detach().clone() for tensor in step.learned]
+        grads: list[Tensor | None] = []
+
+        def own() -> Tensor:
+            loss = step.compute(Images())
+            grads[:] = [None if t.grad is None else t.grad.clone() for t in step.learned]
+            return loss
+
+        step.method.learned_layers = lambda name: block_of(name) == block
+        try:
+            step.move(own)
+        finally:
+            step.method.learned_layers = None
+        with torch.no_grad():
+            for tensor, grad, kept in zip(step.learned, grads, before, strict=True):
+                if grad is not None:
+                    tensor.copy_(torch.where(grad == 0, kept, tensor))
+
+
+def blocks_of(method: MergeMethod) -> list[str]:
+    """The blocks of a method's layers, in order.
+
+    Raises:
+        AdamergeError: there are none.
+    """
+    vectors = vars(method).get("task_vectors")
+    found = dict.fromkeys(map(block_of, () if vectors is None else vectors.names))
+    blocks = [block for block in found if block[-1:].isdigit()]
+    if not blocks:
+        raise AdamergeError(
+            f"update=progressive goes through the blocks of a network, and {type(method).__name__} "
+            "merges no layers with numbers in their names: use update=joint"
+        )
+    return blocks
+
+
+@contextlib.contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Puts the values back that tensors have on the way in; their gradients stay."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, kept in zip(tensors, before, strict=True):
+                tensor.copy_(kept)
+
+
+NAMES = ("joint", "per_task", "sam", "bilevel", "progressive")
 
 
 def update_of(settings: Mapping[str, Any] | str, seed: int = 0) -> Update:
-    """The update of that name, or of `name`, `order`, `rho` and `adaptive`.
+    """The update of that name, or of `name` and the settings that it has beside it.
 
     >>> update_of({"name": "sam", "rho": 0.1})
     Sam(rho=0.1, adaptive=False)
@@ -138,13 +260,24 @@ def update_of(settings: Mapping[str, Any] | str, seed: int = 0) -> Update:
         AdamergeError: another name, or a setting out of range.
     """
     known: dict[str, Any] = {"name": settings} if isinstance(settings, str) else dict(settings)
-    name, order, rho = known.get("name"), known.get("order", "fixed"), known.get("rho", 0.05)
+    name, order = known.get("name"), known.get("order", "fixed")
     if name not in NAMES:
         raise AdamergeError(f"update.name is {name!r}: expected {', '.join(NAMES)}")
     if order not in ("fixed", "shuffled"):
         raise AdamergeError(f"update.order is {order!r}: expected 'fixed' or 'shuffled'")
-    if not (math.isfinite(rho) and rho > 0):
-        raise AdamergeError(f"update.rho is {rho!r}: expected a finite number > 0")
-    if name == "per_task":
-        return PerTask(order, seed)
-    return Sam(float(rho), bool(known.get("adaptive", False))) if name == "sam" else Joint()
+    usual = {"rho": 0.05, "inner_lr": 0.1, "inner_steps": 100}
+    rho, rate, steps = (_positive(known.get(key, own), key) for key, own in usual.items())
+    made: dict[str, Update] = {
+        "joint": Joint(),
+        "per_task": PerTask(order, seed),
+        "sam": Sam(rho, bool(known.get("adaptive", False))),
+        "bilevel": Bilevel(rate),
+        "progressive": Progressive(max(int(steps), 1)),
+    }
+    return made[name]
+
+
+def _positive(value: float, key: str) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise AdamergeError(f"update.{key} is {value!r}: expected a finite number > 0")
+    return float(value)

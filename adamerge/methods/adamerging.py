@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.experts import PerTaskEncoder, by_task
 from adamerge.encoders.rows import Inputs
-from adamerge.encoders.tower import FoldedEncoder, merged_encoder
+from adamerge.encoders.tower import FoldedEncoder, block_of, merged_encoder
 from adamerge.methods.base import MergeMethod
 from adamerge.transforms import draws
 from adamerge.weights import entrywise
@@ -197,7 +197,7 @@ def _group(names: tuple[str, ...], granularity: str) -> tuple[tuple[str, ...], T
     elif granularity == "layer" or granularity in _WITHIN:
         labels = list(names)
     elif granularity == "block":
-        labels = [_block(name) for name in names]
+        labels = [block_of(name) for name in names]
     else:
         raise AdamergeError(
             f"granularity is {granularity!r}: expected 'task', 'layer', 'block', 'partition' or "
@@ -223,11 +223,3 @@ def _draw(vectors: TaskVectors, parts: int, seed: int) -> dict[str, Tensor]:
         name: (draws.uniform(seed, "", name, base.shape) * parts).to(base.device, torch.uint8)
         for name, base in vectors.pretrained.items()
     }
-
-
-def _block(name: str) -> str:
-    """`transformer.resblocks.3.mlp.c_fc.weight` -> `transformer.resblocks.3`; `ln_pre.bias` ->
-    `ln_pre`: everything up to the first number, or the outermost name."""
-    parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else parts[0]

@@ -47,6 +47,8 @@ class MergeMethod(nn.Module):
     # Whether it takes task vectors that make an encoder of its own for every task.
     takes_per_task = False
     staged = False  # whether steps learn different parts, so that none stands for another
+    # Whether a layer is learned in the step under way; None: all are.
+    learned_layers: Callable[[str], bool] | None = None
     tower: Tower
     task_vectors: TaskVectors
     _is_checked = False
@@ -64,6 +66,11 @@ class MergeMethod(nn.Module):
     def has_learnables(self) -> bool:
         """Whether there is anything to learn."""
         return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def below(self) -> Sequence[Tensor]:
+        """Learnables that an update in two levels adapts anew within every step."""
+        return ()
 
     def weights(self) -> dict[str, Tensor]:
         """What all inputs of a step share, as differentiable functions of the learnables.
@@ -154,6 +161,8 @@ class MergeMethod(nn.Module):
             self._refuse_without_fold()
             contract.check(self, found)
             self._is_checked = True
+        if (learned := self.learned_layers) is not None:
+            found = {n: w if learned(n) else w.detach() for n, w in found.items()}
         vectors = vars(self).get("task_vectors")
         return found if vectors is None else {**vectors.constants, **found}
 
@@ -263,25 +272,6 @@ class FoldsInWays(Protocol):
     def fold_as(self, name: str, statistics: Any) -> nn.Module:
         """The encoder of a name in `folds`; a `PerTaskEncoder` for `per_task`."""
         ...
-
-
-def numbers_of(method: MergeMethod, tasks: Sequence[str]) -> dict[str, Tensor]:
-    """The readings of a method as numbers `[]` by name; one for each task as `name/task`.
-
-    Raises:
-        AdamergeError: a reading that is neither `[]` nor `[T]`.
-    """
-    found: dict[str, Tensor] = {}
-    for name, value in method.readings().items():
-        if value.ndim > 1 or (value.ndim == 1 and len(value) != len(tasks)):
-            raise AdamergeError(
-                f"{type(method).__name__}.readings() gives {name!r} of shape {list(value.shape)}: "
-                f"expected one number [] or one per task [{len(tasks)}]"
-            )
-        parts = value.detach().unbind() if value.ndim else (value.detach(),)
-        names = [f"{name}/{task}" for task in tasks] if value.ndim else [name]
-        found |= dict(zip(names, parts, strict=True))
-    return found
 
 
 def folds_of(method: MergeMethod) -> dict[str, bool]:

@@ -29,7 +29,7 @@ class Concrete(MergeMethod):
 
     What folds, and what is encoded outside of training, has the mask of the last sample throughout.
     The paper learns the first phase in two levels: λ steps from `init` on its own, then the logits
-    step given that λ, on fresh images. `learns` and `sample` are there for an update that does so.
+    step given that λ, on fresh images: so does `update=bilevel` (`learn.updates.Bilevel`).
 
     Samples depend on the seed, their number and the layer alone, so that processes draw the same
     and a resumed run goes on with its own; they are drawn on the CPU. A logit per weight is
@@ -90,6 +90,12 @@ class Concrete(MergeMethod):
         first = number < self.mask_steps
         self.sample = number if first else None
         self.learns = ("logits", "coefficients") if first else ("coefficients",)
+
+    @property
+    def below(self) -> list[nn.Parameter]:
+        """λ in the first phase, if it is learned at all."""
+        used = self.coefficients
+        return [used] if isinstance(used, nn.Parameter) and "logits" in self.learns else []
 
     def mask(self, layer: str) -> Tensor:
         """The mask m of a layer in the sample in effect, `[*shape]`; differentiable in its logits.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,3 +145,22 @@ def _leaves(tensors: Any) -> Iterator[Tensor]:
             yield leaf
         elif not isinstance(node, Tensor):
             nodes += [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def numbers_of(method: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """The readings of a method as numbers `[]` by name; one for each task as `name/task`.
+
+    Raises:
+        AdamergeError: a reading that is neither `[]` nor `[T]`.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in method.readings().items():
+        if value.ndim > 1 or (value.ndim == 1 and len(value) != len(tasks)):
+            raise AdamergeError(
+                f"{type(method).__name__}.readings() gives {name!r} of shape {list(value.shape)}: "
+                f"expected one number [] or one per task [{len(tasks)}]"
+            )
+        parts = value.detach().unbind() if value.ndim else (value.detach(),)
+        names = [f"{name}/{task}" for task in tasks] if value.ndim else [name]
+        found |= dict(zip(names, parts, strict=True))
+    return found

@@ -13,9 +13,13 @@ from adamerge.report.tables import markdown, number, write_both
 
 
 def as_json(
-    rows: Sequence[Row], suite: str, method: str, protocol: str, seed: int
+    rows: Sequence[Row], suite: str, method: str, protocol: str, seed: int, labels: bool = False
 ) -> dict[str, Any]:
-    """The content of `results.json`; accuracies are fractions."""
+    """The content of `results.json`; accuracies are fractions.
+
+    Args:
+        labels: whether the method learned from true labels.
+    """
     experts = next((row for row in rows if row.name == "expert"), Row("expert", {}))
     lines = []
     for row in rows:
@@ -28,7 +32,7 @@ def as_json(
             line |= {"unseen": row.unseen, "average_unseen": average(row.unseen)}
         lines.append(line | row.notes)
     head = {"suite": suite, "method": method, "protocol": protocol, "seed": seed}
-    return {**head, "rows": lines}
+    return {**head, **({"labels": True} if labels else {}), "rows": lines}
 
 
 _PROTOCOL = {
@@ -46,6 +50,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         none = f"Suite {results['suite']}: no task has labels, so no accuracy was measured."
         return "\n\n".join([none, *said]) + "\n"
     setting = _PROTOCOL.get(results["protocol"], results["protocol"])
+    if results.get("labels"):
+        setting = setting.replace("without labels", "with their labels")
     blocks = [
         f"Suite {results['suite']}, accuracy in %; protocol {results['protocol']}: {setting}; "
         f"seed {results['seed']}."

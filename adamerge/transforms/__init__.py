@@ -9,7 +9,7 @@ from adamerge.transforms.gradients import fisher, fisher_batch_sum
 from adamerge.transforms.inputs import esm, regmean
 from adamerge.transforms.interference import ace, doge, wudi
 from adamerge.transforms.masks import consensus, elect, emr, magmax, tall
-from adamerge.transforms.projections import cart, centre, opcm, truncate
+from adamerge.transforms.projections import cart, centre, opcm, truncate, twin
 from adamerge.transforms.scale import lines, metagpt, model_stock
 from adamerge.transforms.sparse import breadcrumbs, dare, della, magnitude, ties
 from adamerge.transforms.spectral import iso_c, iso_cts, svc, tsv_m
@@ -47,5 +47,6 @@ __all__ = [
     "ties",
     "truncate",
     "tsv_m",
+    "twin",
     "wudi",
 ]

@@ -85,6 +85,43 @@ def cart(
     return _centred(task_vectors, _truncation("cart", task_vectors, rank, layers, device))
 
 
+def twin(
+    task_vectors: TaskVectors,
+    scale: float = 0.3,
+    rank: float = 0.16,
+    layers: Layers = "blocks",
+    device: Device = None,
+) -> TaskVectors:
+    """A shared merge, and with few singular triplets what tells each expert from it:
+    `s + trunc(τ_t − s)` with `s = scale · Σ_k τ_k`.
+
+    The parts of Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging
+    (arXiv 2406.15479), put together for images whose task is known: every task has an encoder of
+    its own, init 1, where the paper weighs the parts by a router learned with labels. Layers that
+    are not truncated are the expert's. One decomposition per matrix and task.
+
+    Args:
+        task_vectors: left unchanged.
+        scale: the coefficient of the shared merge.
+        rank: the share of triplets to keep, in (0, 1].
+        layers: `blocks` (the matrices of the blocks alone) or `matrices` (all of two dimensions).
+        device: that computes.
+
+    Raises:
+        AdamergeError: `scale` or `rank` is out of range.
+    """
+    check_number("twin", "scale", scale, 0, 10)
+    truncated = _truncation("twin", task_vectors, rank, layers, device)
+
+    def change(name: str, tau: Tensor) -> Tensor:
+        shared = scale * tau.sum(0)
+        return shared + truncated(name, tau - shared)
+
+    other = each_layer(task_vectors, change)
+    other.per_task = True
+    return other
+
+
 def opcm(
     task_vectors: TaskVectors,
     alpha: float = 0.5,

@@ -1,4 +1,4 @@
-"""Label-free losses over tasks, for training; as pure functions they are in `losses`.
+"""Losses over tasks, label-free but for one; as pure functions they are in `losses`.
 
 An objective is called with the features and task ids of a whole step and returns one value per
 task; the loss is their (weighted) sum.
@@ -14,6 +14,7 @@ from adamerge.learn.losses import (
     sample_entropy,
 )
 from adamerge.learn.objectives.base import AnyHeads, Objective
+from adamerge.learn.objectives.labelled import Labels
 from adamerge.learn.objectives.mixed import Mixed
 from adamerge.learn.objectives.taught import (
     ExpertFeatures,
@@ -33,6 +34,7 @@ __all__ = [
     "ExpertL1",
     "ExpertLabels",
     "InfoMax",
+    "Labels",
     "Mixed",
     "Objective",
     "TaskHeads",

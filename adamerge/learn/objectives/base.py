@@ -35,11 +35,13 @@ class Objective(nn.Module):
         traces: whether it takes traces in place of features, see `methods.base.Traced`.
         sees_image_ids: whether `value` is also given `image_ids` `[B_t]`, which of its task's
             images each is: for what is kept of every image.
+        sees_labels: whether its `targets` are the true labels `[B]`.
     """
 
     additive = False
     traces = False
     sees_image_ids = False
+    sees_labels = False
 
     def __init__(self, heads: AnyHeads, weights: Mapping[str, float] | None = None) -> None:
         super().__init__()

@@ -70,7 +70,10 @@ class Mixed(Taught):
 
 
 def _part(key: str, given: Any, heads: AnyHeads, teacher: Teacher) -> Objective:
-    if isinstance(given, Objective) and not (given.traces or given.sees_image_ids):
+    special = isinstance(given, Objective) and (
+        given.traces or given.sees_image_ids or given.sees_labels
+    )
+    if isinstance(given, Objective) and not special:
         return given
     if isinstance(given, Objective) or given not in {**_ALONE, **_TAUGHT}:
         what = f"a {type(given).__name__}" if isinstance(given, Objective) else repr(given)

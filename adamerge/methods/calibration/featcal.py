@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.statistics import Images, embedded
-from adamerge.encoders.walk import Blocks
-from adamerge.methods.calibration import Calibration
+from adamerge.encoders.statistics import Images
+from adamerge.methods.calibration.base import Calibration, Streams, Weights
 from adamerge.transforms.layers import check_number
 
-log = logging.getLogger("adamerge")
-
 _EPS = 1e-8  # added to the ridge, as in the authors' code
-Weights = Mapping[str, Tensor]
 
 
 class FeatCal(Calibration):
@@ -53,6 +47,8 @@ class FeatCal(Calibration):
         AdamergeError: a setting out of range, or an encoder that is not static or has no blocks.
     """
 
+    follows_experts = True
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -70,44 +66,25 @@ class FeatCal(Calibration):
         check_number("featcal", "other_tokens", other_tokens, 0, 1)
         self.ridge, self.extrapolation, self.mix = ridge, extrapolation, mix
         self.other_tokens = other_tokens
-        self._blocks = Blocks(self.tower)
 
-    @torch.no_grad()
-    def calibrated(self, start: Weights) -> dict[str, Tensor]:
-        blocks, experts, found = self._blocks, self._experts, dict(start)
-        outside = blocks.outside()
-        students, teachers = {}, {}
-        for task in experts.tasks:
-            batches = self._images[task]
-            students[task] = embedded(blocks, {name: start[name] for name in outside}, batches)
-            teachers[task] = embedded(blocks, experts.weights(task, names=outside), batches)
-        device = students[experts.tasks[0]][0].device
-        for index in range(len(blocks)):
-            log.info("block %d of %d is calibrated", index + 1, len(blocks))
-            merged = {name: start[name].to(device) for name in blocks.names(index)}
-            block = _Block(self.ridge, self.mix, merged, self._anchor(merged))
-            for task in experts.tasks:
-                expert = experts.weights(task, device, blocks.names(index))
-                for place, tokens in enumerate(students[task]):
-                    ours: dict[str, Tensor] = {}
-                    theirs: dict[str, Tensor] = {}
-                    blocks.run(index, merged, tokens, ours.__setitem__)
-                    teachers[task][place] = blocks.run(
-                        index, expert, teachers[task][place], theirs.__setitem__
-                    )
-                    block.see(ours, theirs, self._counts(index, tokens))
-                block.end_task(expert)
-            found |= {name: tensor.to(start[name]) for name, tensor in block.solved().items()}
-            if index == len(blocks) - 1:
-                break
-            calibrated = {name: found[name].to(device) for name in merged}
-            for tokens_of in students.values():
-                for place, tokens in enumerate(tokens_of):
-                    tokens_of[place] = blocks.run(index, calibrated, tokens)
-        return found
+    def block(self, index: int, merged: Weights, ours: Streams, theirs: Streams) -> Weights:
+        solver = _Block(self.ridge, self.mix, merged, self._anchor(merged))
+        for task, parts in ours.items():
+            device = parts[0].device
+            expert = self.experts.weights(task, device, self.blocks.names(index))
+            for place, tokens in enumerate(parts):
+                given: dict[str, Tensor] = {}
+                wanted: dict[str, Tensor] = {}
+                self.blocks.run(index, merged, tokens, given.__setitem__)
+                theirs[task][place] = self.blocks.run(
+                    index, expert, theirs[task][place], wanted.__setitem__
+                )
+                solver.see(given, wanted, self._counts(index, tokens))
+            solver.end_task(expert)
+        return solver.solved()
 
     def _anchor(self, merged: Weights) -> dict[str, Tensor]:
-        vectors = self._experts.task_vectors
+        vectors = self.experts.task_vectors
         pretrained = {**vectors.constants, **vectors.pretrained}
         return {
             name: torch.lerp(pretrained[name].to(tensor), tensor, self.extrapolation)
@@ -118,7 +95,7 @@ class FeatCal(Calibration):
         """What each token counts, `[N]`, in the last block of a tower that pools a class token."""
         tower = self.tower.skeleton
         pools = getattr(tower, "pool_type", None) == "tok" and hasattr(tower, "class_embedding")
-        if not pools or index < len(self._blocks) - 1:
+        if not pools or index < len(self.blocks) - 1:
             return None
         counts = tokens.new_full(tokens.shape[1:2], self.other_tokens)
         counts[0] = 1

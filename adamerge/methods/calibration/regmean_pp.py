@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor, nn
 
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.statistics import Images, Moments, embedded
-from adamerge.encoders.walk import Blocks
-from adamerge.methods.calibration import Calibration
+from adamerge.encoders.statistics import Images, Moments
+from adamerge.methods.calibration.base import Calibration, Streams, Weights
 from adamerge.transforms.inputs import damped, factored, solved
 from adamerge.transforms.layers import check_number
-
-log = logging.getLogger("adamerge")
 
 
 class RegMeanPP(Calibration):
@@ -46,36 +39,13 @@ class RegMeanPP(Calibration):
         super().__init__(encoder, teacher, images)
         check_number("regmean_pp", "off_diagonal", off_diagonal, 0, 1)
         self.off_diagonal = off_diagonal
-        self._blocks = Blocks(self.tower)
 
-    @torch.no_grad()
-    def calibrated(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        blocks, experts, found = self._blocks, self._experts, dict(start)
-        outside = {name: start[name] for name in blocks.outside()}
-        tokens = {}
-        for task in experts.tasks:
-            tokens[task] = embedded(blocks, outside, self._images[task])
-        device = tokens[experts.tasks[0]][0].device
-        for index in range(len(blocks)):
-            log.info("block %d of %d is merged", index + 1, len(blocks))
-            for name, weight in self._merged(index, tokens, device).items():
-                found[name] = weight.to(start[name])
-            if index == len(blocks) - 1:
-                break
-            own = {name: found[name].to(device) for name in blocks.names(index)}
-            for parts in tokens.values():
-                for place, part in enumerate(parts):
-                    parts[place] = blocks.run(index, own, part)
-        return found
-
-    def _merged(
-        self, index: int, tokens: Mapping[str, list[Tensor]], device: torch.device
-    ) -> dict[str, Tensor]:
-        """The linear layers of a block, by name."""
+    def block(self, index: int, merged: Weights, ours: Streams, theirs: Streams) -> Weights:
         weighted: dict[str, Tensor] = {}
         total: dict[str, Tensor] = {}
-        for task, parts in tokens.items():
-            expert = self._experts.weights(task, device, self._blocks.names(index))
+        for task, parts in ours.items():
+            device = parts[0].device
+            expert = self.experts.weights(task, device, self.blocks.names(index))
             for name, moments in self._moments(index, expert, parts).items():
                 gram = damped(moments.gram.double(), self.off_diagonal)
                 product = expert[name].double() @ gram
@@ -83,9 +53,7 @@ class RegMeanPP(Calibration):
                 total[name] = total[name] + gram if name in total else gram
         return {name: solved(weighted[name], factored(total[name], name)) for name in weighted}
 
-    def _moments(
-        self, index: int, expert: Mapping[str, Tensor], parts: list[Tensor]
-    ) -> dict[str, Moments]:
+    def _moments(self, index: int, expert: Weights, parts: list[Tensor]) -> dict[str, Moments]:
         """Of the inputs of an expert's linear layers in a block."""
         found: dict[str, Moments] = {}
 
@@ -94,5 +62,5 @@ class RegMeanPP(Calibration):
                 found.setdefault(name, Moments.of(expert[name])).add(inputs)
 
         for part in parts:
-            self._blocks.run(index, expert, part, see)
+            self.blocks.run(index, expert, part, see)
         return found
