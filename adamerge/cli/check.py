@@ -87,12 +87,14 @@ def report_of(job: Job) -> dict[str, Any]:
         "dtype": str(vectors.pretrained[vectors.names[0]].dtype).removeprefix("torch."),
         "promoted": vectors.promoted,
     }
+    of_one_start = settings["suite"].get("align") is None
+    bases = (vectors.tasks, norms[1:] / norms[0], preflight.likeness(products))
     all_findings = [
-        *findings.of_bases(vectors.tasks, norms[1:] / norms[0], preflight.likeness(products)),
+        *(findings.of_bases(*bases) if of_one_start else ()),
         *findings.of_directions(vectors.tasks, cosines),
         *findings.of_experts(matrix, files),
         *doubts,
-        *findings.of_lengths(vectors.tasks, norms[1:]),
+        *(findings.of_lengths(vectors.tasks, norms[1:]) if of_one_start else ()),
         *(findings.of_memory(cost) if learns else ()),
     ]
     counts = {task: len(pixels) for task, pixels in images.pixels.items()}
@@ -116,7 +118,7 @@ def _mend(job: Job) -> str:
     """What to set for the other activation: an open_clip name, or the flag of the config."""
     model: dict[str, Any] = job.suite.clip.config["model_cfg"]
     suite = job.settings["suite"]
-    name = str(suite.get("architecture") or suite["pretrained"])
+    name = str(suite.get("architecture") or suite.get("pretrained"))
     if not is_known(name):
         other = "false" if model.get("quick_gelu") else "true"
         return f"set model_cfg.quick_gelu to {other} in the model config at {name}"
