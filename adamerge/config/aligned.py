@@ -20,7 +20,7 @@ from adamerge._base.errors import AdamergeError
 from adamerge._base.kept import Kept
 from adamerge.align.symmetry import Permutations, Spec, State
 from adamerge.config.settings import Config
-from adamerge.config.targets import KINDS, build, target_of, target_problems
+from adamerge.config.targets import KINDS, Supplied, build, target_of, target_problems
 from adamerge.encoders.clip import Clip, Normalizer
 from adamerge.encoders.heads import Prompts, zero_shot_heads
 from adamerge.encoders.pretrained import load_pretrained
@@ -122,10 +122,13 @@ def aligned(
         return [normalizer(pixels) for pixels, _ in data.some("align", count, _AT_ONCE)]
 
     def matched(spec: Spec, reference: State, state: State, seed: int) -> Permutations:
-        supplied = {
-            **{"spec": lambda: spec, "reference": lambda: reference, "state": lambda: state},
+        supplied: Supplied = {
+            "spec": lambda: spec,
+            "reference": lambda: reference,
+            "state": lambda: state,
             "reference_module": lambda: _filled(clip.backbone, reference),
-            **{"module": lambda: _filled(clip.backbone, state), "batches": images},
+            "module": lambda: _filled(clip.backbone, state),
+            "batches": images,
         }
 
         def found() -> dict[str, list[int]]:
