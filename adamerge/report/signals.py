@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from adamerge.encoders.clip import Normalizer
+from adamerge.encoders.heads import Heads
 from adamerge.learn.losses import expert_kl, sample_entropy
+from adamerge.report.preflight import predictions
 
 ByTask = dict[str, dict[str, float]]  # signal -> task -> value
 
@@ -71,3 +75,41 @@ def by_task(
 def mean(values: Mapping[str, float]) -> float:
     """Over tasks."""
     return sum(values.values()) / len(values)
+
+
+@dataclass
+class Watched:
+    """Images of every task that signals are measured on, and what the experts say of them.
+
+    Attributes:
+        pixels: task -> uint8 `[n, 3, H, W]`.
+        expert_logits: task -> `[n, C]` of the task's expert, once.
+        device: where encoders run.
+    """
+
+    pixels: Mapping[str, Tensor]
+    expert_logits: Mapping[str, Tensor]
+    normalizer: Normalizer
+    device: torch.device
+
+    def of(self, encoder: nn.Module, heads: Heads) -> ByTask:
+        """Signals of a merge; its view of the images is the middle of each, enlarged."""
+        zoomed = {task: zoom(pixels) for task, pixels in self.pixels.items()}
+        own, view = (
+            dict(predictions(encoder, heads, self.normalizer, pixels, self.device))
+            for pixels in (self.pixels, zoomed)
+        )
+        return by_task(own, self.expert_logits, [view])
+
+    def of_experts(self) -> ByTask:
+        """Those of the experts, each on its own task."""
+        return by_task(self.expert_logits)
+
+
+def zoom(pixels: Tensor) -> Tensor:
+    """Images without a sixteenth of their size at each edge, enlarged to that size again; uint8."""
+    height, width = pixels.shape[-2:]
+    up, left = max(height // 16, 1), max(width // 16, 1)
+    middle = pixels[..., up : height - up, left : width - left].float()
+    larger = nn.functional.interpolate(middle, (height, width), mode="bilinear")
+    return larger.round().to(torch.uint8)
