@@ -22,7 +22,10 @@ from adamerge.report.comparison.tables import (
 )
 
 Spread = tuple[float, float]
-_COURSES = ("accuracy", "agreement", "entropy", "marginal_entropy", "loss")
+_COURSES = (
+    *("accuracy", "signals/agreement", "signals/mutual_information", "signals/consistency"),
+    *("entropy", "marginal_entropy", "loss"),
+)
 
 
 def write_report(
