@@ -67,7 +67,7 @@ def test_the_best_state_is_exported_exactly(
     assert max(values) > values[0], "else the start is the best"
     wanted = state_at([*words, *HARMS], kept["step"], tmp_path / "short")
     assert list(map(float, exported(run))) == wanted != state_of_last(run)
-    assert f"{sentence(kept)}." in (run / "results.md").read_text()
+    assert f"Kept: {sentence(kept)}." in (run / "results.md").read_text()
     assert results["signals"]["after"] == {
         k: v for k, v in results["course"][kept["step"]].items() if k != "step"
     }

@@ -55,6 +55,7 @@ def before_training(job: Job, run_dir: Path) -> None:
     Random state, parameters and modes of the job are as before.
     """
     if not job.settings["preflight"]["enabled"]:
+        log.info("preflight=off: nothing is looked for, and no advice is given")
         return
     report = report_of(job)
     tables.write(report, run_dir)
@@ -92,6 +93,7 @@ def report_of(job: Job) -> dict[str, Any]:
     all_findings = [
         *(findings.of_bases(*bases) if of_one_start else ()),
         *findings.of_directions(vectors.tasks, cosines),
+        *findings.of_heads(suite.heads),
         *findings.of_experts(matrix, files),
         *doubts,
         *(findings.of_lengths(vectors.tasks, norms[1:]) if of_one_start else ()),

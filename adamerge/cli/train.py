@@ -31,6 +31,7 @@ from adamerge.learn.callbacks import Progress, Sharding, StopOnSignal, Watch
 from adamerge.learn.features import online_steps
 from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, Checkpoints
 from adamerge.report import advice, tables, tracking
+from adamerge.report.estimate import untouched
 from adamerge.report.keep import Keep, interval, restore
 from adamerge.report.signals import ByTask
 from adamerge.report.tracking import is_main_process
@@ -215,10 +216,8 @@ def _fit(
     watched = functools.cache(lambda: results.watched(job))
 
     def signals() -> ByTask:
-        method.eval()
-        with uncompiled(settings["compile"]):
+        with untouched(job.module), uncompiled(settings["compile"]):
             found = watched().of(method.fold(), job.heads())
-        method.train()
         if not keep.record["signals"]:
             results.advise(job, advice.before, found)
         return found
@@ -230,8 +229,7 @@ def _fit(
         return None, {}
     keep = Keep(
         signals,
-        settings["eval_every"]
-        or interval(settings["trainer"]["max_steps"], settings["batch_size"]),
+        settings["eval_every"] or _interval(job),
         settings["keep"] == "best",
         settings["patience"],
         lambda: stop.received is not None,
@@ -270,6 +268,15 @@ def _fit(
         except SystemExit as end:  # what Lightning makes of a Ctrl-C
             raise end.__context__ or end from None
     return stop.received, keep.record
+
+
+def _interval(job: Job) -> int:
+    """Steps between signals; where steps read stored features, which is far less than encoding
+    images, signals are measured at the start and the end alone."""
+    steps = job.settings["trainer"]["max_steps"]
+    if job.settings["store"] and precomputed.learns_on_features(job.module):
+        return max(steps, 1)
+    return interval(steps, job.settings["batch_size"])
 
 
 def _in_parts(trainer: Config) -> Config:

@@ -158,7 +158,7 @@ def sentence(kept: Mapping[str, Any]) -> str:
         if kept["state"] == "best"
         else f"and the start {start}"
     )
-    return f"Kept: {of}, where merge and experts agree on {value} of the images, {why}"
+    return f"{of}, where merge and experts agree on {value} of the images, {why}"
 
 
 def never_better(kept: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     """`results.json` as tables in percent: the merged tasks, then the unseen ones if there are."""
     rows = results["rows"]
     tasks, unseen = (list(rows[0].get(key, ())) if rows else [] for key in ("accuracy", "unseen"))
-    said = [f"{keep.sentence(results['kept'])}."] if results.get("kept") else []
+    said = [f"Kept: {keep.sentence(results['kept'])}."] if results.get("kept") else []
     said += [f"Advice: {sentence}." for sentence in results.get("advice", ())]
     if not tasks and not unseen:
         none = f"Suite {results['suite']}: no task has labels, so no accuracy was measured."
