@@ -119,7 +119,8 @@ def test_check_finds_no_fault_in_aligned_experts(
 ) -> None:
     main(["check", *words, "preflight.enabled=true"])
     said = capsys.readouterr().out
-    assert "another-base" not in said and "does not come from this pretrained" not in said
+    for fault in ("does not come from this pretrained", "times as long", "no surer of its own"):
+        assert fault not in said
 
 
 @pytest.mark.parametrize(

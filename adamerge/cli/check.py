@@ -88,13 +88,15 @@ def report_of(job: Job) -> dict[str, Any]:
         "dtype": str(vectors.pretrained[vectors.names[0]].dtype).removeprefix("torch."),
         "promoted": vectors.promoted,
     }
-    of_one_start = settings["suite"].get("align") is None
+    of_one_start, start = settings["suite"].get("align") is None, "not-below-pretrained"
+    moved = {task for task, norm in zip(vectors.tasks, norms[1:], strict=True) if norm > 0}
+    experts = findings.of_experts(matrix, files)  # the reference of aligned ones is the start
     bases = (vectors.tasks, norms[1:] / norms[0], preflight.likeness(products))
     all_findings = [
         *(findings.of_bases(*bases) if of_one_start else ()),
         *findings.of_directions(vectors.tasks, cosines),
         *findings.of_heads(suite.heads),
-        *findings.of_experts(matrix, files),
+        *(one for one in experts if one.kind != start or moved & {*one.tasks}),
         *doubts,
         *(findings.of_lengths(vectors.tasks, norms[1:]) if of_one_start else ()),
         *(findings.of_memory(cost) if learns else ()),
