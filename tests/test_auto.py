@@ -41,8 +41,8 @@ def test_the_best_is_exported_and_the_command_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(module, "run_all", here)
-    monkeypatch.setattr(module, "STATIC", ("task_arithmetic",))
-    monkeypatch.setattr(module, "OBJECTIVES", ("expert_kl", "infomax"))
+    monkeypatch.setattr(module, "STATIC", ("esm",))
+    monkeypatch.setattr(module, "OBJECTIVES", ("infomax",))
     to = tmp_path / "auto"
     given = ["train", "method=auto", *words, "jobs=2", "steps=6", f"run_dir={to}"]
     status = main(given)
@@ -50,8 +50,8 @@ def test_the_best_is_exported_and_the_command_goes_on(
     scores = {name: sum(tasks.values()) for name, tasks in found["agreement"].items()}
     chosen = found["chosen"]
     assert scores[chosen] == max(scores.values()) and set(found["agreement"][chosen]) == {*CLASSES}
-    probes = {"layer_wise-expert_kl-probe", "layer_wise-infomax-probe"}
-    assert {"task_arithmetic", "calibrated"} | probes < set(scores) and len(scores) == 5
+    probes = {"esm-expert_kl-probe", "layer_wise-infomax-probe"}
+    assert {"esm", "calibrated"} | probes < set(scores) and len(scores) == 5
     steps = [yaml.safe_load((to / name / "config.yaml").read_text()) for name in scores]
     assert sorted(s["trainer"]["max_steps"] for s in steps) == [0, 0, 1, 1, 4]
     weights = "open_clip_model.safetensors"

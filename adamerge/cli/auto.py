@@ -1,8 +1,9 @@
 """`adamerge auto`: of a short list of recipes the one whose merge its experts agree with most.
 
 No label is read. Every candidate is a run of its own in one folder, as of `adamerge compare`: first
-what learns nothing, then what learns with a quarter of its steps, the better half of these with all
-of them, and a closed-form calibration of the best. The score is the share of unlabeled images on
+what learns nothing, then what learns (from task arithmetic, and from the best of the others) with a
+quarter of its steps, the better half of these with all of them, and a closed-form calibration of
+the best. The score is the share of unlabeled images on
 which a merge names the class that the task's expert names, the mean over tasks.
 """
 
@@ -38,7 +39,8 @@ from adamerge.report.tables import markdown
 
 log = logging.getLogger("adamerge")
 
-STATIC = ("task_arithmetic", "tsv_m", "iso_c", "esm", "esm_featcal")
+STARTS = ("task_arithmetic", "tsv_m", "iso_c", "esm")  # which can be learned from
+STATIC = (*STARTS, "esm_featcal")
 OBJECTIVES = ("expert_kl", "entropy", "infomax")  # of layer_wise
 IMAGES = 256  # of each task, that the score is measured on
 GOOD = 0.5  # of a task's images: where experts agree with less, a merge is not called good
@@ -74,7 +76,7 @@ def auto(words: Sequence[str], command: Command) -> int:
     learned |= {name: (name, "expert_kl") for name in options["also"].split(",") if name}
     settings = config.load(rest)
     build.check(settings)
-    limit = _limits(options, len(learned), settings["trainer"]["max_steps"])
+    limit = _limits(options, len(learned) + 1, settings["trainer"]["max_steps"])
     still = [word for word in rest if not word.startswith("trainer.max_steps=")]
     folder = Path(os.path.expanduser(options["to"] or f"auto/{time.strftime('%Y%m%d-%H%M%S')}"))
     cells: list[Cell] = []
@@ -95,7 +97,10 @@ def auto(words: Sequence[str], command: Command) -> int:
             ways = {name: [f"method={m}", f"objective={o}"] for name, (m, o) in learned.items()}
             return [Recipe(n + end, [*still, *ways[n], *limit(part)], "") for n in names]
 
-        tried([Recipe(name, [*still, f"method={name}"], "") for name in STATIC])
+        static = tried([Recipe(name, [*still, f"method={name}"], "") for name in STATIC])
+        start = next((name for name in static if name in STARTS), STARTS[0])
+        if start != STARTS[0]:  # from which layer_wise starts
+            learned[f"{start}-expert_kl"] = start, "expert_kl"
         ahead = tried(learning(learned, _PROBE, "-probe"))[: math.ceil(len(learned) / 2)]
         tried(learning([name.removesuffix("-probe") for name in ahead], 1))
         if not scores:
