@@ -27,13 +27,21 @@ Train = Callable[..., Path]
 HARMS = ["keep=best", "objective=expert_kl", "optim.lr=0.05", "eval_every=1"]
 
 
-@pytest.fixture
-def words(suite: Path, tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def words(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
-        f"suite={suite}", f"cache_dir={tmp_path / 'cache'}", "wandb=off", "batch_size=4",
-        "log_every=2", "trainer.max_steps=6", "trainer.accelerator=cpu",
+        f"suite={suite}", f"cache_dir={tmp_path_factory.mktemp('cache')}", "wandb=off",
+        "batch_size=4", "log_every=2", "trainer.max_steps=6", "trainer.accelerator=cpu",
         "evaluate.baselines=false", "preflight=off",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose best state is neither its first nor its last."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["train", *words, *HARMS, f"run_dir={run}"]) == 0
+    return run
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -54,10 +62,8 @@ def state_at(words: list[str], step: int, folder: Path) -> list[float]:
     return [value for row in learned(folder)["method.coefficients"].tolist() for value in row]
 
 
-def test_the_best_state_is_exported_exactly(
-    train: Train, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = train("run", *HARMS)
+def test_the_best_state_is_exported_exactly(whole: Path, words: list[str], tmp_path: Path) -> None:
+    run = whole
     results, record = read(run), read_checkpoint(run / CHECKPOINT)["kept"]
     values = [mean(found["agreement"]) for found in results["course"]]
     kept = results["kept"]
@@ -80,7 +86,6 @@ def test_the_best_state_is_exported_exactly(
         assert main(["export", str(run), f"keep={keep}", "--to", str(tmp_path / keep)]) == 0
         again = (tmp_path / keep / "open_clip_model.safetensors").read_bytes()
         assert (again == one) is same
-    capsys.readouterr()
 
 
 def state_of_last(run: Path) -> list[float]:
@@ -91,8 +96,8 @@ def measured(job: Job) -> signals.ByTask:
     return watched(job).of(job.module.method.eval().fold(), job.heads())
 
 
-def test_a_resumed_run_keeps_the_same(train: Train, words: list[str], tmp_path: Path) -> None:
-    whole, cut = train("whole", *HARMS), train("cut", *HARMS, "trainer.max_steps=4")
+def test_a_resumed_run_keeps_the_same(whole: Path, train: Train) -> None:
+    cut = train("cut", *HARMS, "trainer.max_steps=4")
     assert main(["train", f"resume={cut}", "trainer.max_steps=6"]) == 0
     one, two = (read_checkpoint(run / CHECKPOINT)["kept"] for run in (whole, cut))
     assert one["step"] == two["step"] and one["signals"] == two["signals"]
@@ -105,8 +110,8 @@ def test_a_resumed_run_keeps_the_same(train: Train, words: list[str], tmp_path: 
     assert exported(cut) == before and read(whole)["kept"] == read(cut)["kept"]
 
 
-def test_two_processes_keep_the_same(train: Train, words: list[str], tmp_path: Path) -> None:
-    one, two = train("one", *HARMS, "batch_size=4"), tmp_path / "two"
+def test_two_processes_keep_the_same(whole: Path, words: list[str], tmp_path: Path) -> None:
+    one, two = whole, tmp_path / "two"
     train_on_ranks([*words, *HARMS, "batch_size=2", f"run_dir={two}"], 2, tmp_path)
     assert read(one)["kept"]["step"] == read(two)["kept"]["step"] < 6
     assert list(map(float, exported(two))) == pytest.approx(
@@ -152,11 +157,9 @@ def test_signals_are_measured_whatever_is_kept(train: Train) -> None:
     assert "state" not in read_checkpoint(run / CHECKPOINT)["kept"]
 
 
-def test_a_run_of_before_is_resumed_as_it_was(train: Train) -> None:
-    run = train("run", *HARMS)
-    path = run / "config.yaml"
-    lines = path.read_text().splitlines()
-    path.write_text(
+def test_a_run_of_before_is_resumed_as_it_was(whole: Path, tmp_path: Path) -> None:
+    run, lines = tmp_path, (whole / "config.yaml").read_text().splitlines()
+    (run / "config.yaml").write_text(
         "\n".join(line for line in lines if not line.startswith(("keep:", "patience:")))
     )
     assert config.load_run(run)["keep"] == "last" and config.load_run(run)["patience"] is None
