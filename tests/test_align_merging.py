@@ -280,6 +280,8 @@ def test_soups_name_mistakes() -> None:
         align.average([state], [0.5, 0.5])
     with pytest.raises(AdamergeError, match="score of network 0 is NaN"):
         align.greedy([state], lambda _: math.nan)
+    with pytest.raises(AdamergeError, match="protocol paper the images it would choose"):
+        align.greedy([state], lambda _: 1.0, protocol="paper")
     with pytest.raises(AdamergeError, match="at least one"):
         align.greedy([], lambda _: 0.0)
 

@@ -36,7 +36,9 @@ def a_run(folder: Path, method: str, seed: int, accuracy: float | None, **more: 
         },
     ]
     signs = {"after": {"agreement": {"a": accuracy, "b": accuracy}}}
-    results = {"suite": "s", "method": method, "rows": rows, "signs": signs}
+    key = "signals" if seed else "signs"  # as runs of earlier versions call them
+    course = {"step": 4, "last_step": 9, "state": "best", "value": 0.9, "start": 0.5, "last": 0.8}
+    results = {"suite": "s", "method": method, "rows": rows, key: signs, "kept": course}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "metrics.csv").write_text(
         "step,loss,entropy/a,entropy/b,images_per_second\n0,2,1,2,16\n10,1,0.5,1.5,32\n"
@@ -111,6 +113,7 @@ def test_page_is_whole_and_loads_nothing(runs: list[Run], tmp_path: Path) -> Non
     assert not page.open and {"svg", "table", "h1", "button", "main"} <= set(page.tags)
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "http" not in text and "url(" not in text and "@import" not in text
+    assert "one, seed 0: step 4 of 9, where" in text
     assert "two&lt;b&gt;" in text and "two<b>" not in text
     assert "task &lt;a&gt; has no images" in text and "x &amp; y fit not" in text
 
@@ -124,7 +127,9 @@ def test_csv_and_markdown_say_the_same(runs: list[Run], tmp_path: Path) -> None:
         ("one", "1", "0.8"),
     ]
     assert rows[3]["failed"] == "task <a> has no images"
-    assert "| one | 85.0 ± 7.1 |" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "| one | 85.0 ± 7.1 |" in report
+    assert "- one, seed 1: step 4 of 9, where merge and experts agree on 90.0 %" in report
 
 
 def test_costs_are_worked_out_from_what_was_logged(runs: list[Run]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -28,7 +27,7 @@ from adamerge.learn.features import stored_features
 from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, read_checkpoint
 from adamerge.report.result_files import read_results
 from adamerge.report.tracking import CsvMetrics, _known_id, read_metrics
-from tests.tiny import CLASSES, learned
+from tests.tiny import learned
 
 ROOT = Path(__file__).parent.parent
 Capture = pytest.CaptureFixture[str]
@@ -110,13 +109,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
 ) -> None:
     run = tmp_path / "run"
     words = [*words, f"run_dir={run}"]
-    left = ["config.yaml", "metrics.csv", "wandb_id.txt", "signs.json", files.LOCK]
+    left = ["config.yaml", "metrics.csv", "wandb_id.txt", files.LOCK]
     left += ["config.yaml.01234567.tmp", "wandb/offline-run/run.wandb"]
     for name in left:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("x")
     assert main(words) == 0
-    assert not (run / "signs.json").exists() and not list(run.glob("*.tmp"))
+    assert not list(run.glob("*.tmp"))
     assert main(words) == 2
     assert f"resume={run}" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
@@ -247,20 +246,6 @@ def test_results_of_another_shape_are_one_sentence(tmp_path: Path, content: str)
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(AdamergeError, match=r"results\.json is not results of a run \(.*delete it"):
         read_results(tmp_path / "results.json", {})
-
-
-@pytest.mark.parametrize(
-    "content", ["[]", "{", '{"agreement": 1, "spread": 2, "expert_spread": 3}', "[" * 99_999]
-)
-def test_signs_of_another_shape_are_left_out(
-    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "signs.json").write_text(content)
-    assert results._kept_signs(tmp_path / "signs.json") is None
-    assert "signs.json cannot be read" in caplog.text
-    parts = ("agreement", "spread", "expert_spread")
-    (tmp_path / "signs.json").write_text(json.dumps({p: dict.fromkeys(CLASSES, 1) for p in parts}))
-    assert results._kept_signs(tmp_path / "signs.json") is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a b", b"x" * 100])

@@ -21,8 +21,7 @@ from adamerge import AdamergeError
 from adamerge.cli import main
 from adamerge.cli.convert import convert
 from adamerge.cli.init import init
-from adamerge.cli.local_data import agree, local_data
-from adamerge.cli.task_names import shipped_task, task_name, without_common_start
+from adamerge.cli.task_hints import agree, local_data, shipped_task, task_name, without_common_start
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
 from adamerge.encoders.clip import Clip, build_clip

@@ -26,6 +26,7 @@ from adamerge.config import settings as config
 from adamerge.config.inputs import normalizer
 from adamerge.config.trainer import run_device
 from adamerge.encoders.clip import build_clip, with_other_activation
+from adamerge.encoders.heads import Heads
 from adamerge.encoders.tower import Tower
 from adamerge.report import estimate as estimates
 from adamerge.report import findings, preflight, tables
@@ -400,6 +401,24 @@ def test_task_vectors_that_are_alike_or_odd() -> None:
     assert not list(findings.of_lengths("a", torch.tensor([1.0])))
 
 
+def test_classes_with_one_embedding_are_named() -> None:
+    rows = torch.eye(4)[[0, 1, 1, 2]] * 50 + 0.1
+    names = {"a": ["one", "two", "zwei", "three"], "b": ["one", "two", "three", "four"]}
+    heads = Heads({"a": rows, "b": torch.eye(4) + 0.2}, names)
+    (finding,) = findings.of_heads(heads)
+    assert finding.tasks == ("a",) and finding.severity == "warning"
+    assert "'zwei' and 'two': their" in finding.text and "more pairs" not in finding.text
+    (finding,) = findings.of_heads(Heads({"a": torch.ones(4, 2)}, names))
+    assert "and 3 more pairs" in finding.text
+
+
+def test_few_images_doubt_no_expert() -> None:
+    idle = table([[0.5, 0.5], [0.5, 0.5], [0.5, 0.1]])
+    some = torch.arange(16)
+    assert kinds(view(idle, [0, 1, 2], some, False)) == kinds(idle) != []
+    assert kinds(view(idle, [0, 1, 2], some[1:], False)) == []
+
+
 def test_estimates_in_words() -> None:
     estimate = Estimate(1_900_000_000, 23_000_000_000, 0.21, 300, "cpu")
     assert estimate.text() == (
@@ -449,7 +468,7 @@ def test_a_step_is_taken_where_memory_does(
 
 
 def test_the_switch_and_its_mistakes(base: list[str]) -> None:
-    assert config.load(["preflight=off"])["preflight"] == {"enabled": False, "images": 16}
+    assert config.load(["preflight=off"])["preflight"] == {"enabled": False, "images": 64}
     assert config.load(["preflight=true"])["preflight"]["enabled"] is True
     for word, message in (
         ("preflight.images=0", "preflight.images is 0: expected at least 1"),

@@ -18,7 +18,7 @@ from adamerge.config import build
 from adamerge.config import settings as config
 from adamerge.encoders.experts import PerTaskEncoder
 from adamerge.methods import AdaMerging, Surgery, WEMoE
-from adamerge.report.advice import Signs, advice
+from adamerge.report.advice import before
 from tests import golden_data as golden
 from tests.tiny import learned
 
@@ -141,6 +141,7 @@ def test_surgery_goes_on_a_run_with_an_encoder_per_task(train: Train) -> None:
 def test_no_objective_is_advised_on_where_none_was_used(train: Train) -> None:
     run = train("advice", "method=task_arithmetic", "method.init=-1", "preflight=on")
     results = json.loads((run / "results.json").read_text())
-    assert results["advice"] == []
-    signs = Signs(**results["signs"]["before"])
-    assert advice("entropy", signs, signs), "else nothing is shown here"
+    assert results["advice"] == [] and "kept" not in results
+    start = results["signals"]["before"]
+    assert start == results["signals"]["after"]
+    assert before("entropy", False, start), "else nothing is shown here"

@@ -7,6 +7,7 @@ inference time (arXiv 2203.05482).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -72,24 +73,34 @@ def uniform(states: Sequence[State]) -> dict[str, Tensor]:
     return average(states)
 
 
-def greedy(states: Sequence[State], score: Score) -> tuple[dict[str, Tensor], list[int]]:
+def greedy(
+    states: Sequence[State], score: Score, protocol: Literal["heldout", "paper"] = "heldout"
+) -> tuple[dict[str, Tensor], list[int]]:
     """The greedy soup: networks from the best to the worst, each kept if the mean with it scores
     no lower than without. Model soups (arXiv 2203.05482), recipe 1.
 
     Args:
         states: state dicts of fine-tunings of one pretrained model; left unchanged.
         score: state dict -> a number, higher is better: accuracy on held-out images with labels.
+        protocol: of the images behind `score`; under `paper` they are those that are reported on,
+            which a choice by labels must not see.
 
     Returns:
         The soup, and the indices of the networks in it, from the best.
 
     Raises:
-        AdamergeError: no networks, tensors that differ in name or shape, or a score that is NaN.
+        AdamergeError: no networks, tensors that differ in name or shape, a score that is NaN, or
+            protocol paper.
 
     >>> states = [{"w": torch.tensor(value)} for value in (0.0, 1.0, 3.0)]
     >>> greedy(states, lambda state: -abs(float(state["w"]) - 1.5))
     ({'w': tensor(2.)}, [1, 2])
     """
+    if protocol == "paper":
+        raise AdamergeError(
+            "a greedy soup chooses by labels, and under protocol paper the images it would choose "
+            "on are those that are scored: use protocol heldout, or the uniform soup"
+        )
     if not states:
         raise AdamergeError("no state dicts were given: a soup needs at least one")
     alone = [_score(score, dict(state), f"network {index}") for index, state in enumerate(states)]

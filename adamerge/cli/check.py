@@ -55,6 +55,7 @@ def before_training(job: Job, run_dir: Path) -> None:
     Random state, parameters and modes of the job are as before.
     """
     if not job.settings["preflight"]["enabled"]:
+        log.info("preflight=off: nothing is looked for, and no advice is given")
         return
     report = report_of(job)
     tables.write(report, run_dir)
@@ -87,12 +88,17 @@ def report_of(job: Job) -> dict[str, Any]:
         "dtype": str(vectors.pretrained[vectors.names[0]].dtype).removeprefix("torch."),
         "promoted": vectors.promoted,
     }
+    of_one_start, start = settings["suite"].get("align") is None, "not-below-pretrained"
+    moved = {task for task, norm in zip(vectors.tasks, norms[1:], strict=True) if norm > 0}
+    experts = findings.of_experts(matrix, files)  # the reference of aligned ones is the start
+    bases = (vectors.tasks, norms[1:] / norms[0], preflight.likeness(products))
     all_findings = [
-        *findings.of_bases(vectors.tasks, norms[1:] / norms[0], preflight.likeness(products)),
+        *(findings.of_bases(*bases) if of_one_start else ()),
         *findings.of_directions(vectors.tasks, cosines),
-        *findings.of_experts(matrix, files),
+        *findings.of_heads(suite.heads),
+        *(one for one in experts if one.kind != start or moved & {*one.tasks}),
         *doubts,
-        *findings.of_lengths(vectors.tasks, norms[1:]),
+        *(findings.of_lengths(vectors.tasks, norms[1:]) if of_one_start else ()),
         *(findings.of_memory(cost) if learns else ()),
     ]
     counts = {task: len(pixels) for task, pixels in images.pixels.items()}
@@ -116,7 +122,7 @@ def _mend(job: Job) -> str:
     """What to set for the other activation: an open_clip name, or the flag of the config."""
     model: dict[str, Any] = job.suite.clip.config["model_cfg"]
     suite = job.settings["suite"]
-    name = str(suite.get("architecture") or suite["pretrained"])
+    name = str(suite.get("architecture") or suite.get("pretrained"))
     if not is_known(name):
         other = "false" if model.get("quick_gelu") else "true"
         return f"set model_cfg.quick_gelu to {other} in the model config at {name}"

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -67,6 +68,17 @@ def parser() -> argparse.ArgumentParser:
         "objective=entropy,expert_kl seed=0,1,2 jobs=2 to=compare/first",
     )
     compare.add_argument("grid", nargs="+", metavar="key=value,value", help=_SETTINGS)
+    auto = add(
+        "auto",
+        help="try a short list of recipes, and export the best, chosen without labels",
+        description="Try merges that learn nothing, layer-wise merging with three objectives, and "
+        "a calibration, in one folder (to=FOLDER); export the one with which the experts agree on "
+        "most unlabeled images, and say why. The same as train method=auto. The same command goes "
+        "on with what was stopped. Status 3 if the experts agree with it on less than half of the "
+        "images of a task.",
+        epilog="example: adamerge auto suite=demo minutes=10 jobs=2 also=wemoe to=auto/first",
+    )
+    auto.add_argument("settings", nargs="+", metavar="key=value", help=_SETTINGS)
     report = add(
         "report",
         help="report runs that exist side by side",
@@ -211,6 +223,12 @@ def _run(options: argparse.Namespace) -> int:
             return compare.compare(options.grid, main)
         print(f"report: {compare.report(options.runs, options.to)}")
         return 0
+    automatic = options.command == "train" and "method=auto" in options.settings
+    if options.command == "auto" or automatic:
+        from adamerge.cli import auto
+
+        words = [word for word in options.settings if word != "method=auto"]
+        return auto.auto([re.sub("^run_dir=", "to=", word) for word in words], main)
     from adamerge.cli import check, results, train
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it sets its own on import

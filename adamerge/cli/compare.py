@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -80,22 +80,15 @@ def compare(words: Sequence[str], command: Command) -> int:
     Raises:
         AdamergeError: the grid cannot be read, or the folder holds runs of other settings.
     """
-    options = {"jobs": "1", "to": ""}
-    rest = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in options:
-            options[key] = value
-        else:
-            rest.append(word)
-    jobs = _positive("jobs", options["jobs"])
+    options, rest = options_of(words, {"jobs": "1", "to": ""})
+    jobs = positive("jobs", options["jobs"])
     grid = read_grid(rest)
     folder = Path(os.path.expanduser(options["to"] or f"compare/{time.strftime('%Y%m%d-%H%M%S')}"))
     again = "adamerge compare " + " ".join(shlex.quote(w) for w in [*rest, f"to={folder}"])
     with alone_in(folder):
-        cells = _cells(grid, folder)
+        cells = cells_of(grid, folder)
         try:
-            _run_all(cells, jobs, command)
+            run_all(cells, jobs, command)
         finally:
             page = write_report([cell.record() for cell in cells], folder, again)
             log.info("report: %s", page)
@@ -121,7 +114,7 @@ def report(folders: Sequence[Path], to: Path) -> Path:
     return write_report(runs, to, command)
 
 
-def _cells(grid: Sequence[Recipe], folder: Path) -> list[Cell]:
+def cells_of(grid: Sequence[Recipe], folder: Path) -> list[Cell]:
     """Cells in an order in which none comes before its base, their settings checked."""
     cells = [Cell(words, folder, config.load(words)) for _, words, _ in grid]
     if not cells:
@@ -171,7 +164,7 @@ def _refuse_other(cell: Cell) -> None:
         )
 
 
-def _run_all(cells: Sequence[Cell], jobs: int, command: Command) -> None:
+def run_all(cells: Sequence[Cell], jobs: int, command: Command) -> None:
     """Runs what is not done, a few at a time; stopped, it stops them all and lets them save."""
     begun, waiting = time.monotonic(), [c for c in cells if not c.done and not c.failed]
     total, ended = len(waiting), 0
@@ -255,7 +248,17 @@ def _scored(cell: Cell) -> str:
     return "no labels" if average is None else f"{100 * average:.1f} %"
 
 
-def _positive(name: str, value: str) -> int:
+def options_of(
+    words: Sequence[str], options: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Options with what words say of them, and the other words."""
+    pairs = [word.partition("=") for word in words]
+    given = {key: value for key, equals, value in pairs if equals and key in options}
+    rest = [key + equals + value for key, equals, value in pairs if key not in given]
+    return {**options, **given}, rest
+
+
+def positive(name: str, value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise AdamergeError(f"{name}={value}: expected a whole number from 1 on")
     return int(value)

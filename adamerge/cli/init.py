@@ -19,7 +19,7 @@ from adamerge.cli.survey import (
     pretrained_answer,
     survey,
 )
-from adamerge.cli.task_names import (
+from adamerge.cli.task_hints import (
     key,
     normal,
     says_nothing,

@@ -19,6 +19,7 @@ from adamerge.learn.adaptation import Adaptation
 from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.resume import CHECKPOINT, check_fingerprint, read_checkpoint
 from adamerge.report.evaluation import Scorer
+from adamerge.report.keep import KEPT
 
 # What the result of a run depends on, besides files and images.
 _DECISIVE = (
@@ -84,8 +85,9 @@ class Job(Inputs):
         add("model config", json.dumps(self.suite.clip.config, sort_keys=True))
         return flat
 
-    def resume(self, run_dir: Path) -> int:
-        """Takes what a run has learned out of its last checkpoint; returns its step.
+    def resume(self, run_dir: Path) -> tuple[int, dict[str, Any]]:
+        """Takes what a run has learned out of its last checkpoint; returns its step, and what it
+        has measured and kept (see `keep.Keep`).
 
         Raises:
             AdamergeError: there is none, it is damaged, or it is of other settings or inputs.
@@ -93,7 +95,7 @@ class Job(Inputs):
         saved = read_checkpoint(run_dir / CHECKPOINT)
         check_fingerprint(saved, self.fingerprint(), run_dir)
         self.module.load_state_dict(saved["state_dict"])
-        return int(saved["global_step"])
+        return int(saved["global_step"]), saved.get(KEPT, {})
 
 
 def load_job(settings: Config) -> Job:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from adamerge._base.errors import AdamergeError
-from adamerge._base.files import read_json, replacing
 from adamerge.cli.job import Job, load_job
 from adamerge.config import build, inputs
 from adamerge.config import settings as config
@@ -26,66 +24,60 @@ from adamerge.export import folds, load, read, write
 from adamerge.learn.data import TaskData
 from adamerge.learn.objectives import Taught
 from adamerge.methods.base import folds_of
-from adamerge.report import advice, evaluation, pictures, preflight, tracking
+from adamerge.report import advice, evaluation, keep, pictures, preflight, tracking
 from adamerge.report.evaluation import Row
 from adamerge.report.result_files import as_json, read_results, write_results
+from adamerge.report.signals import ByTask, Watched
 
 log = logging.getLogger("adamerge")
 
 
-SIGNS = "signs.json"  # in a run's folder
+def watched(job: Job) -> Watched:
+    """The images that signals are measured on; what the experts say of them is kept."""
+    suite, device = job.suite, job.device
+    images = preflight.choose(job.data, keep.IMAGES)
+
+    def encode() -> dict[str, Any]:
+        teacher = Experts(suite.clip.backbone, suite.task_vectors)
+        given = (suite.heads, job.normalizer, images.pixels, device)
+        return {task: logits.tolist() for task, logits in preflight.predictions(teacher, *given)}
+
+    kept = job.kept("signals", preflight.key(images, suite.heads, job.normalizer, device))
+    logits = {task: torch.tensor(rows) for task, rows in kept("experts", encode).items()}
+    return Watched(images.pixels, logits, job.normalizer, device)
 
 
-def signs_of(job: Job, encoder: torch.nn.Module) -> advice.Signs:
-    """Label-free signs of an encoder, on the images that the pre-flight takes."""
-    settings, suite, device = job.settings, job.suite, job.device
-    chosen = preflight.choose(job.data, settings["preflight"]["images"])
-    normalizer, heads = job.normalizer.to(device), suite.heads.to(device)
-    images = {task: normalizer(pixels.to(device)) for task, pixels in chosen.pixels.items()}
-    teacher = Experts(suite.clip.backbone, suite.task_vectors)
-    signs = advice.signs(encoder.to(device), teacher, heads, images)
-    heads.to("cpu")
-    encoder.to("cpu")
-    return signs
-
-
-def keep_signs(job: Job, run_dir: Path) -> None:
-    """Writes the signs before anything is learned to the run's folder; with the pre-flight only."""
-    if job.settings["preflight"]["enabled"]:
-        signs = dataclasses.asdict(signs_of(job, job.module.method.fold()))
-        with replacing(run_dir / SIGNS) as temporary:
-            temporary.write_text(json.dumps(signs, indent=2))
-
-
-def _kept_signs(path: Path) -> advice.Signs | None:
-    """What `keep_signs` wrote; None where it did not, or the file is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        kept = vars(advice.Signs(**read_json(path))).values()
-        return advice.Signs(*({task: float(v) for task, v in part.items()} for part in kept))
-    except (AdamergeError, AttributeError, TypeError, ValueError) as error:
-        log.warning("%s cannot be read (%s): the results say nothing of before", path, error)
-        return None
-
-
-def _signs(job: Job, encoder: torch.nn.Module, run_dir: Path) -> dict[str, Any]:
-    """Signs before and after, and what they speak for, for the results."""
-    before = _kept_signs(run_dir / SIGNS)
-    if before is None:
-        return {}
-    after = signs_of(job, encoder)
-    taught = isinstance(job.module.objective, Taught)  # by the experts: nothing to advise
-    taught = taught or job.settings["trainer"]["max_steps"] == 0  # nor of no objective at all
-    said = [] if taught else advice.advice(job.settings["objective"]["name"], before, after)
+def advise(job: Job, sentences: Callable[..., list[str]], found: Any) -> list[str]:
+    """What signals speak for, by one of the functions of `advice`, said and returned."""
+    taught = isinstance(job.module.objective, Taught)
+    said = sentences(job.settings["objective"]["name"], taught, found)
+    said = said if job.settings["preflight"]["enabled"] else []
     for sentence in said:
         log.warning("advice: %s", sentence)
-    signs = {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}
-    return {"signs": signs, "advice": said}
+    return said
 
 
-def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
-    """Folds, scores, draws and exports a trained job, and prints the table."""
+def _signals(job: Job, encoder: torch.nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured without labels, what was kept and why, and advice, for the results."""
+    seen: dict[int, ByTask] = record.get("signals", {})
+    kept, images = keep.outcome(record, job.settings["keep"] == "best"), watched(job)
+    exported = seen[kept["step"]] if kept else images.of(encoder, job.heads())
+    first = next(iter(seen.values()), exported)
+    signals = {"before": first, "after": exported, "experts": images.of_experts()}
+    if not kept:  # nothing was learned: nothing to advise on
+        return {"signals": signals, "advice": []}
+    signals["last"] = seen[kept["last_step"]]
+    course = [{"step": step, **found} for step, found in seen.items()]
+    said = [*advise(job, advice.before, first), *advise(job, advice.after, signals)]
+    return {"signals": signals, "course": course, "kept": kept, "advice": said}
+
+
+def finish(job: Job, run_dir: Path, wandb: WandbLogger | None, record: Mapping[str, Any]) -> None:
+    """Folds, scores, draws and exports a trained job, and prints the table.
+
+    Args:
+        record: of `keep.Keep`; empty where nothing was learned.
+    """
     method, name = job.module.method.eval(), job.settings["method"]["name"]
     write.write_coefficients(run_dir / "coefficients.csv", method, job.suite.heads.tasks)
     folded, scorer = method.fold(), job.scorer()
@@ -95,7 +87,7 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
         rows += evaluation.fold_rows(method, name, statistics, job.own_scorer())
     labels = build.learns_from_labels(job.settings)
     results = _results(job, rows, name, labels) | _exported(job)
-    results |= _signs(job, folded, run_dir)
+    results |= _signals(job, folded, record)
     table = write_results(results, run_dir)
     drawn = draw_coefficients(job, run_dir)
     if results["rows"][0]["accuracy"]:
@@ -106,6 +98,8 @@ def finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
     tracking.log_results(wandb, results, drawn, artifact)
     print(f"\n{table}")
     _say_exported(run_dir / "merged", done)
+    if said := keep.never_better(results.get("kept", {})):
+        print(said)
 
 
 def _statistics(job: Job) -> Any:
@@ -219,7 +213,9 @@ def export_run(run_dir: Path, folder: Path | None, words: Sequence[str] = ()) ->
     settings = config.load_run(run_dir, words)
     build.check(settings)
     job = load_job(settings)
-    job.resume(run_dir)
+    _, record = job.resume(run_dir)
+    if settings["keep"] == "best":
+        keep.restore(job.module, record)
     path, row = run_dir / "results.json", _exported(job)
     results, table = read_results(path, row) if path.is_file() else ({}, "")
     folder = folder or run_dir / "merged"

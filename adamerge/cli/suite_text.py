@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from adamerge.cli.local_data import agree, local_data
-from adamerge.cli.task_names import normal, shipped_task, task_name
+from adamerge.cli.task_hints import agree, local_data, normal, shipped_task, task_name
 from adamerge.config.settings import config_root
 
 _WIDTH = 96

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import read_json
-from adamerge.cli.task_names import says_nothing, says_pretrained, task_name
+from adamerge.cli.task_hints import says_nothing, says_pretrained, task_name
 from adamerge.encoders.architectures import Tower, activation_fits, has_tag, names_of
 from adamerge.weights.formats import hub
 from adamerge.weights.formats.layouts import renamed, tower_from_transformers, transformers_prefix

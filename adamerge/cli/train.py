@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import WandbLogger
@@ -24,11 +26,14 @@ from adamerge.config.settings import Config
 from adamerge.config.trainer import build_trainer, check_place, one_sentence, ranks
 from adamerge.images.batches import refuse_too_large
 from adamerge.learn import precomputed
-from adamerge.learn.blocks import compiled, recomputing
+from adamerge.learn.blocks import compiled, recomputing, uncompiled
 from adamerge.learn.callbacks import Progress, Sharding, StopOnSignal, Watch
 from adamerge.learn.features import online_steps
 from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, Checkpoints
-from adamerge.report import tables, tracking
+from adamerge.report import advice, tables, tracking
+from adamerge.report.estimate import untouched
+from adamerge.report.keep import Keep, interval, restore
+from adamerge.report.signals import ByTask
 from adamerge.report.tracking import is_main_process
 
 log = logging.getLogger("adamerge")
@@ -62,21 +67,19 @@ def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
     if is_main_process():
         _clear(run_dir, resumed)
     job = load_job(settings)
-    step = job.resume(run_dir) if resumed else 0
+    step, record = job.resume(run_dir) if resumed else (0, {})
     if is_main_process():
         _make_folder(run_dir, settings)
         _announce(job, run_dir)
         if not resumed:
             check.before_training(job, run_dir)
-            if job.module.method.has_learnables:
-                results.keep_signs(job, run_dir)
     _prepare(job)
     wandb = tracking.wandb_logger(settings["wandb"], run_dir, settings)
-    stopped_by = _fit(job, run_dir, step, wandb)
+    stopped_by, record = _fit(job, run_dir, step, wandb, record)
     if not is_main_process():
         return 0
     if stopped_by is None:
-        _finish(job, run_dir, wandb)
+        _finish(job, run_dir, wandb, record)
     else:
         log.info("stopped; go on with: python train.py resume=%s", run_dir)
     if wandb is not None:
@@ -84,10 +87,12 @@ def _train(settings: Config, run_dir: Path, resumed: bool) -> int:
     return 0 if stopped_by is None else 128 + stopped_by
 
 
-def _finish(job: Job, run_dir: Path, wandb: WandbLogger | None) -> None:
-    """Scores and exports; whatever stops that, what was learned is in the checkpoint."""
+def _finish(job: Job, run_dir: Path, wandb: WandbLogger | None, record: Mapping[str, Any]) -> None:
+    """Scores and exports what is kept; whatever stops that, it is in the checkpoint."""
+    if job.settings["keep"] == "best":
+        restore(job.module, record)
     try:
-        results.finish(job, run_dir, wandb)
+        results.finish(job, run_dir, wandb, record)
     except BaseException:
         log.warning(
             "what was learned is kept in %s: score and export it with python train.py resume=%s, "
@@ -162,7 +167,7 @@ def _clear(run_dir: Path, resumed: bool) -> None:
 # What a run writes before its first checkpoint.
 _BEFORE_LEARNING = (
     *("config.yaml", "metrics.csv", "coefficients.png", "readings.png"),
-    *(tracking.ID_FILE, results.SIGNS, *tables.FILES),
+    *(tracking.ID_FILE, *tables.FILES),
 )
 
 
@@ -196,8 +201,10 @@ def _announce(job: Job, run_dir: Path) -> None:
     log.info("run folder: %s", run_dir)
 
 
-def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int | None:
-    """Trains from `step` on; returns the signal that stopped it, if one did."""
+def _fit(
+    job: Job, run_dir: Path, step: int, wandb: WandbLogger | None, record: dict[str, Any]
+) -> tuple[int | None, dict[str, Any]]:
+    """Trains from `step` on; returns the signal that stopped it, if one did, and what was kept."""
     settings, every = job.settings, job.settings["log_every"]
     method, checkpoint, stop = job.module.method, run_dir / CHECKPOINT, StopOnSignal(every)
 
@@ -206,16 +213,34 @@ def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int |
         accuracy = job.own_scorer(job.module.device).accuracy(method.fold())
         return {f"accuracy/{task}": value for task, value in accuracy.items()}
 
+    watched = functools.cache(lambda: results.watched(job))
+
+    def signals() -> ByTask:
+        with untouched(job.module), uncompiled(settings["compile"]):
+            found = watched().of(method.fold(), job.heads())
+        if not keep.record["signals"]:
+            results.advise(job, advice.before, found)
+        return found
+
     checkpoints = Checkpoints(checkpoint, settings["checkpoint_every"], job.fingerprint())
     if not method.has_learnables:
         if is_main_process():
             checkpoints.save_nothing()
-        return None
+        return None, {}
+    keep = Keep(
+        signals,
+        settings["eval_every"] or _interval(job),
+        settings["keep"] == "best",
+        settings["patience"],
+        lambda: stop.received is not None,
+        record,
+    )
     given = settings["trainer"]
     trainer = build_trainer(
         _in_parts(given) if method.staged else given,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
+            keep,
             Progress(),
             Watch(settings["eval_every"], measure),
             stop,
@@ -226,9 +251,9 @@ def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int |
         log_every_n_steps=every,
         default_root_dir=os.devnull,  # where it looks for SLURM's checkpoints, taking :: for a URL
     )
-    if step and 0 <= trainer.max_steps <= step:
+    if step and (0 <= trainer.max_steps <= step or keep.exhausted):
         log.info("step %d of %d is reached already", step, trainer.max_steps)
-        return None
+        return None, record
     resume = checkpoint if step else None
     with (
         one_sentence(),
@@ -242,7 +267,16 @@ def _fit(job: Job, run_dir: Path, step: int, wandb: WandbLogger | None) -> int |
             checkpoints.save(trainer)  # of no steps at all: nothing did it yet
         except SystemExit as end:  # what Lightning makes of a Ctrl-C
             raise end.__context__ or end from None
-    return stop.received
+    return stop.received, keep.record
+
+
+def _interval(job: Job) -> int:
+    """Steps between signals; where steps read stored features, which is far less than encoding
+    images, signals are measured at the start and the end alone."""
+    steps = job.settings["trainer"]["max_steps"]
+    if job.settings["store"] and precomputed.learns_on_features(job.module):
+        return max(steps, 1)
+    return interval(steps, job.settings["batch_size"])
 
 
 def _in_parts(trainer: Config) -> Config:

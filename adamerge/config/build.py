@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from adamerge._base.errors import AdamergeError
+from adamerge.config.aligned import align_problems, asks_images
 from adamerge.config.arguments import base_problems, base_settings, supplied
 from adamerge.config.inputs import Suite, normalizer
 from adamerge.config.settings import Config
@@ -61,7 +62,7 @@ def _part_problems(config: Config) -> list[str]:
     for where, entry in entries(config["suite"]):
         if entry.get("data") is not None:
             found += data_problems(f"{where}.data", entry["data"])
-    found += _method_problems(config)
+    found += [*align_problems(config["suite"]), *_method_problems(config)]
     for key in ("objective", "optim", "scheduler"):
         if config[key] is not None:
             found += target_problems(key, config[key], KINDS[key])
@@ -193,7 +194,8 @@ def _scheduler(part: Config, optimizer: torch.optim.Optimizer) -> Any:
 def asks_statistics(config: Config) -> bool:
     """Whether the result depends on statistics of unlabeled images."""
     parts = [("method", config["method"]), *(("transform", p) for p in _transforms(config))]
-    return any(asks(target_of(key, part, KINDS[key])[0]) for key, part in parts)
+    asked = any(asks(target_of(key, part, KINDS[key])[0]) for key, part in parts)
+    return asked or asks_images(config["suite"])
 
 
 def build_method(config: Config, suite: Suite, data: TaskData | None = None) -> MergeMethod:

@@ -17,6 +17,7 @@ from adamerge import __version__
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import locked, sha256
 from adamerge._base.kept import Digest, Kept, remembered
+from adamerge.config.aligned import aligned, asks_images, own_heads
 from adamerge.config.settings import Config
 from adamerge.config.suite import require_root
 from adamerge.config.trainer import may_touch_gpu, run_device
@@ -35,6 +36,8 @@ from adamerge.weights.storage import Storage
 from adamerge.weights.task_vectors import TaskVectors
 
 log = logging.getLogger("adamerge")
+
+States = dict[str, Mapping[str, Tensor]]
 
 
 @dataclass
@@ -140,22 +143,30 @@ def load_suite(config: Config) -> Suite:
     """Pretrained model, task vectors and heads; experts are read tensor by tensor."""
     suite, digest = config["suite"], remembered(cache_root(config))
     require_root(suite)
-    clip, files = load_clip(suite, digest)
-    experts, sources = {}, {"pretrained": str(suite["pretrained"])}
+    opened = {task: read(str(entry["expert"])) for task, entry in suite["tasks"].items()}
+    sources = {task: expert.source for task, expert in opened.items()}
+    start = next(iter(sources.values())) if suite.get("align") else str(suite["pretrained"])
+    clip, files = load_clip({**suite, "pretrained": start}, digest)
+    experts: States = {}
     for task, entry in suite["tasks"].items():
-        expert = read(str(entry["expert"]))
-        sources[task], files[task] = expert.source, expert.record(digest)
-        fill = "pretrained" in (entry.get("missing"), suite.get("missing"))
-        experts[task] = tower_state(expert, clip.backbone, fill)
-        check_stated(clip, expert, str(suite.get("architecture")))
+        files[task] = opened[task].record(digest)
         if entry.get("head") is not None:
             files[f"head of {task}"] = read(entry["head"]).record(digest)
+        check_stated(clip, opened[task], str(suite.get("architecture")))
+        if not suite.get("align"):
+            fill = "pretrained" in (entry.get("missing"), suite.get("missing"))
+            experts[task] = tower_state(opened[task], clip.backbone, fill)
     shape = json.dumps(clip.config["model_cfg"], sort_keys=True)
     weights = [files[name]["sha256"] for name in ("pretrained", *suite["tasks"])]
+    heads, reference = load_heads(config, clip, opened=opened), None
+    if suite.get("align"):
+        data, folder = load_data(config, clip) if asks_images(suite) else None, cache_root(config)
+        experts, reference = aligned(config, clip, opened, data, folder / "align", files)
+        weights[0] = files["pretrained"]["sha256"]
     key = content_key({}, *weights, *suite["tasks"], shape)
     storage = _storage(config, key)
-    vectors = _task_vectors(clip, experts, sources, storage)
-    return Suite(clip, vectors, load_heads(config, clip), files, f"{key}-{storage.dtype}", digest)
+    vectors = _task_vectors(clip, experts, {"pretrained": start, **sources}, storage, reference)
+    return Suite(clip, vectors, heads, files, f"{key}-{storage.dtype}", digest)
 
 
 def _storage(config: Config, key: str) -> Storage:
@@ -171,9 +182,10 @@ def _storage(config: Config, key: str) -> Storage:
 
 def _task_vectors(
     clip: Clip,
-    experts: Mapping[str, Mapping[str, Tensor]],
+    experts: States,
     sources: Mapping[str, str],
     storage: Storage,
+    reference: str | None,
 ) -> TaskVectors:
     """Computed; or where they are kept on disk, once, by the first process that wants them."""
     pretrained = clip.backbone.state_dict()
@@ -192,7 +204,13 @@ def _task_vectors(
 
     def computed() -> TaskVectors:
         return TaskVectors(
-            pretrained, experts, sources=sources, share=True, storage=storage, buffers=buffers
+            pretrained,
+            experts,
+            sources=sources,
+            share=True,
+            storage=storage,
+            buffers=buffers,
+            start=reference,
         )
 
     if storage.file is None:
@@ -207,14 +225,23 @@ def _task_vectors(
         return computed()
 
 
-def load_heads(config: Config, clip: Clip, part: str = "tasks") -> Heads:
-    """Zero-shot heads, but for tasks whose `head:` names a stored one."""
+def load_heads(
+    config: Config, clip: Clip, part: str = "tasks", opened: Mapping[str, Checkpoint] | None = None
+) -> Heads:
+    """Zero-shot heads, but for tasks whose `head:` names a stored one.
+
+    Args:
+        opened: experts by task, whose own text towers make the heads where they are aligned.
+    """
     stored = {
         task: read_head(entry["head"])
         for task, entry in config["suite"][part].items()
         if entry.get("head") is not None
     }
-    return zero_shot_heads(clip, prompts(config, part), cache_root(config), stored)
+    asked, folder = prompts(config, part), cache_root(config)
+    if config["suite"].get("align") and opened is not None:
+        stored = own_heads(clip, opened, asked, folder) | stored
+    return zero_shot_heads(clip, asked, folder, stored)
 
 
 def prompts(config: Config, part: str = "tasks") -> dict[str, Prompts]:

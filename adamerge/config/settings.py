@@ -110,6 +110,7 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
             )
     config = _merged(defaults, saved)
     config["optim"] = saved.get("optim", defaults["optim"])  # another optimizer's own arguments
+    config["keep"] = saved.get("keep", "last")  # as runs of earlier versions did
     for key, value in map(_word, words):
         if key in GROUPS:
             raise AdamergeError(

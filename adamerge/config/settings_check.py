@@ -32,6 +32,8 @@ _KINDS: dict[str, Kinds] = {
     "log_every": (_COUNT,),
     "eval_every": (range(10**9 + 1),),
     "checkpoint_every": (_COUNT,),
+    "keep": ("best", "last"),
+    "patience": (None, _COUNT),
     "run_dir": (None, str),
     "resume": (None, str),
     "cache_dir": (None, str),

@@ -16,7 +16,7 @@ from adamerge._base.errors import AdamergeError
 HUB = "hf://"  # a checkpoint on the Hugging Face hub: never a path
 TASK_FILE = ("data", "classes", "templates")
 _SUITE = ("pretrained", "tasks")
-_OPTIONAL = ("name", "architecture", "root", "vars", "unseen", "missing", "logit_scale")
+_OPTIONAL = ("name", "architecture", "root", "vars", "unseen", "missing", "logit_scale", "align")
 
 Entry = dict[str, Any]
 
@@ -170,7 +170,8 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
     Args:
         shipped: the names of the task files there are, to be told of.
     """
-    yield from _key_problems(suite, (*_OPTIONAL, *_SUITE), _SUITE, "suite")
+    needed = _SUITE if suite.get("align") is None else ("tasks",)
+    yield from _key_problems(suite, (*_OPTIONAL, *_SUITE), needed, "suite")
     if suite.get("architecture", "") is None:
         yield "suite.architecture is missing"
     for key in ("architecture", "pretrained", "root"):

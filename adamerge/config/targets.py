@@ -10,6 +10,7 @@ import torch
 
 from adamerge._base.binding import call, find, function_to, problems, subclass_of
 from adamerge._base.errors import AdamergeError
+from adamerge.align.symmetry import Permutations
 from adamerge.learn.objectives import Objective
 from adamerge.methods.base import MergeMethod
 from adamerge.weights.task_vectors import TaskVectors
@@ -38,6 +39,7 @@ _SCHEDULER = torch.optim.lr_scheduler.LRScheduler
 _TRANSFORM = "a function from TaskVectors annotated to return TaskVectors"
 STATISTICS = ("images", "inputs", "gradients")  # of unlabeled images
 _TO_METHOD = (*SUPPLIED, "device", *STATISTICS)
+_TO_ALIGN = ("spec", "reference", "state", "start", "reference_module", "module", "batches")
 _GIVEN = ("task_vectors", "architecture", "experts", "device", *STATISTICS)  # to a transform
 KINDS = {
     "method": Kind(subclass_of(MergeMethod), "a MergeMethod class", _TO_METHOD),
@@ -47,6 +49,9 @@ KINDS = {
         subclass_of(_SCHEDULER), "a torch learning-rate scheduler class", ("optimizer",)
     ),
     "transform": Kind(function_to(TaskVectors), _TRANSFORM, _GIVEN),
+    "align": Kind(
+        function_to(Permutations), "a function annotated to return Permutations", _TO_ALIGN
+    ),
 }
 
 

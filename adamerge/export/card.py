@@ -104,4 +104,9 @@ tokenizer = open_clip.get_tokenizer("local-dir:{place}")
             f"the merge before they were learned:\n\n{code}"
         )
     what = "open_clip loads this folder like any other; the text tower is the pretrained one"
+    if record.get("config", {}).get("suite", {}).get("align"):
+        what = (
+            "The experts share no start and were aligned first. open_clip loads this folder like\n"
+            "any other; the text tower is the first expert's"
+        )
     return f"{what}:\n\n{code}"

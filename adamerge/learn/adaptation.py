@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -147,10 +146,9 @@ class Adaptation(pl.LightningModule):
             if len(rows) == 0:
                 continue  # its images are over, or come later in the step
             logits = self.heads.logits(rows, task)
-            classes = max(logits.shape[-1], 2)
             metrics[f"entropy/{task}"] = sample_entropy(logits).mean()
             metrics[f"confidence/{task}"] = logits.float().softmax(-1).amax(-1).mean()
-            metrics[f"marginal_entropy/{task}"] = marginal_entropy(logits) / math.log(classes)
+            metrics[f"marginal_entropy/{task}"] = marginal_entropy(logits)
         metrics |= numbers_of(self.method, self.heads.tasks)
         # Copies: what is a view of a parameter would be logged as the step leaves it.
         return {name: value.to(loss.device, copy=True) for name, value in metrics.items()}

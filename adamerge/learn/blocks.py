@@ -69,6 +69,11 @@ def compiled(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
             undo_compile(block)
 
 
+def uncompiled(wanted: bool = True) -> contextlib.AbstractContextManager[object]:
+    """While open, blocks run as they are written: for what is run too seldom to be compiled."""
+    return torch.compiler.set_stance("force_eager") if wanted else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def recomputing(method: MergeMethod, wanted: bool = True) -> Iterator[None]:
     """While open, the blocks of the method's towers keep their inputs alone for the backward pass.

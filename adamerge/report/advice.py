@@ -1,89 +1,64 @@
-"""Label-free signs of how an adaptation will go, or went, and the objective they speak for."""
+"""What label-free signals say of an adaptation, before and after, and what to use instead."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from adamerge.encoders.heads import Heads
-from adamerge.learn.losses import marginal_entropy
+from adamerge.report.signals import ByTask
 
 AGREEING = 0.5  # below, the merged model is more often wrong than right, by the experts
-COLLAPSED = 0.7  # of the experts' own spread over the classes
+COLLAPSED = 0.7  # of the entropy of the experts' own mean prediction
+FALL = 0.05  # of agreement: four of 64 images
 
 
-@dataclass(frozen=True)
-class Signs:
-    """What a merged encoder says of unlabeled images, beside the experts.
-
-    Attributes:
-        agreement: per task, the share of images on which both name the same class.
-        spread: per task, the entropy of the mean prediction divided by log C: 1 where the classes
-            are named equally often, 0 where one is named always.
-        expert_spread: the same of the task's expert.
-    """
-
-    agreement: dict[str, float]
-    spread: dict[str, float]
-    expert_spread: dict[str, float]
-
-
-@torch.no_grad()
-def signs(
-    encoder: nn.Module, teacher: nn.Module, heads: Heads, images: Mapping[str, Tensor]
-) -> Signs:
-    """Signs of an encoder on a few images per task.
+def before(objective: str, taught: bool, start: ByTask) -> list[str]:
+    """Sentences on an objective that trusts the merge's own predictions (entropy, infomax), before
+    anything is learned; none where all is well, or the experts teach.
 
     Args:
-        encoder, teacher: `(images [B, 3, H, W], task_ids [B]) -> features [B, D]`; the teacher's
-            are each task's expert's.
-        images: task -> normalised images, on the encoders' device.
+        objective: the name of the one that will be used.
+        taught: whether the experts teach.
+        start: signals of the merge as it starts.
     """
-    agreement, spread, expert_spread = {}, {}, {}
-    for index, task in enumerate(heads.tasks):
-        ids = torch.full((len(images[task]),), index)
-        mine, expert = (
-            heads.logits(run(images[task], ids), task).float() for run in (encoder, teacher)
-        )
-        scale = math.log(max(mine.shape[1], 2))
-        agreement[task] = float((mine.argmax(1) == expert.argmax(1)).double().mean())
-        spread[task] = float(marginal_entropy(mine)) / scale
-        expert_spread[task] = float(marginal_entropy(expert)) / scale
-    return Signs(agreement, spread, expert_spread)
+    low = {} if taught else {t: v for t, v in start["agreement"].items() if v < AGREEING}
+    if not low:
+        return []
+    shares = ", ".join(f"{100 * value:.0f} % ({task})" for task, value in low.items())
+    found = f"before adapting, the merge names the expert's class for {shares} of the images: "
+    if objective == "infomax":
+        return [f"{found}objective=expert_kl, which learns from the experts, gains more there"]
+    return [
+        f"{found}where it is more often wrong than right, {objective} confirms its mistakes; "
+        "objective=expert_kl is the better choice"
+    ]
 
 
-def advice(objective: str, before: Signs | None, after: Signs | None) -> list[str]:
-    """Sentences for the report on an objective that trusts the merge's own predictions (entropy,
-    infomax); none where all is well.
+def after(objective: str, taught: bool, signals: Mapping[str, ByTask]) -> list[str]:
+    """Sentences on what an adaptation did; none where all is well.
 
-    Where the merged model is more often wrong than right before it learns, minimising its entropy
-    confirms its mistakes, and a mean prediction that narrows while it learns is a task collapsing
-    onto few of its classes. The experts' predictions as targets (`expert_kl`) suffer from neither.
+    A task on which merge and experts agree less than before has most probably lost accuracy, and a
+    mean prediction that narrows while the merge learns is a task collapsing onto few of its
+    classes. The experts' predictions as targets (`expert_kl`) suffer from neither.
 
     Args:
-        objective: the name of the one that was used.
+        signals: those of the merge as it started (`before`) and of its last state (`last`), and of
+            the `experts`.
     """
+    start, last = (signals[part]["agreement"] for part in ("before", "last"))
+    fallen = [task for task in start if start[task] - last[task] >= FALL]
+    better = [n for n in ("infomax", "expert_kl") if n != objective]
+    instead = f"objective={' or objective='.join(better)}"
+    instead = "a lower optim.lr, or fewer steps" if taught else instead
     said = []
-    low = {t: v for t, v in before.agreement.items() if v < AGREEING} if before else {}
-    if low:
-        shares = ", ".join(f"{100 * value:.0f} % ({task})" for task, value in low.items())
+    if fallen:
+        falls = ", ".join(f"{t} {100 * start[t]:.0f} → {100 * last[t]:.0f} %" for t in fallen)
+        said.append(f"while adapting, agreement with the experts fell ({falls}): try {instead}")
+    now, own = (signals[part]["marginal_entropy"] for part in ("last", "experts"))
+    narrow = [task for task in now if now[task] < COLLAPSED * own[task]]
+    if narrow and not taught:
+        values = ", ".join(f"{task} {now[task]:.2f} of {own[task]:.2f} nats" for task in narrow)
         said.append(
-            f"before adapting, the merge names the expert's class for {shares} of the images: "
-            "where it is more often wrong than right, entropy confirms its mistakes; "
-            "objective=expert_kl is the better choice"
-        )
-    wide = after.expert_spread if after else {}
-    narrow = {t: v for t, v in after.spread.items() if v < COLLAPSED * wide[t]} if after else {}
-    if narrow:
-        values = ", ".join(f"{task} {value:.2f}" for task, value in narrow.items())
-        better = [name for name in ("infomax", "expert_kl") if name != objective]
-        said.append(
-            f"after adapting, predictions have collapsed onto few classes (entropy of the mean "
-            f"prediction as a share of log C: {values}; the experts' is above "
-            f"{min(wide[t] for t in narrow):.2f}): try objective={' or objective='.join(better)}"
+            "while adapting, predictions have collapsed onto few classes (entropy of the mean "
+            f"prediction, and the expert's: {values}): try {instead}"
         )
     return said

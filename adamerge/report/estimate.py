@@ -80,7 +80,7 @@ def estimate(
     bf16 = precision.startswith("bf16")
     try:
         module.to(device)
-        with _untouched(module):
+        with untouched(module):
             one, two = (
                 _step(module, _batch(module, pixels, count, stored), None, bf16)[0]
                 for count in (1, 2)
@@ -157,10 +157,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _untouched(module: Adaptation) -> Iterator[None]:
+def untouched(module: Adaptation) -> Iterator[None]:
     """Puts back what a step without an optimizer could change: gradients, modes, randomness.
 
-    Steps are taken in evaluation mode, where no layer counts or draws.
+    Within, the module is in evaluation mode, where no layer counts or draws.
     """
     modes = {part: part.training for part in module.modules()}
     gradients = [parameter.grad for parameter in module.parameters()]

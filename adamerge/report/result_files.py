@@ -8,6 +8,7 @@ from typing import Any
 
 from adamerge._base.errors import AdamergeError
 from adamerge._base.files import read_json
+from adamerge.report import keep
 from adamerge.report.evaluation import TITLES, Row, average, normalized
 from adamerge.report.tables import markdown, number, write_both
 
@@ -45,7 +46,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     """`results.json` as tables in percent: the merged tasks, then the unseen ones if there are."""
     rows = results["rows"]
     tasks, unseen = (list(rows[0].get(key, ())) if rows else [] for key in ("accuracy", "unseen"))
-    said = [f"Advice: {sentence}." for sentence in results.get("advice", ())]
+    said = [f"Kept: {keep.sentence(results['kept'])}."] if results.get("kept") else []
+    said += [f"Advice: {sentence}." for sentence in results.get("advice", ())]
     if not tasks and not unseen:
         none = f"Suite {results['suite']}: no task has labels, so no accuracy was measured."
         return "\n\n".join([none, *said]) + "\n"

@@ -64,6 +64,7 @@ def read(
     share: bool,
     storage: Storage,
     where: Where,
+    start: str | None = None,
 ) -> Contents:
     """Every tensor of all models, one layer at a time; the arguments are those of `TaskVectors`."""
     again = tied_names(pretrained) if isinstance(pretrained, nn.Module) else {}
@@ -95,7 +96,7 @@ def read(
         lengths.sqrt_()
         known = [found.tasks, list(found.pretrained), found.promoted, lengths.tolist(), _FORMAT]
         found.layers = shelf.close({k: json.dumps(v) for k, v in zip(_NOTES, known, strict=True)})
-        _check_distinct(found, where)
+        _check_distinct(found, where, start)
     for stored, keys in found.promoted.items():
         log.info("stored in %s, promoted to float32: %s", stored, ", ".join(map(str, keys)))
     return found
@@ -148,10 +149,10 @@ def _nothing(found: Contents, where: Where) -> AdamergeError:
     return AdamergeError(f"{where('pretrained')} holds no floating-point tensor to merge")
 
 
-def _check_distinct(found: Contents, where: Where) -> None:
+def _check_distinct(found: Contents, where: Where, start: str | None) -> None:
     lengths = found.lengths.tolist()
     for row, task in enumerate(found.tasks):
-        if lengths[row] == 0.0:
+        if lengths[row] == 0.0 and task != start:
             raise identical(where, task)
         for other in range(row):
             if lengths[other] == lengths[row] and _equal(found, other, row):

@@ -49,6 +49,8 @@ class TaskVectors:
         storage: in which type and place τ is kept.
         buffers: names that are no parameters, beside those of batch norm, which are known, and
             those that a module tells.
+        start: the task whose expert the pretrained model itself is, where networks of different
+            starts were aligned with one of them: its τ alone may be zero.
 
     Attributes:
         tasks: the T task names, in order.
@@ -89,10 +91,11 @@ class TaskVectors:
         share: bool = False,
         storage: Storage | None = None,
         buffers: Collection[str] = (),
+        start: str | None = None,
     ) -> None:
         pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
         storage, where = storage or Storage(), Where(sources or {})
-        self._hold(read(pretrained, pairs, buffers, share, storage, where), storage)
+        self._hold(read(pretrained, pairs, buffers, share, storage, where, start), storage)
 
     def _hold(self, contents: Contents, storage: Storage) -> None:
         self.tasks, self.names = contents.tasks, tuple(contents.pretrained)

@@ -15,6 +15,7 @@ from adamerge.report.comparison.tables import (
     as_csv,
     as_markdown,
     correlations,
+    kept,
     ranked,
     table,
     title,
@@ -22,7 +23,10 @@ from adamerge.report.comparison.tables import (
 )
 
 Spread = tuple[float, float]
-_COURSES = ("accuracy", "agreement", "entropy", "marginal_entropy", "loss")
+_COURSES = (
+    *("accuracy", "signals/agreement", "signals/mutual_information", "signals/consistency"),
+    *("entropy", "marginal_entropy", "loss"),
+)
 
 
 def write_report(
@@ -62,6 +66,7 @@ def as_html(
             "Not finished",
             _list(f"{g.label}, seed {r.seed}: {r.failed}" for g, r in unfinished(groups)),
         ),
+        ("What was kept", _list(kept(best))),
         ("Courses", _courses(best)),
         ("Merging coefficients", _maps(best)),
         ("Label-free scores and accuracy", _correlations(groups)),

@@ -65,7 +65,8 @@ class Run:
 
     def signals(self) -> dict[str, float]:
         """Label-free scores after adapting, each the mean over tasks; those that there are."""
-        after = (self.results.get("signs") or {}).get("after") or {}
+        kept = self.results.get("signals") or self.results.get("signs") or {}  # of older runs
+        after = kept.get("after") or {}
         found = {
             name: statistics.fmean(values.values())
             for name, values in after.items()

@@ -9,6 +9,7 @@ from typing import Any
 
 from adamerge.report.comparison.runs import Recipe, Run, rank_correlation
 from adamerge.report.evaluation import TITLES
+from adamerge.report.keep import sentence
 
 # cost -> (title, divided by, decimals)
 _COSTS = {
@@ -116,11 +117,19 @@ def as_markdown(groups: Sequence[Recipe], command: str, notes: Sequence[str] = (
     ]
     if failed:
         text += ["Not finished:", "\n".join(failed)]
+    if said := kept(groups):
+        text.append("\n".join(f"- {one}" for one in said))
     if found := correlations(groups):
         text.append("Rank correlation (Spearman) of label-free scores with the average accuracy:")
         text.append("\n".join(f"- {name}: {v:.2f} ({n} runs)" for name, (v, n) in found.items()))
     text.append(f"Made by `{command}`.")
     return "\n\n".join(text) + "\n"
+
+
+def kept(groups: Sequence[Recipe]) -> list[str]:
+    """Of every run whose course was measured, which state it kept and why."""
+    there = [(group, run, run.results.get("kept")) for group in groups for run in group.done]
+    return [f"{group.label}, seed {run.seed}: {sentence(k)}" for group, run, k in there if k]
 
 
 def unfinished(groups: Sequence[Recipe]) -> list[tuple[Recipe, Run]]:
