@@ -169,7 +169,8 @@ def main() -> None:
         record = {"machine": known, "tests": tested, "parts": [vars(part) for part in done]}
         (arguments.out / "gpu.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
     os.sync()
-    if any(part.ended.startswith("failed") for part in done):
+    bad = ("failed", "stopped") if arguments.smoke else ("failed",)
+    if "FAILED" in tested or any(part.ended.startswith(bad) for part in done):
         sys.exit(1)
 
 

@@ -5,21 +5,22 @@
         python benchmarks/time_to_accuracy.py --out benchmarks/results/time_to_accuracy.md
 
 The target is where the package `fusion-bench` ends: its own layer-wise AdaMerging, class, loop and
-settings (1000 steps of Adam at 1e-3, 16 images per task). Ours is `train`, as a user starts it: with
-the settings of those 1000 steps, with the suite's defaults, and `method=fast`. Every side is a
-process of its own with an empty cache, one after the other, and gets the same experts, images and
-heads; theirs on the same tower. Each is looked at every few steps with the clock stopped, up to the
+settings (1000 steps of Adam at 1e-3, 16 images per task). Ours is `train`, as a user starts it:
+`method=fast`, the suite's defaults, and the settings of those 1000 steps. Every side is a process
+of its own with an empty cache, one after the other, and gets the same tower, experts, images and
+heads. Each is looked at every few steps with the clock stopped, up to the
 first look at or above the target.
 
 Counted: Python's start, all imports, checkpoints, heads, images and task vectors; ours also its
-pre-flight, its transform, the experts' predictions, logs and checkpoints. Theirs reads its inputs by
-our code and is spared its own reading, image processor and saving. Not counted: baselines, final
-scores and the export.
+pre-flight, its transform, the experts' predictions, logs and checkpoints. Theirs reads its inputs
+by our code and is spared its own reading, image processor and saving. Not counted: baselines,
+final scores and the export.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -138,7 +139,7 @@ def theirs(words: list[str], clock: Clock) -> None:
             return None, self.backbone(images)
 
     class Pool:
-        model_names = list(vectors.tasks)
+        model_names = vectors.tasks
 
         def load_model(self, name: str) -> nn.Module:
             return Vision(None if name == "_pretrained_" else name)
@@ -182,7 +183,6 @@ def theirs(words: list[str], clock: Clock) -> None:
 
 def _heard(look: Callable[..., None], out: Any) -> Callable[..., None]:
     """A look that prints although what is around it is silenced."""
-    import contextlib
 
     def heard(*given: Any) -> None:
         with contextlib.redirect_stdout(out):
@@ -238,10 +238,8 @@ def main() -> None:
         warnings.filterwarnings("ignore")
         side, started, every, target, *words = sys.argv[2:]
         clock = Clock(float(started), int(every), float(target))
-        try:
+        with contextlib.suppress(Reached):
             (theirs if side == THEIRS else ours)(words, clock)
-        except Reached:
-            pass
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--suites", nargs="+", default=["demo"])
