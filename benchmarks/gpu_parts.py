@@ -1,6 +1,6 @@
 """The parts of `gpu.py`: each gives rows, one at a time, so that a stop loses nothing that is done.
 
-python benchmarks/gpu_parts.py PART --device cuda
+python benchmarks/gpu_parts.py PART [PART …] --device cuda
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def where(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     """The kernels of a bfloat16 step that take most of its time."""
     world = World.make(sizes.towers[0], sizes.tasks[0], sizes.batch, device)
     learner = Learner.layer_wise(world, True)
-    for name in ("no graph", "compile"):
+    for name in ("no graph", "compile")[: 1 if sizes.smoke else 2]:
         with compiled(learner.method, name == "compile"):
             for _ in range(3):
                 learner.step()
@@ -314,7 +314,7 @@ def end_to_end(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     """`train.py` on the demo suite, each time a process of its own: cold start to export."""
     steps = 2 if sizes.rounds == 1 else 500
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("cold", "warm"):
+        for name in ("cold", "warm")[: 1 if sizes.smoke else 2]:
             words = [f"cache_dir={folder}/cache", f"run_dir={folder}/{name}", "wandb=off"]
             words += [f"trainer.max_steps={steps}", "evaluate.oracle=false"]
             words += [f"trainer.accelerator={'gpu' if device.type == 'cuda' else 'cpu'}"]
@@ -365,7 +365,7 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--tower", help="this one alone")
@@ -375,8 +375,9 @@ def main() -> None:
     if arguments.tower:
         sizes.towers = [arguments.tower]
     sizes.tasks = arguments.tasks or sizes.tasks
-    for row in PARTS[arguments.part](torch.device(arguments.device), sizes):
-        print("ROW " + json.dumps(row), flush=True)
+    for part in arguments.parts:
+        for row in PARTS[part](torch.device(arguments.device), sizes):
+            print("ROW " + json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

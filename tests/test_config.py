@@ -45,6 +45,25 @@ def test_order_defaults_suite_method_command_line(suite: Path, tmp_path: Path) -
     assert config.load(["method=layer_wise_pp"])["transform"][0]["density"] == 0.2
 
 
+def test_a_suite_has_defaults_for_a_method(suite: Path, tmp_path: Path) -> None:
+    own = suite.with_name("more.yaml")
+    more = "by_method: {layer_wise: {batch_size: 7, trainer: {max_steps: 8}}}\n"
+    own.write_text(suite.read_text() + more)
+    settings = config.load([f"suite={own}", "batch_size=9"])
+    assert settings["trainer"]["max_steps"] == 8 and settings["batch_size"] == 9
+    assert "by_method" not in settings["suite"]
+    other = config.load([f"suite={own}", "method=task_wise"])
+    assert other["trainer"] == config.load([f"suite={suite}"])["trainer"]
+    own.write_text(suite.read_text() + "by_method: {layerwise: {batch_size: 7}}\n")
+    with pytest.raises(AdamergeError, match=r"'layerwise' \(did you mean 'layer_wise'"):
+        config.load([f"suite={own}"])
+
+
+def test_no_scheduler_is_made_of_no_steps() -> None:
+    for method in ("layer_wise", "fast"):
+        build.check(config.load([f"method={method}", "trainer.max_steps=0"]))
+
+
 def test_paths_are_relative_to_the_suite_file(suite: Path) -> None:
     tasks = config.load([f"suite={suite}"])["suite"]["tasks"]
     assert tasks["dots"]["expert"] == str(suite.parent / "dots.safetensors")
@@ -136,7 +155,8 @@ def test_an_optimizer_is_tried_on_what_is_learned(
 ) -> None:
     if not hasattr(torch.optim, target.rpartition(".")[2]):
         pytest.skip("not in this torch")
-    found = build._trial(config.load([f"optim={{_target_: {target}, lr: 0.1}}"]), shapes)
+    words = [f"optim={{_target_: {target}, lr: 0.1}}", "scheduler=null"]
+    found = build._trial(config.load(words), shapes)
     assert not found if message is None else message in found[0]
 
 

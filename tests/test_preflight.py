@@ -127,7 +127,7 @@ def test_check_names_exchanged_paths_and_fails(cache: str, tmp_path: Path, capsy
 def test_check_of_the_demo_finds_nothing(cache: str, tmp_path: Path, capsys: Capture) -> None:
     assert main(["check", "suite=demo", cache, "preflight.images=16"]) == 0
     out = capsys.readouterr().out
-    assert "0 problems, 0 warnings" in out and "estimated on " in out and "300 steps ≈ " in out
+    assert "0 problems, 0 warnings" in out and "estimated on " in out and "60 steps ≈ " in out
     assert "56 layers, 0.83 M parameters, float32; bfloat16: digits, letters" in out
     assert not list(tmp_path.iterdir())
 

@@ -168,8 +168,8 @@ def _trial(config: Config, shapes: Iterable[Sequence[int]] = ((2, 2),)) -> list[
         optimizer = _optimizer(config["optim"], learned)
         for parameter in learned:
             parameter.grad = torch.zeros_like(parameter)
-        key = "scheduler"
-        scheduler = _scheduler(config[key], optimizer) if config[key] is not None else None
+        key, part = "scheduler", _scheduler_part(config)
+        scheduler = _scheduler(part, optimizer) if part is not None else None
         if not config["optim"].get("capturable"):  # such a step is for a GPU
             key = "optim"
             optimizer.step(lambda: torch.zeros(()))
@@ -189,6 +189,12 @@ def _optimizer(part: Config, params: Any) -> Any:
 
 def _scheduler(part: Config, optimizer: torch.optim.Optimizer) -> Any:
     return build("scheduler", part, KINDS["scheduler"], {"optimizer": lambda: optimizer})
+
+
+def _scheduler_part(config: Config) -> Config | None:
+    """None where no step is taken: of none, schedulers cannot be made."""
+    part: Config | None = config["scheduler"]
+    return part if config["trainer"].get("max_steps") != 0 else None
 
 
 def asks_statistics(config: Config) -> bool:
@@ -240,7 +246,7 @@ def build_adaptation(config: Config, suite: Suite, method: MergeMethod) -> Adapt
     values = {**values, "heads": lambda: heads}
     objective: Objective = build("objective", config["objective"], KINDS["objective"], values)
     _check_pair(config, method, objective)
-    scheduler = config["scheduler"]
+    scheduler = _scheduler_part(config)
     return Adaptation(
         method,
         objective,

@@ -47,6 +47,8 @@ def names(group: str) -> list[str]:
 def load(words: Sequence[str] = ()) -> Config:
     """`train.yaml` ← its suite, method and objective ← the command line; not checked yet.
 
+    What a suite has under `by_method` goes over the defaults of the method of that name.
+
     Args:
         words: `key=value`, later ones win; keys are dotted.
 
@@ -61,7 +63,7 @@ def load(words: Sequence[str] = ()) -> Config:
     """
     config = _read(config_root() / "train.yaml")
     settings = [_word(word) for word in words]
-    folder = Path()
+    folder, by_method = Path(), {}
     for group in GROUPS:
         chosen = [value for key, value in settings if key == group]
         name = str([config[group], *chosen][-1])
@@ -77,6 +79,10 @@ def load(words: Sequence[str] = ()) -> Config:
         if group == "suite":
             folder = path.resolve().parent
             name_by_text(part)  # before the words, whose keys are texts
+            by_method = part.pop("by_method", {})
+            _check_by_method(by_method)
+        elif group == "method":
+            defaults = _merged(defaults, by_method.get(path.stem, {}))
         config = _merged({**config, group: part}, defaults)
     for key, value in settings:
         if key not in GROUPS:
@@ -87,6 +93,17 @@ def load(words: Sequence[str] = ()) -> Config:
     take_task_files(suite, lambda where, source: _task(where, source, folder))
     locate(suite, folder)
     return _at_home(config)
+
+
+def _check_by_method(given: Any) -> None:
+    known = names("method")
+    for name in given if isinstance(given, dict) else [None]:
+        if name not in known or not isinstance(given[name], dict):
+            raise AdamergeError(
+                f"suite.by_method has {name!r}{nearest(str(name), known)}: expected names of "
+                "shipped methods, each with settings of configs/train.yaml, like layer_wise: "
+                "{optim: {lr: 4.0e-2}}"
+            )
 
 
 def load_run(run: Path, words: Sequence[str] = ()) -> Config:
