@@ -18,14 +18,7 @@ from adamerge.config.settings import Config
 from adamerge.config.settings import problems as problems_of_config
 from adamerge.config.statistics import statistics
 from adamerge.config.suite import entries
-from adamerge.config.targets import (
-    KINDS,
-    Supplied,
-    asks,
-    build,
-    target_of,
-    target_problems,
-)
+from adamerge.config.targets import KINDS, Supplied, asks, build, target_of, target_problems
 from adamerge.config.trainer import run_device, trainer_problems
 from adamerge.encoders.architectures import architecture_names
 from adamerge.images.sources import data_problems
