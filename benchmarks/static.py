@@ -207,7 +207,8 @@ def report(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
         "What is measured: see the top of `benchmarks/static.py`.\n\n"
         "| scheme | wall | CPU | peak memory |\n|---|--:|--:|--:|"
     )
-    write_world(folder, arguments.tasks, arguments.images)
+    if not (folder / f"{tasks[-1]}.npy").exists():
+        write_world(folder, arguments.tasks, arguments.images)
     for scheme in arguments.schemes:
         words = [sys.executable, __file__, "--one", scheme, str(folder), *tasks]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -231,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--images", type=int, default=256, help="of each task")
+    parser.add_argument("--folder", type=Path, help="keep the files here, and use what is there")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--out", type=Path, default=None, help="also write the report here")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
@@ -240,8 +242,10 @@ def main() -> None:
         print(json.dumps(run(Path(folder), tasks, scheme)))
         return
     lines = []
-    with tempfile.TemporaryDirectory() as place:
-        for line in report(arguments, Path(place)):
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        for line in report(arguments, folder):
             lines.append(line)
             print(line, flush=True)
             if arguments.out:
