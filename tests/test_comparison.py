@@ -55,6 +55,11 @@ def runs(tmp_path: Path) -> list[Run]:
     return [*read, dataclasses.replace(bad, failed="task <a> has no images")]
 
 
+def test_a_merge_may_be_called_as_a_baseline(tmp_path: Path) -> None:
+    run = read_run(a_run(tmp_path / "run", "task_arithmetic", 0, 0.5))
+    assert run.row()["average"] == 0.4 and run.baselines() == ["expert"]
+
+
 def test_seeds_make_a_recipe_and_methods_do_not(runs: list[Run]) -> None:
     groups, differing = recipes(runs)
     assert [(g.label, len(g.runs)) for g in groups] == [("one", 2), ("two<b>", 1), ("bad", 1)]

@@ -90,7 +90,9 @@ def auto(words: Sequence[str], command: Command) -> int:
             run_all(new, jobs, command)
             cells.extend(new)
             done = [cell.folder.name for cell in new if cell.done]
-            scores.update({name: judge(folder / name / "merged") for name in done})
+            for name in done:
+                scores[name] = judge(folder / name / "merged")
+                log.info("%s: agreement %.1f %%", name, 100 * _mean(scores[name]))
             return _ranked(scores, done)
 
         def learning(names: Collection[str], part: int, end: str = "") -> list[Recipe]:
@@ -156,9 +158,13 @@ def _judge(known: Inputs) -> Callable[[Path], Scores]:
     return score
 
 
+def _mean(scores: Scores) -> float:
+    return statistics.fmean(scores.values())
+
+
 def _ranked(scores: Mapping[str, Scores], names: Collection[str]) -> list[str]:
     """Names by score, the best first; of equal ones the one that was tried first."""
-    return sorted(names, key=lambda name: -statistics.fmean(scores[name].values()))
+    return sorted(names, key=lambda name: -_mean(scores[name]))
 
 
 def _written(folder: Path, scores: Mapping[str, Scores]) -> tuple[list[str], str]:
@@ -167,7 +173,7 @@ def _written(folder: Path, scores: Mapping[str, Scores]) -> tuple[list[str], str
     best, start = order[0], _ranked(scores, [name for name in scores if name in STATIC])[:1]
     with replacing_folder(folder / "merged") as place:
         shutil.copytree(folder / best / "merged", place, dirs_exist_ok=True)
-    percent = {name: 100 * statistics.fmean(scores[name].values()) for name in order}
+    percent = {name: 100 * _mean(scores[name]) for name in order}
     than = (
         f" ({start[0]}, the best that learns nothing: {percent[start[0]]:.1f} %)" if start else ""
     )

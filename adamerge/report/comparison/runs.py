@@ -51,17 +51,18 @@ class Run:
 
     def row(self, name: str | None = None) -> dict[str, Any]:
         """The scored row of a baseline, or of the merge itself; empty where there is none."""
-        rows = self.results.get("rows", [])
-        wanted = [
-            row
-            for row in rows
-            if (row["name"] == name if name else row["name"] not in BASELINES and "fold" not in row)
-        ]
+        rows = self._rows()
+        wanted = [row for row in rows if row["name"] == name] if name else rows[-1:]
         return dict(wanted[0]) if wanted else {}
 
     def baselines(self) -> list[str]:
         """The baselines that were scored, in the order of the table."""
-        return [row["name"] for row in self.results.get("rows", []) if row["name"] in BASELINES]
+        return [row["name"] for row in self._rows()[:-1] if row["name"] in BASELINES]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Of baselines, and last of the merge itself, which may be called as one of them."""
+        rows = self.results.get("rows", [])
+        return [row for row in rows if row["name"] and "fold" not in row]
 
     def signals(self) -> dict[str, float]:
         """Label-free scores after adapting, each the mean over tasks; those that there are."""
