@@ -45,19 +45,22 @@ SCHEMES = (
 
 
 class File(Mapping[str, Tensor]):
-    """The tensors of a file, each read when it is asked for."""
+    """The tensors of a file, each read when it is asked for; nothing of it stays mapped."""
 
     def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(path, framework="pt")
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = list(file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file.keys())
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._file.keys())
+        return len(self._names)
 
 
 class Stored:

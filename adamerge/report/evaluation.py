@@ -1,4 +1,4 @@
-"""Accuracy per task: the only place where labels are read."""
+"""Accuracy per task: where labels are read (beside `objectives.Labels`, which learns from them)."""
 
 from __future__ import annotations
 
