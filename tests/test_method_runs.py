@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"suite={make_suite(folder / 'suite')}",
         f"cache_dir={folder / 'cache'}",
         *("trainer.max_steps=4", "trainer.accelerator=cpu", "batch_size=4", "wandb=off"),
-        *("evaluate.baselines=false", "preflight=off", "log_every=1"),
+        *("evaluate.baselines=false", "preflight=off", "log_every=1", "eval_every=2"),
     ]
 
 
