@@ -1,7 +1,7 @@
 """How well label-free signals choose among merges: rank correlation with accuracy, and regret.
 
     for seed in 11 12 13; do
-        adamerge auto suite=demo seed=$seed wandb=off evaluate.oracle=false to=auto/seed$seed
+        adamerge auto suite=demo seed=$seed steps=300 wandb=off to=auto/seed$seed
     done
     python benchmarks/choose.py auto/seed* --out benchmarks/results/choose.md
 
