@@ -21,9 +21,10 @@ from adamerge.cli.check import report_of
 from adamerge.cli.job import load_job
 from adamerge.config import settings as config
 from adamerge.report.comparison.runs import Run, read_run, recipes
-from adamerge.report.comparison.tables import correlations, ranked
+from adamerge.report.comparison.tables import correlations, ranked, table
 
 GRID = Path(__file__).with_name("real_grid.yaml")
+HIDDEN = ("normalized", "images seen", "peak memory, MB", "export, MB", "training, s")
 LEARNED = ("layer_wise", "task_wise")  # they start at task arithmetic
 
 
@@ -103,6 +104,23 @@ def signs(runs: Sequence[Run]) -> Iterator[str]:
     )
 
 
+def short(label: str) -> str:
+    """Method and objective of a recipe's label; what learns nothing has no objective."""
+    name, _, rest = label.partition(" · transform=")
+    return name.removesuffix(" · entropy") if rest.startswith("[{") else name
+
+
+def accuracies(runs: Sequence[Run]) -> Iterator[str]:
+    """A table of every recipe's accuracy per task on the held-out half, in percent."""
+    titles, lines = table(recipes(runs)[0])
+    shown = [i for i, title in enumerate(titles) if title not in HIDDEN]
+    yield "Accuracy in % on the held-out half, mean ± standard deviation over seeds.\n"
+    yield f"| | {' | '.join(titles[i] for i in shown)} |\n|---|{'--:|' * len(shown)}"
+    for name, cells in lines:
+        yield f"| {short(name)} | {' | '.join(cells[i] for i in shown)} |"
+    yield ""
+
+
 def ranking(runs: Sequence[Run]) -> Iterator[str]:
     """Both halves beside each other, and how well each label-free signal ranks the runs."""
     groups, _ = recipes(runs)
@@ -113,7 +131,11 @@ def ranking(runs: Sequence[Run]) -> Iterator[str]:
             statistics.fmean(row[key] for row in rows) for key in ("average_adapted", "average")
         ]
         least = min(min(row["accuracy"].values()) for row in rows)
-        yield f"| {group.label} | " + " | ".join(f"{100 * v:.1f}" for v in (*halves, least)) + " |"
+        yield (
+            f"| {short(group.label)} | "
+            + " | ".join(f"{100 * v:.1f}" for v in (*halves, least))
+            + " |"
+        )
     told = [f"{name} {value:.2f} ({n} runs)" for name, (value, n) in correlations(groups).items()]
     yield f"\nSpearman's rank correlation with the held-out average: {', '.join(told)}.\n"
 
@@ -141,7 +163,7 @@ def main() -> None:
         [
             f"# The real suite\n\n{date.today()}, one thread, {len(runs)} runs.\n",
             f"    python benchmarks/real.py DIR --seeds {seeds.replace(',', ' ')}\n",
-            (given.folder / "report.md").read_text().partition("\n")[2],
+            *accuracies(runs),
             *ranking(runs),
             "## What objectives do to each task, and what told so\n",
             *signs(runs),
