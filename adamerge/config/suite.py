@@ -14,6 +14,7 @@ from adamerge._base.binding import nearest
 from adamerge._base.errors import AdamergeError
 
 HUB = "hf://"  # a checkpoint on the Hugging Face hub: never a path
+TO_GIVE = "???"  # begins a variable that has no value of its own; what it should be follows
 TASK_FILE = ("data", "classes", "templates")
 _SUITE = ("pretrained", "tasks")
 _OPTIONAL = ("name", "architecture", "root", "vars", "unseen", "missing", "logit_scale", "align")
@@ -186,6 +187,9 @@ def suite_problems(suite: Mapping[str, Any], shipped: Collection[str] = ()) -> I
     for key, value in given.items() if isinstance(given, Mapping) else ():
         if isinstance(value, Mapping | list):
             yield f"suite.vars.{key} is {value!r}: expected a single value"
+        elif isinstance(value, str) and value.startswith(TO_GIVE):
+            said = value.removeprefix(TO_GIVE).strip() or "a value"
+            yield f"suite.vars.{key} is not set: expected {said}; give it as suite.vars.{key}=…"
     tasks, unseen = suite.get("tasks"), suite.get("unseen")
     if not isinstance(tasks, Mapping) or not tasks:
         yield "suite.tasks is empty: expected at least one task with its expert"
