@@ -107,7 +107,7 @@ def signs(runs: Sequence[Run]) -> Iterator[str]:
 def short(label: str) -> str:
     """Method and objective of a recipe's label; what learns nothing has no objective."""
     name, _, rest = label.partition(" · transform=")
-    return name.removesuffix(" · entropy") if rest.startswith("[{") else name
+    return name.removesuffix(" · entropy") if "max_steps=0" in rest else name
 
 
 def accuracies(runs: Sequence[Run]) -> Iterator[str]:
