@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -13,11 +14,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see adamerge.cli
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports `datasets`: what it prepares is written here, not in the user's home.
 _DATASETS_CACHE = tempfile.mkdtemp(prefix="adamerge-tests-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries have made stays: it is not looked through at every collection again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

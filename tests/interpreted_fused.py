@@ -68,9 +68,7 @@ def tau(layer: Layer) -> Tensor:
 
 
 @each_storage
-@pytest.mark.parametrize(
-    ("tasks", "dtype"), [(1, None), (3, torch.bfloat16), (8, None), (20, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("tasks", "dtype"), [(1, torch.bfloat16), (3, None), (20, torch.bfloat16)])
 def test_merge_is_the_sum(
     stored: str, tasks: int, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,10 +90,8 @@ def test_merge_is_the_sum(
 
 
 @each_storage
-@pytest.mark.parametrize("tasks", [1, 8])
-def test_contraction_is_the_inner_product(
-    stored: str, tasks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contraction_is_the_inner_product(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = 3
     bases, layers, _ = group(stored, tasks)
     grads = gradients()
     ours = merging.contract_all(grads, bases, layers)

@@ -22,7 +22,6 @@ from adamerge.config import settings as config
 from adamerge.config.references import resolved
 from adamerge.config.trainer import build_trainer
 
-
 ASKED = {  # of the user, for a shipped file
     "real": ["suite.vars.data=images"],
     "labels": ["protocol=heldout"],
