@@ -3,8 +3,8 @@
 No label is read. Every candidate is a run of its own in one folder, as of `adamerge compare`: first
 what learns nothing, then what learns (from task arithmetic, and from the best of the others) with a
 quarter of its steps, the better half of these with all of them, and a closed-form calibration of
-the best. The score is the share of unlabeled images on
-which a merge names the class that the task's expert names, the mean over tasks.
+the best. The score is the share of unlabeled images on which a merge names the class that the
+task's expert names, the mean over tasks.
 """
 
 from __future__ import annotations
