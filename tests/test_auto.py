@@ -61,7 +61,7 @@ def test_the_best_is_exported_and_the_command_goes_on(
     said = capsys.readouterr().out
     assert f"chosen: {chosen}: the experts agree" in said and said.count("not good:") == status / 3
     before = {path: path.stat().st_mtime_ns for path in to.glob("*/results.json")}
-    monkeypatch.setattr(module, "GOOD", 1.01)
+    monkeypatch.setattr(module, "AGREEING", 1.01)
     assert main(given) == DOUBTFUL
     assert before == {path: path.stat().st_mtime_ns for path in to.glob("*/results.json")}
     assert "not good: the experts agree with it on less than half" in capsys.readouterr().out

@@ -38,9 +38,8 @@ class Kept:
         """The value of that name, made if it is not there; as JSON has it, tuples are lists."""
         if name not in self._values:
             with contextlib.ExitStack() as alone:
-                with contextlib.suppress(
-                    OSError
-                ):  # where nothing can be kept, nobody is waited for
+                # Where nothing can be kept, nobody is waited for.
+                with contextlib.suppress(OSError):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     alone.enter_context(locked(self.path.with_suffix(".lock")))
                     self._values = self._read() | self._values  # what another made meanwhile

@@ -15,7 +15,6 @@ import math
 import os
 import shlex
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -33,8 +32,10 @@ from adamerge.config.inputs import Inputs
 from adamerge.encoders.experts import Experts
 from adamerge.encoders.heads import Heads
 from adamerge.export import load, read
-from adamerge.report import preflight
+from adamerge.report import preflight, signals
+from adamerge.report.advice import AGREEING
 from adamerge.report.comparison.page import write_report
+from adamerge.report.keep import SIGNAL
 from adamerge.report.tables import markdown
 
 log = logging.getLogger("adamerge")
@@ -43,8 +44,7 @@ STARTS = ("task_arithmetic", "tsv_m", "iso_c", "esm")  # which can be learned fr
 STATIC = (*STARTS, "esm_featcal")
 OBJECTIVES = ("expert_kl", "entropy", "infomax")  # of layer_wise
 IMAGES = 256  # of each task, that the score is measured on
-GOOD = 0.5  # of a task's images: where experts agree with less, a merge is not called good
-DOUBTFUL = 3  # the exit status then
+DOUBTFUL = 3  # the exit status where a merge is not called good
 _PROBE = 4  # all steps divided by this are tried first
 _OURS = ("method", "objective", "transform", "method.base")
 
@@ -92,7 +92,7 @@ def auto(words: Sequence[str], command: Command) -> int:
             done = [cell.folder.name for cell in new if cell.done]
             for name in done:
                 scores[name] = judge(folder / name / "merged")
-                log.info("%s: agreement %.1f %%", name, 100 * _mean(scores[name]))
+                log.info("%s: agreement %.1f %%", name, 100 * signals.mean(scores[name]))
             return _ranked(scores, done)
 
         def learning(names: Collection[str], part: int, end: str = "") -> list[Recipe]:
@@ -143,28 +143,23 @@ def _judge(known: Inputs) -> Callable[[Path], Scores]:
         for task, data in known.data.tasks.items()
     }
 
-    def classes(encoder: nn.Module, heads: Heads) -> dict[str, Tensor]:
-        found = preflight.predictions(encoder, heads, normalizer, pixels, device)
-        return {task: logits.argmax(1) for task, logits in found}
+    def logits(encoder: nn.Module, heads: Heads) -> dict[str, Tensor]:
+        return dict(preflight.predictions(encoder, heads, normalizer, pixels, device))
 
-    experts = classes(Experts(suite.clip.backbone, suite.task_vectors), suite.heads)
+    experts = logits(Experts(suite.clip.backbone, suite.task_vectors), suite.heads)
 
     def score(folder: Path) -> Scores:
         layout = read.read_layout(folder)
         encoder = load.for_tasks(read.read_encoder(folder, layout)[0], layout, tuple(experts))
-        own = classes(encoder, read.read_heads(folder, layout))
-        return {task: float((own[task] == experts[task]).double().mean()) for task in experts}
+        own = logits(encoder, read.read_heads(folder, layout))
+        return signals.by_task(own, experts)[SIGNAL]
 
     return score
 
 
-def _mean(scores: Scores) -> float:
-    return statistics.fmean(scores.values())
-
-
 def _ranked(scores: Mapping[str, Scores], names: Collection[str]) -> list[str]:
     """Names by score, the best first; of equal ones the one that was tried first."""
-    return sorted(names, key=lambda name: -_mean(scores[name]))
+    return sorted(names, key=lambda name: -signals.mean(scores[name]))
 
 
 def _written(folder: Path, scores: Mapping[str, Scores]) -> tuple[list[str], str]:
@@ -173,7 +168,7 @@ def _written(folder: Path, scores: Mapping[str, Scores]) -> tuple[list[str], str
     best, start = order[0], _ranked(scores, [name for name in scores if name in STATIC])[:1]
     with replacing_folder(folder / "merged") as place:
         shutil.copytree(folder / best / "merged", place, dirs_exist_ok=True)
-    percent = {name: 100 * _mean(scores[name]) for name in order}
+    percent = {name: 100 * signals.mean(scores[name]) for name in order}
     than = (
         f" ({start[0]}, the best that learns nothing: {percent[start[0]]:.1f} %)" if start else ""
     )
@@ -182,7 +177,7 @@ def _written(folder: Path, scores: Mapping[str, Scores]) -> tuple[list[str], str
         f"unlabeled images a task, and with none of {len(order) - 1} others on more{than}; no "
         "label was read"
     )
-    weak = [task for task, share in scores[best].items() if share < GOOD]
+    weak = [task for task, share in scores[best].items() if share < AGREEING]
     if weak:
         low = ", ".join(f"{task} ({100 * scores[best][task]:.0f} %)" for task in weak)
         said += (

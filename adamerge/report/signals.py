@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,12 +93,15 @@ class Watched:
     normalizer: Normalizer
     device: torch.device
 
+    @functools.cached_property
+    def _zoomed(self) -> dict[str, Tensor]:
+        return {task: zoom(pixels) for task, pixels in self.pixels.items()}
+
     def of(self, encoder: nn.Module, heads: Heads) -> ByTask:
         """Signals of a merge; its view of the images is the middle of each, enlarged."""
-        zoomed = {task: zoom(pixels) for task, pixels in self.pixels.items()}
         own, view = (
             dict(predictions(encoder, heads, self.normalizer, pixels, self.device))
-            for pixels in (self.pixels, zoomed)
+            for pixels in (self.pixels, self._zoomed)
         )
         return by_task(own, self.expert_logits, [view])
 
