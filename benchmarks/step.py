@@ -283,6 +283,7 @@ def report(arguments: argparse.Namespace, tasks: int, memory: Mapping[str, float
     for scheme in SCHEMES:
         row = phases[scheme]
         cells = [f"{row[k]:.3f} s" for k in ("merge", "forward", "backward")]
+        names = (f"{scheme} work", f"{scheme} step")
         inside = "in backward" if "contraction" not in row else f"{row['contraction']:.3f} s"
         cells += [
             inside,
@@ -290,8 +291,7 @@ def report(arguments: argparse.Namespace, tasks: int, memory: Mapping[str, float
             f"{row['step'] / phases['ours']['step']:.2f} ×",
             f"{work[scheme]:.3f} s",
             f"{work[scheme] / work['ours']:.1f} ×",
-            f"{memory[scheme + ' work']:.3f} P",
-            f"{memory[scheme + ' step']:.2f} P",
+            *(f"{memory[what]:.3f} P" if what in memory else "–" for what in names),
             f"{found['gradient_difference'][scheme]:.1e}",
         ]
         lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="images per task")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--times", action="store_true", help="measure no memory, which takes long")
     parser.add_argument("--out", type=Path, default=None, help="also write the report here")
     parser.add_argument("--memory", nargs=2, metavar=("SCHEME", "WHAT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -332,6 +333,7 @@ def main() -> None:
             f"{scheme} {what}": memory_in_subprocess(arguments, tasks, scheme, what)
             for scheme in SCHEMES
             for what in ("work", "step")
+            if not arguments.times
         }
         for tasks in arguments.tasks
     }
