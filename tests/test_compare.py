@@ -114,6 +114,7 @@ def test_cells_equal_single_runs_and_go_on(
     cell = to / "layer_wise-seed1"
     for name in ("coefficients.csv", "merged/open_clip_model.safetensors"):
         assert (cell / name).read_bytes() == (alone / name).read_bytes()
+    assert yaml.safe_load((cell / "config.yaml").read_text())["wandb"]["group"] == "grid"
     page = (to / "report.html").read_text()
     assert "layer_wise" in page and "task_wise" in page
     kept = (to / "task_wise-seed0/results.json").stat().st_mtime_ns

@@ -229,7 +229,8 @@ def _run_cell(command: Command, words: Sequence[str], folder: str, place: int, j
         if known:
             os.environ["CUDA_VISIBLE_DEVICES"] = known[place % len(known)]
     resumed = (Path(folder) / CHECKPOINT).is_file()
-    run = [f"resume={folder}"] if resumed else [*words, f"run_dir={folder}"]
+    group = f"wandb.group={Path(folder).parent.name}"  # unless the words say another
+    run = [f"resume={folder}"] if resumed else [group, *words, f"run_dir={folder}"]
     status = command(["train", *run])
     sys.stdout.flush()
     sys.stderr.flush()
