@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import yaml
 
 from adamerge import AdamergeError
 from adamerge.cli.command import main
-from adamerge.cli.compare import compare, report
+from adamerge.cli.compare import _end_after, compare, report
 from adamerge.config.grid import folder_names, left_static, read_grid
 
 QUICK = [
@@ -128,6 +130,20 @@ def test_cells_equal_single_runs_and_go_on(
         compare([*grid, "batch_size=3"], main)
     assert report([to], tmp_path / "again").is_file()
     assert "4 merges" in (tmp_path / "again/report.md").read_text()
+
+
+def test_a_run_stops_after_its_parent_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *given: sent.append(given))
+    ours, of_parent = os.pipe()
+    watch = threading.Thread(target=_end_after, args=(ours,))
+    watch.start()
+    watch.join(0.05)
+    assert not sent
+    os.close(of_parent)  # as the end of a process does
+    watch.join(5)
+    os.close(ours)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_failed_cell_stops_nothing(

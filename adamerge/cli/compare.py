@@ -16,6 +16,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -216,6 +217,9 @@ def _run_cell(command: Command, words: Sequence[str], folder: str, place: int, j
     """In a process of its own: the run, its output in `log.txt` beside its folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us as the parent's SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
     with open(f"{folder}.log", "a", buffering=1) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -235,6 +239,13 @@ def _run_cell(command: Command, words: Sequence[str], folder: str, place: int, j
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _end_after(parent: int) -> None:
+    """Stops this run, which saves, when the process that started it has ended: killed, it cannot
+    stop its runs, and they would be in the way of the same command."""
+    multiprocessing.connection.wait([parent])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _why(cell: Cell, status: int | None) -> str:
