@@ -25,10 +25,13 @@ _DATASETS_CACHE = tempfile.mkdtemp(prefix="adamerge-tests-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE
 
 
+gc.disable()  # imports make much that stays, and no garbage that is worth a search
+
+
 def pytest_collection_finish() -> None:
-    """What the libraries have made stays: it is not looked through at every collection again."""
-    gc.collect()
+    """What the libraries have made is not looked through at later collections either."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
