@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ import yaml
 
 from adamerge import AdamergeError
 from adamerge.cli.command import main
-from adamerge.cli.compare import compare, report
-from adamerge.config.grid import folder_names, read_grid
+from adamerge.cli.compare import _end_after, compare, report
+from adamerge.config.grid import folder_names, left_static, read_grid
 
 QUICK = [
     "trainer.max_steps=2", "batch_size=4", "wandb=off", "preflight=off", "evaluate.oracle=false",
@@ -41,7 +43,7 @@ def test_a_yaml_names_recipes_and_words_go_over_it(tmp_path: Path) -> None:
         "recipes": {"low": {"optim.lr": 1e-3}, "on_it": {"method": "surgery", "base": "low"}},
     }
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    assert [tuple(recipe) for recipe in read_grid([str(path), "seed=5"])] == [
+    assert [recipe[:3] for recipe in read_grid([str(path), "seed=5"])] == [
         ("low", ["suite=demo", "seed=5", "optim.lr=0.001"], ""),
         ("on_it", ["suite=demo", "seed=5", "method=surgery"], "low"),
     ]
@@ -49,15 +51,32 @@ def test_a_yaml_names_recipes_and_words_go_over_it(tmp_path: Path) -> None:
 
 
 def test_folders_are_called_by_what_differs() -> None:
-    flats = [
-        {"method.name": m, "method.granularity": m, "seed": s, "optim.lr": 0.1}
-        for m in ("one", "two/x")
-        for s in (0, 1)
+    grid = read_grid(["method=one,my/two x.yaml", "suite=demo", "optim.lr=0.1,0.2", "seed=0,1"])
+    assert folder_names(grid) == [
+        f"{method}-lr={rate}-seed{seed}"
+        for method in ("one", "two-x")
+        for rate in ("0.1", "0.2")
+        for seed in (0, 1)
     ]
-    grid = read_grid(["method=one,two", "seed=0,1"])
-    names = ["one-seed0", "one-seed1", "two-x-seed0", "two-x-seed1"]
-    assert folder_names(grid, flats) == names
-    assert folder_names(grid[:2], [flats[0], flats[0]]) == ["run-1", "run-2"]
+    assert folder_names([grid[0], grid[0]]) == ["run-1", "run-2"]
+
+
+def test_what_learns_nothing_stays_static_beside_what_learns(tmp_path: Path) -> None:
+    shared = ["objective=entropy,expert_kl", "trainer.max_steps=5"]
+    words = ["method=task_wise,tsv_m", *shared]
+    grid, said = left_static(read_grid(words))
+    assert folder_names(grid) == ["task_wise-entropy", "task_wise-expert_kl", "tsv_m"]
+    assert [recipe.values.get("trainer.max_steps") for recipe in grid] == ["5", "5", None]
+    assert "(tsv_m) run without the grid's objective and trainer.max_steps;" in said
+    for alone in ("method=tsv_m,iso_c", "method=task_wise"):  # nobody else the steps could be for
+        assert left_static(read_grid([alone, *shared])) == (read_grid([alone, *shared]), "")
+    recipes = {"a": {"method": "task_wise"}, "b": {"method": "tsv_m", "trainer.max_steps": 7}}
+    (tmp_path / "grid.yaml").write_text(
+        yaml.safe_dump({"objective": "infomax", "recipes": recipes})
+    )
+    named = read_grid([str(tmp_path / "grid.yaml"), "trainer.max_steps=5"])
+    assert left_static(named) == (named, "")
+    assert [recipe.values["trainer.max_steps"] for recipe in named] == ["5", "7"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +116,7 @@ def test_cells_equal_single_runs_and_go_on(
     cell = to / "layer_wise-seed1"
     for name in ("coefficients.csv", "merged/open_clip_model.safetensors"):
         assert (cell / name).read_bytes() == (alone / name).read_bytes()
+    assert yaml.safe_load((cell / "config.yaml").read_text())["wandb"]["group"] == "grid"
     page = (to / "report.html").read_text()
     assert "layer_wise" in page and "task_wise" in page
     kept = (to / "task_wise-seed0/results.json").stat().st_mtime_ns
@@ -110,6 +130,20 @@ def test_cells_equal_single_runs_and_go_on(
         compare([*grid, "batch_size=3"], main)
     assert report([to], tmp_path / "again").is_file()
     assert "4 merges" in (tmp_path / "again/report.md").read_text()
+
+
+def test_a_run_stops_after_its_parent_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *given: sent.append(given))
+    ours, of_parent = os.pipe()
+    watch = threading.Thread(target=_end_after, args=(ours,))
+    watch.start()
+    watch.join(0.05)
+    assert not sent
+    os.close(of_parent)  # as the end of a process does
+    watch.join(5)
+    os.close(ours)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_failed_cell_stops_nothing(

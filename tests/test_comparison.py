@@ -80,9 +80,30 @@ def test_table_has_baselines_then_recipes_best_first(runs: list[Run]) -> None:
 def test_other_settings_name_a_recipe(tmp_path: Path) -> None:
     settings = [{"optim": {"lr": rate}} for rate in (0.1, 0.2)]
     found = [a_run(tmp_path / f"r{i}", "m", 0, 0.5, **more) for i, more in enumerate(settings)]
+    found += [a_run(tmp_path / f"n{seed}", "n", seed, 0.5, batch_size=9) for seed in (0, 1)]
     groups, differing = recipes([read_run(path) for path in found])
-    assert differing == ["optim.lr"]
-    assert [group.label for group in groups] == ["m · optim.lr=0.1", "m · optim.lr=0.2"]
+    assert differing == ["batch_size", "method.name", "optim.lr"]
+    assert [group.label for group in groups] == ["m · optim.lr=0.1", "m · optim.lr=0.2", "n"]
+
+
+def test_what_learns_nothing_has_no_objective(tmp_path: Path) -> None:
+    found = [
+        a_run(
+            tmp_path / f"{steps}-{name}",
+            "m",
+            0,
+            0.5,
+            **{"objective": {"name": name}, "trainer": {"max_steps": steps}},
+        )
+        for steps in (0, 5)
+        for name in ("x", "y")
+    ]
+    groups, _ = recipes([read_run(path) for path in found])
+    assert [(group.label, len(group.runs)) for group in groups] == [
+        ("m", 2),
+        ("m · x", 1),
+        ("m · y", 1),
+    ]
 
 
 class _Page(HTMLParser):

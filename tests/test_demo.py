@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 
 from adamerge.cli import main
 from adamerge.config.settings import load
 from adamerge.images import demo
+from adamerge.images.cache import TaskImages, cache_images
 
 PIXELS = {  # CRC-32 of 40 training and 40 test images with their labels
     "digits": 0x89DEA1B1,
@@ -57,11 +60,37 @@ def test_the_suite_repeats_the_classes_of_the_training() -> None:
         demo.dataset("digits", "tset")
 
 
+def test_the_cache_draws_pictures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They and their labels are those of the whole data set; another split has another key."""
+    cfg = open_clip.transform.PreprocessCfg(size=32)
+
+    def cached() -> TaskImages:
+        images = demo.source("letters", size=30)
+        return cache_images("letters", images, tuple(demo.CLASSES["letters"]), cfg, tmp_path)
+
+    first = cached()
+    monkeypatch.setattr(demo, "_picture", lambda *_, **__: pytest.fail("drawn again"))
+    second = cached()
+    monkeypatch.undo()
+    pixels, labels = demo.arrays("letters", "test", 30)
+    np.testing.assert_array_equal(second.images, first.images)
+    np.testing.assert_array_equal(first.images, pixels.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(second.labels, labels)
+    eager = demo.dataset("letters", size=30)
+    assert eager["label"][:] == labels.tolist()
+    np.testing.assert_array_equal(np.asarray(eager[29]["image"]), pixels[29])
+    keys = {
+        demo.source("letters", split, size).key("image") for split in demo.SPLITS for size in (4, 5)
+    }
+    assert len(keys) == 4
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """Accuracies by task after a short adaptation, of all models."""
     folder = tmp_path_factory.mktemp("demo")
     words = ["suite=demo", f"cache_dir={folder / 'cache'}", "wandb=off", "evaluate.oracle=false"]
+    words += ["preflight=off", *(f"suite.tasks.{task}.data.size=200" for task in demo.TASKS)]
     words += ["trainer.max_steps=30", "objective=infomax", f"run_dir={folder / 'run'}"]
     assert main(["train", *words]) == 0
     results = json.loads((folder / "run" / "results.json").read_text())

@@ -25,11 +25,11 @@ def subclass_of(base: type) -> Kind:
     return lambda value: inspect.isclass(value) and issubclass(value, base) and value is not base
 
 
-def function_to(result: Any) -> Kind:
-    """Accepts functions whose return annotation is `result`."""
+def function_to(*results: Any) -> Kind:
+    """Accepts functions whose return annotation is one of `results`."""
 
     return lambda value: (
-        inspect.isfunction(value) and typing.get_type_hints(value).get("return") == result
+        inspect.isfunction(value) and typing.get_type_hints(value).get("return") in results
     )
 
 

@@ -16,6 +16,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from adamerge._base.errors import AdamergeError
 from adamerge._base.files import alone_in
 from adamerge.config import build
 from adamerge.config import settings as config
-from adamerge.config.grid import Recipe, folder_names, read_grid
+from adamerge.config.grid import Recipe, folder_names, left_static, read_grid
 from adamerge.config.settings import Config
 from adamerge.learn.resume import CHECKPOINT
 from adamerge.report.comparison.page import write_report
@@ -82,7 +83,9 @@ def compare(words: Sequence[str], command: Command) -> int:
     """
     options, rest = options_of(words, {"jobs": "1", "to": ""})
     jobs = positive("jobs", options["jobs"])
-    grid = read_grid(rest)
+    grid, said = left_static(read_grid(rest))
+    if said:
+        log.warning("%s", said)
     folder = Path(os.path.expanduser(options["to"] or f"compare/{time.strftime('%Y%m%d-%H%M%S')}"))
     again = "adamerge compare " + " ".join(shlex.quote(w) for w in [*rest, f"to={folder}"])
     with alone_in(folder):
@@ -90,7 +93,8 @@ def compare(words: Sequence[str], command: Command) -> int:
         try:
             run_all(cells, jobs, command)
         finally:
-            page = write_report([cell.record() for cell in cells], folder, again)
+            notes = [f"{said}."] if said else []
+            page = write_report([cell.record() for cell in cells], folder, again, notes)
             log.info("report: %s", page)
     failed = [cell for cell in cells if not cell.done]
     for cell in failed:
@@ -116,19 +120,17 @@ def report(folders: Sequence[Path], to: Path) -> Path:
 
 def cells_of(grid: Sequence[Recipe], folder: Path) -> list[Cell]:
     """Cells in an order in which none comes before its base, their settings checked."""
-    cells = [Cell(words, folder, config.load(words)) for _, words, _ in grid]
+    cells = [Cell(one.words, folder, config.load(one.words)) for one in grid]
     if not cells:
         raise AdamergeError(
             "there is nothing to compare: give settings like method=task_wise,wemoe"
         )
-    for cell, name in zip(
-        cells, folder_names(grid, [flat(cell.settings) for cell in cells]), strict=True
-    ):
+    for cell, name in zip(cells, folder_names(grid), strict=True):
         cell.folder = folder / name
-    for cell, (_, words, base) in zip(cells, grid, strict=True):
-        if base:
-            cell.base = _base_of(base, cell, cells, grid)
-            cell.words = [*words, f"method.base={cell.base.folder}"]
+    for cell, recipe in zip(cells, grid, strict=True):
+        if recipe.base:
+            cell.base = _base_of(recipe.base, cell, cells, grid)
+            cell.words = [*recipe.words, f"method.base={cell.base.folder}"]
             cell.settings = config.load(cell.words)
         _refuse_other(cell)
         try:
@@ -140,7 +142,7 @@ def cells_of(grid: Sequence[Recipe], folder: Path) -> list[Cell]:
 
 def _base_of(base: str, cell: Cell, cells: Sequence[Cell], grid: Sequence[Recipe]) -> Cell:
     """The cell of that recipe with the same seed; its only one, where it has no seeds."""
-    named = [other for other, (name, _, _) in zip(cells, grid, strict=True) if name == base]
+    named = [other for other, one in zip(cells, grid, strict=True) if one.name == base]
     same = [other for other in named if other.settings["seed"] == cell.settings["seed"]]
     if len(same) != 1 and len(named) != 1:
         raise AdamergeError(
@@ -215,6 +217,9 @@ def _run_cell(command: Command, words: Sequence[str], folder: str, place: int, j
     """In a process of its own: the run, its output in `log.txt` beside its folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us as the parent's SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
     with open(f"{folder}.log", "a", buffering=1) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -228,11 +233,19 @@ def _run_cell(command: Command, words: Sequence[str], folder: str, place: int, j
         if known:
             os.environ["CUDA_VISIBLE_DEVICES"] = known[place % len(known)]
     resumed = (Path(folder) / CHECKPOINT).is_file()
-    run = [f"resume={folder}"] if resumed else [*words, f"run_dir={folder}"]
+    group = f"wandb.group={Path(folder).parent.name}"  # unless the words say another
+    run = [f"resume={folder}"] if resumed else [group, *words, f"run_dir={folder}"]
     status = command(["train", *run])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _end_after(parent: int) -> None:
+    """Stops this run, which saves, when the process that started it has ended: killed, it cannot
+    stop its runs, and they would be in the way of the same command."""
+    multiprocessing.connection.wait([parent])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _why(cell: Cell, status: int | None) -> str:

@@ -5,23 +5,32 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from adamerge._base.errors import AdamergeError, one_line
-from adamerge.report.comparison.runs import differing
+from adamerge.config import settings as config
+
+_FILES = ("suite=", "method=")  # which decide whether a run learns by itself
+_STEPS = "trainer.max_steps"
 
 
 class Recipe(NamedTuple):
-    """One run of a grid: its name ("" on the command line), its settings as `key=value`, and the
-    name of the recipe whose merge it goes on from, or ""."""
+    """One run of a grid: its name ("" on the command line), its settings as `key=value`, the name
+    of the recipe whose merge it goes on from, or "", and the keys that it sets for itself alone."""
 
     name: str
     words: list[str]
     base: str
+    own: Collection[str] = ()
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Its settings by key."""
+        return {key: value for key, _, value in (word.partition("=") for word in self.words)}
 
 
 def read_grid(words: Sequence[str]) -> list[Recipe]:
@@ -82,8 +91,44 @@ def _of_file(path: Path, words: Sequence[str]) -> list[Recipe]:
             [f"{key}={_word(v)}" for v in (values if isinstance(values, list) else [values])]
             for key, values in {**shared, **settings}.items()
         ]
-        grid += [Recipe(str(name), list(chosen), base) for chosen in itertools.product(*choices)]
+        product = itertools.product(*choices)
+        grid += [Recipe(str(name), list(chosen), base, tuple(settings)) for chosen in product]
     return grid
+
+
+def left_static(grid: Sequence[Recipe]) -> tuple[list[Recipe], str]:
+    """The grid with objectives and steps that are set for all runs left out of those that learn
+    nothing by themselves (tsv_m, regmean …), and a sentence on it; "" where nothing is left out.
+
+    Whoever compares these with methods that learn wants them as published. Where no run of a grid
+    learns by itself, its steps are for them.
+    """
+    known: dict[tuple[str, ...], str] = {}
+
+    def left(recipe: Recipe) -> set[str]:
+        """The keys that are left out of a run."""
+        values, files = recipe.values, tuple(w for w in recipe.words if w.startswith(_FILES))
+        if files not in known:
+            known[files] = str(config.load(files)["trainer"]["max_steps"])
+        steps = values[_STEPS] if _STEPS in recipe.own else known[files]
+        keys = {"objective"} if values.get(_STEPS) == "0" else {"objective", _STEPS}
+        return (keys & {*values}) - {*recipe.own} if steps == "0" else set()
+
+    pairs = [(recipe, left(recipe)) for recipe in grid]
+    if all(_STEPS in keys for _, keys in pairs) or not any(keys for _, keys in pairs):
+        return list(grid), ""
+    found: list[Recipe] = []
+    for recipe, keys in pairs:
+        words = [word for word in recipe.words if word.partition("=")[0] not in keys]
+        kept = recipe._replace(words=words)
+        found += [kept] if kept not in found else []
+    methods = dict.fromkeys(recipe.values["method"] for recipe, keys in pairs if keys)
+    settings = sorted(set().union(*(keys for _, keys in pairs)))
+    return found, (
+        f"methods that learn nothing by themselves ({', '.join(methods)}) run without the grid's "
+        f"{' and '.join(settings)}; to learn on top of one, give it a recipe with {_STEPS} in a "
+        "grid's YAML"
+    )
 
 
 def _word(value: Any) -> str:
@@ -91,21 +136,18 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def folder_names(grid: Sequence[Recipe], flats: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A folder's name for every run: its recipe's, and what differs among the runs called so.
-
-    Args:
-        flats: the settings of every run, flat.
-    """
-    inner = re.compile(r"(method|objective|suite)\.(?!name$)")
-    slots = {"method.name": "", "objective.name": "", "suite.name": "", "seed": "seed"}
+def folder_names(grid: Sequence[Recipe]) -> list[str]:
+    """A folder's name for every run: its recipe's, and what differs among the runs called so."""
     names = []
-    for recipe, values in zip(grid, flats, strict=True):
-        alike = [f for f, other in zip(flats, grid, strict=True) if other.name == recipe.name]
-        keys = [key for key in differing(alike) if not inner.match(key)]
+    for recipe in grid:
+        alike = [other.values for other in grid if other.name == recipe.name]
         parts = [recipe.name] if recipe.name else []
-        for key in keys:
-            parts.append(f"{slots.get(key, key.rpartition('.')[2] + '=')}{values.get(key)}")
+        for key, value in recipe.values.items():
+            if all(other.get(key, value) == value for other in alike):
+                continue
+            file = key in config.GROUPS  # a name, or the path of one
+            short = "seed" if key == "seed" else f"{key.rpartition('.')[2]}="
+            parts.append(Path(value).stem if file else f"{short}{value}")
         names.append(re.sub(r"[^\w.=+-]+", "-", "-".join(parts) or "run"))
     return [
         name if names.count(name) == 1 else f"{name}-{names[: index + 1].count(name)}"

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 import pyarrow as pa
@@ -22,6 +22,7 @@ _LISTS = (datasets.List, datasets.LargeList)
 _ARRAYS = (datasets.Array2D, datasets.Array3D)
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """Rows of images, and perhaps labels, that are read piece by piece.
 

@@ -49,7 +49,8 @@ def open_dataset(
             `datasets`; a parquet, arrow or webdataset file, a folder of them or a glob; a folder
             of images with or without class subfolders, or a glob; a csv, tsv or jsonl list of
             image files; or a `.npy` or `.npz` file; `~` is the home folder. Or `_target_` is the
-            dotted path of a function that returns a `datasets.Dataset`, with its arguments.
+            dotted path of a function that is annotated to return a `datasets.Dataset`, or an
+            `ImageSource` of its own, with its arguments.
         part: where the task stands in the suite, `tasks` or `unseen`; for messages.
 
     Raises:
@@ -64,7 +65,7 @@ def open_dataset(
     return _made(where, data) if "_target_" in data else _read(where, **data)
 
 
-def _made(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
+def _made(where: str, data: Mapping[str, Any]) -> datasets.Dataset | ImageSource:
     """What a function of the user's returns; what it raises is told as its own."""
     function = _function(where, data)
     try:
@@ -81,9 +82,11 @@ def _made(where: str, data: Mapping[str, Any]) -> datasets.Dataset:
             "arguments"
         ) from error
     if not isinstance(made, datasets.Dataset):
+        if isinstance(made, ImageSource):
+            return made
         raise AdamergeError(
             f"{where}: {data['_target_']} returned {type(made).__name__}: expected one "
-            "datasets.Dataset, as it is annotated to return"
+            "datasets.Dataset or ImageSource, as it is annotated to return"
         )
     return with_images(made, data.get("image", "image"), [Path.cwd()], where)
 
@@ -105,7 +108,8 @@ def data_problems(where: str, data: Any) -> list[str]:
 
 def _function(where: str, data: Mapping[str, Any]) -> Callable[..., Any]:
     expected = "a function annotated to return a datasets.Dataset"
-    return find(str(data["_target_"]), where, function_to(datasets.Dataset), expected)
+    kind = function_to(datasets.Dataset, ImageSource)
+    return find(str(data["_target_"]), where, kind, expected)
 
 
 def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:

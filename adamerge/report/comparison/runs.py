@@ -210,15 +210,22 @@ class Recipe:
 def recipes(runs: Sequence[Run]) -> tuple[list[Recipe], list[str]]:
     """Runs by recipe, in the order of the runs, and the names of the settings that differ.
 
-    A recipe is called by what differs: method and objective by their names, others as `key=value`.
+    A recipe is called by its method and its objective, if it learns, and as `key=value` by what
+    else differs among those called alike.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(
             json.dumps(essential(run.settings), sort_keys=True, default=str), []
         ).append(run)
-    keys = differing([essential(group[0].settings) for group in groups.values()])
-    named = [Recipe(_label(group[0], keys), tuple(group)) for group in groups.values()]
+    firsts = [group[0] for group in groups.values()]
+    keys = differing([essential(run.settings) for run in firsts])
+    titles = [_title(run, "suite.name" in keys) for run in firsts]
+    named = []
+    for name, group in zip(titles, groups.values(), strict=True):
+        alike = [essential(r.settings) for r, t in zip(firsts, titles, strict=True) if t == name]
+        more = [f"{key}={group[0].settings.get(key)}" for key in differing(alike)]
+        named.append(Recipe(" · ".join([name, *more[:3]]), tuple(group)))
     labels = [recipe.label for recipe in named]
     return [
         recipe
@@ -230,7 +237,8 @@ def recipes(runs: Sequence[Run]) -> tuple[list[Recipe], list[str]]:
 
 def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of flat settings those that decide what a run computes, but for its seed."""
-    kept = {k: v for k, v in settings.items() if k.partition(".")[0] not in _PLACE}
+    aside = (*_PLACE, "objective") if settings.get("trainer.max_steps") == 0 else _PLACE
+    kept = {k: v for k, v in settings.items() if k.partition(".")[0] not in aside}
     if kept.get("method.base"):  # a run of the same seed
         kept["method.base"] = re.sub(r"-?seed\d+$", "", Path(str(kept["method.base"])).name)
     return kept
@@ -244,12 +252,13 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _label(run: Run, keys: Sequence[str]) -> str:
-    names = [str(run.settings.get(f"{slot}.name", "")) for slot in ("method", "objective")]
-    slots = ("method.", "objective.", "suite.")
-    more = [f"{key}={run.settings.get(key)}" for key in keys if not key.startswith(slots)]
-    suite = run.settings.get("suite.name") if "suite.name" in keys else None
-    return " · ".join(str(part) for part in (suite, *names, *more[:3]) if part)
+def _title(run: Run, of_several: bool) -> str:
+    """Method and objective of a run, where they differ also its suite; what learns nothing has no
+    objective."""
+    learns = run.settings.get("trainer.max_steps") != 0
+    slots = ["suite"] * of_several + ["method"] + ["objective"] * learns
+    names = [run.settings.get(f"{slot}.name") for slot in slots]
+    return " · ".join(str(name) for name in names if name)
 
 
 def spread(values: Iterable[float | None]) -> tuple[float, float] | None:
