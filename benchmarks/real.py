@@ -121,6 +121,8 @@ def short(group: Recipe) -> str:
 
 def accuracies(runs: Sequence[Run]) -> Iterator[str]:
     """A table of every recipe's accuracy per task, in percent."""
+    if not runs:
+        return
     groups, _ = recipes(runs)
     titles, lines = table(groups)
     names = {group.label: short(group) for group in groups}
@@ -195,7 +197,7 @@ def main() -> None:
             "Accuracy in % on the held-out half, mean ± standard deviation over seeds.\n",
             *accuracies(runs),
             *ranking(runs),
-            "## Protocol paper: all test images adapted on and scored\n",
+            *(["## Protocol paper: all test images adapted on and scored\n"] if others else []),
             *accuracies(others),
             "## What objectives do to each task, and what told so\n",
             *signs(runs),
