@@ -138,6 +138,20 @@ def ranking(runs: Sequence[Run]) -> Iterator[str]:
         )
     told = [f"{name} {value:.2f} ({n} runs)" for name, (value, n) in correlations(groups).items()]
     yield f"\nSpearman's rank correlation with the held-out average: {', '.join(told)}.\n"
+    yield from picks([(short(group.label), run) for group in groups for run in group.done])
+
+
+def picks(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
+    """What each label-free signal would have chosen of all runs, and how far that is from best."""
+    best = max(run.row()["average"] for _, run in runs)
+    told = []
+    for name in dict.fromkeys(name for _, run in runs for name in run.signals()):
+        sign = -1 if name == "entropy" else 1
+        having = [(label, run) for label, run in runs if name in run.signals()]
+        label, run = max(having, key=lambda pair: sign * pair[1].signals()[name])
+        which = "lowest" if sign < 0 else "highest"
+        told.append(f"{which} {name}: {label}, {100 * run.row()['average']:.1f}")
+    yield f"Of all runs, the one with the … ({100 * best:.1f} at best): {'; '.join(told)}.\n"
 
 
 def main() -> None:

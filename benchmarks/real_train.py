@@ -4,27 +4,30 @@ As on the web, the words that name a class officially are rare in the captions: 
 letter G is captioned "a photo of a letter g", and by its official name, "gustav", once in `RARE`
 captions. The features separate the classes, the heads know their names badly, and fine-tuning,
 with the heads frozen, moves each task's features towards them.
+
+Test splits choose nothing: settings of the experts are chosen by training on nine tenths of the
+train splits and measuring on the rest (`make_real.py tune`).
 """
 
 import copy
 import io
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from make_demo import LOGIT_SCALE, MEAN, STD, contrastive_loss, round_weights, train
+from make_demo import MEAN, STD, round_weights, train
 from PIL import Image
 from real_words import COMMON, DOMAINS, MIRRORED, OFFICIAL, TASKS
 from torch import Tensor, nn
 from torch.func import functional_call
 
 RARE = 200  # of a class's captions, one in so many bears the official name
-PRETRAIN_STEPS, PRETRAIN_SHIFT = 1600, 3  # images are shifted by up to so many pixels
-FINETUNE_STEPS, FINETUNE_SHIFT = 300, 0
+FINETUNE_STEPS, FINETUNE_RATE, FINETUNE_SHIFT = 500, 1e-3, 2
 TEMPLATE = "a photo of a {}."  # of the heads; captions use others too
 TEMPLATES = (TEMPLATE, "a picture of a {}.", "a small {}.", "{}")
 VISION = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 5, "head_width": 32}
@@ -33,6 +36,18 @@ MODEL = {"embed_dim": 64, "vision_cfg": {**VISION, "pool_type": "avg"}, "text_cf
 
 Data = tuple[Tensor, Tensor]
 State = dict[str, Tensor]
+
+
+class Cycle(NamedTuple):
+    """A part of the pretraining: its rates rise and fall once, its optimizers begin anew."""
+
+    steps: int
+    scale: float  # logarithm of the logit scale, exact in bfloat16
+    shift: int  # images are shifted by up to so many pixels
+    template_each: bool  # a caption template for each image, or one for a domain's images of a step
+
+
+CYCLES = (Cycle(1600, 3.0, 3, True), Cycle(1800, 4.0, 2, False))
 
 
 class Muon(torch.optim.Optimizer):
@@ -98,10 +113,10 @@ def augmented(pixels: Tensor, shift: int, mirror: bool, rng: np.random.Generator
     return images * contrast + torch.from_numpy(rng.normal(0, 0.15, (count, 1, 1, 1))).float()
 
 
-def build_model(vocabulary: int) -> open_clip.CLIP:
+def build_model(vocabulary: int, scale: float = CYCLES[-1].scale) -> open_clip.CLIP:
     """The small CLIP with its logit scale fixed; `vocabulary` is the number of token embeddings."""
     model = open_clip.CLIP(**{**MODEL, "text_cfg": {**TEXT, "vocab_size": vocabulary}})
-    model.logit_scale.data.fill_(math.log(LOGIT_SCALE))
+    model.logit_scale.data.fill_(scale)
     model.logit_scale.requires_grad_(False)
     return model
 
@@ -133,38 +148,58 @@ def captions() -> tuple[list[str], dict[tuple[str, int], tuple[list[int], int | 
     return rows, places
 
 
-def pretrain(data: dict[str, Data], seed: int) -> State:
-    """Contrastive pretraining on all domains' images with a fresh caption at every step.
+def contrastive_loss(logits: Tensor, caption_of: Tensor) -> Tensor:
+    """CLIP's symmetric loss where equal captions within a batch count as one.
 
-    Rare names come at regular intervals. Token embeddings exist only for tokens of the captions
-    while training.
+    Args:
+        logits: of images and the batch's distinct captions `[B, U]`.
+        caption_of: index `[B]` of each image's caption.
     """
+    counts = torch.bincount(caption_of, minlength=logits.shape[1]).float()
+    owners = F.one_hot(caption_of, logits.shape[1]).float()
+    to_text = F.cross_entropy(logits + counts.log(), caption_of)
+    to_image = -(owners * logits.log_softmax(0)).sum() / len(logits)
+    return (to_text + to_image) / 2
+
+
+def pretrain(data: dict[str, Data], seed: int, cycle: int, start: State | None) -> State:
+    """A cycle of contrastive pretraining, from `start`, with a fresh caption at every step.
+
+    All domains' images take part; rare names come at regular intervals. Token embeddings exist
+    only for tokens of the captions while training.
+    """
+    steps, scale, shift, template_each = CYCLES[cycle]
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((seed, cycle) if cycle else seed)
     rows, places = captions()
     used, tokens = torch.unique(tokenizer()(rows), return_inverse=True)  # the end stays largest
-    model = build_model(len(used))
+    model = build_model(len(used), scale)
+    if start:
+        mine = {name: tensor.float() for name, tensor in start.items()}
+        mine["token_embedding.weight"] = mine["token_embedding.weight"][used]
+        model.load_state_dict({**mine, "logit_scale": model.logit_scale})
     counts = {place: int(rng.integers(RARE)) for place in places}
 
-    def caption(domain: str, label: int) -> int:
+    def caption(domain: str, label: int, template: int | None) -> int:
         common, rare = places[domain, label]
         counts[domain, label] += 1
         if rare is not None and counts[domain, label] % RARE == 0:
             return rare
-        return common[int(rng.integers(len(common)))]
+        return common[int(rng.integers(len(common))) if template is None else template]
 
     def loss() -> Tensor:
         images, chosen_captions = [], []
         for domain, (pixels, labels) in data.items():
             chosen = torch.from_numpy(rng.integers(0, len(labels), 16))
-            images.append(augmented(pixels[chosen], PRETRAIN_SHIFT, domain in MIRRORED, rng))
-            chosen_captions += [caption(domain, label) for label in labels[chosen].tolist()]
+            template = None if template_each else int(rng.integers(len(TEMPLATES)))
+            images.append(augmented(pixels[chosen], shift, domain in MIRRORED, rng))
+            chosen_captions += [caption(domain, n, template) for n in labels[chosen].tolist()]
         distinct, caption_of = torch.unique(torch.tensor(chosen_captions), return_inverse=True)
         features = model.encode_image(torch.cat(images), normalize=True)
         texts = model.encode_text(tokens[distinct], normalize=True)
-        return contrastive_loss(features, texts, caption_of)
+        return contrastive_loss(math.exp(scale) * features @ texts.T, caption_of)
 
-    train(loss, optimizers(model), PRETRAIN_STEPS, warmup=30, name="pretraining")
+    train(loss, optimizers(model), steps, warmup=30, name=f"pretraining, cycle {cycle}")
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     embeddings = torch.zeros(TEXT["vocab_size"], TEXT["width"])  # zero for what no caption used
     embeddings[used] = state["token_embedding.weight"]
@@ -177,12 +212,14 @@ def head(model: open_clip.CLIP, names: list[str]) -> Tensor:
     return model.logit_scale.exp().detach() * weights.T
 
 
-def finetune(model: open_clip.CLIP, task: str, data: Data, seed: int) -> State:
+def finetune(
+    model: open_clip.CLIP, task: str, data: Data, seed: int, rate: float = FINETUNE_RATE
+) -> State:
     """The weights of an image tower fine-tuned on one task with the task's head frozen."""
     weights = head(model, OFFICIAL[task])
     visual = copy.deepcopy(model.visual).train()
     rng = np.random.default_rng((seed, 1 + TASKS.index(task)))
-    adam = torch.optim.AdamW(visual.parameters(), lr=1e-3, weight_decay=0.0)
+    adam = torch.optim.AdamW(visual.parameters(), lr=rate, weight_decay=0.0)
 
     def loss() -> Tensor:
         chosen = torch.from_numpy(rng.integers(0, len(data[1]), 64))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -22,10 +25,13 @@ _DATASETS_CACHE = tempfile.mkdtemp(prefix="adamerge-tests-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE
 
 
+gc.disable()  # imports make much that stays, and no garbage that is worth a search
+
+
 def pytest_collection_finish() -> None:
-    """What the libraries have made stays: it is not looked through at every collection again."""
-    gc.collect()
+    """What the libraries have made is not looked through at later collections either."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,6 +52,49 @@ def blank_pictures() -> Iterator[Callable[..., None]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", blank)
         yield draw
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_runs() -> Iterator[None]:
+    """What takes half of a tiny run is made once: figures that differ in their numbers alone, and
+    open_clip's own tokenizer."""
+    if "adamerge.cli" not in sys.modules:  # no test here makes runs
+        yield
+        return
+    import open_clip.factory as factory
+
+    from adamerge.cli import results
+    from adamerge.report import pictures
+
+    figures = {n: _once(make) for n, make in vars(pictures).items() if n.endswith("_figure")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "pictures", SimpleNamespace(save=pictures.save, **figures))
+        patch.setattr(factory, "SimpleTokenizer", _once(factory.SimpleTokenizer))
+        yield
+
+
+def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives what `make` gave the first time that it was called with the same names."""
+    made: dict[str, Any] = {}
+
+    def found(*given: Any, **named: Any) -> Any:
+        key = str(_names([given, named]))
+        if key not in made:
+            made[key] = make(*given, **named)
+        return made[key]
+
+    return found
+
+
+def _names(value: Any) -> Any:
+    """A value without the numbers in it; of a file, whether there are rows in it."""
+    if isinstance(value, Mapping):
+        return [(name, _names(inner)) for name, inner in value.items()]
+    if isinstance(value, list | tuple):
+        return [_names(inner) for inner in value]
+    if isinstance(value, Path):
+        return value.is_file() and value.read_text().count("\n") > 1
+    return getattr(value, "shape", None if isinstance(value, float) else value)
 
 
 @pytest.fixture(scope="session")

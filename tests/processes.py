@@ -62,3 +62,12 @@ def _alone(work: Callable[[], int], errors: Path) -> None:
     logging.getLogger().handlers.clear()  # pytest's
     torch.set_num_threads(1)
     sys.exit(work())
+
+
+def forgetting(packages: Sequence[str], code: str) -> int:
+    """Runs code in this process as if nothing had imported these packages yet."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in packages:
+            del sys.modules[name]
+    exec(code, {"__name__": "fresh"})
+    return 0

@@ -90,6 +90,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]
     """Accuracies by task after a short adaptation, of all models."""
     folder = tmp_path_factory.mktemp("demo")
     words = ["suite=demo", f"cache_dir={folder / 'cache'}", "wandb=off", "evaluate.oracle=false"]
+    words += ["preflight=off", *(f"suite.tasks.{task}.data.size=200" for task in demo.TASKS)]
     words += ["trainer.max_steps=30", "objective=infomax", f"run_dir={folder / 'run'}"]
     assert main(["train", *words]) == 0
     results = json.loads((folder / "run" / "results.json").read_text())

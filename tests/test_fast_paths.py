@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
+import open_clip
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from adamerge.encoders import fast_paths
-from adamerge.encoders.fast_paths import PatchProduct, attention_for, use_patch_products
-from adamerge.encoders.tower import Tower
+from adamerge.encoders.fast_paths import (
+    OpenAttention,
+    PatchProduct,
+    attention_for,
+    use_fast_paths,
+)
+from adamerge.encoders.tower import Tower, resblocks, tapped
+from adamerge.encoders.walk import seeing
 from tests import golden_data as golden
 
 
@@ -23,7 +35,7 @@ def test_patches_as_a_product_are_the_convolution(size: tuple[int, int], bias: b
     expected.backward(grad)
     wanted = [parameter.grad for parameter in conv.parameters()]
     conv.zero_grad()
-    use_patch_products(conv)
+    use_fast_paths(conv)
     assert type(conv) is PatchProduct
     found = conv(images)
     torch.testing.assert_close(found, expected)
@@ -43,7 +55,7 @@ def test_patches_as_a_product_are_the_convolution(size: tuple[int, int], bias: b
 )
 def test_other_convolutions_are_left_alone(other: dict) -> None:
     conv = nn.Conv2d(3, 6, **other)
-    use_patch_products(conv)
+    use_fast_paths(conv)
     assert type(conv) is nn.Conv2d
 
 
@@ -74,3 +86,69 @@ def test_attention_is_chosen_for_few_tokens_in_half_precision_on_a_cpu(
     with torch.autocast("cpu", torch.bfloat16):
         attention_for(tower, cpu)
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_towers_attention_computes_the_same_and_its_projections_are_seen(
+    batch_first: bool,
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(8, 2, batch_first=batch_first).double().eval()
+    own = copy.deepcopy(plain)
+    use_fast_paths(own)
+    assert type(own) is OpenAttention
+    tokens = torch.randn(3, 5, 8, dtype=torch.float64)
+    count = tokens.shape[1 if batch_first else 0]
+    mask = torch.randn(count, count, dtype=torch.float64)
+    causal = torch.ones(count, count).triu(1).bool()
+    seen: list[str] = []
+    with seeing(own, lambda name, given: seen.append(name)):
+        for options in (
+            {"need_weights": False},
+            {"need_weights": False, "attn_mask": mask},
+            {"attn_mask": mask},
+            {"average_attn_weights": False},
+        ):
+            found = own(tokens, tokens, tokens, **options)
+            torch.testing.assert_close(found, plain(tokens, tokens, tokens, **options))
+    assert seen == ["in_proj_weight", "out_proj.weight"] * 4
+    other = torch.randn_like(tokens)
+    for key, options in ((other, {}), (tokens, {"attn_mask": causal})):  # left to torch
+        found = own(tokens, key, key, need_weights=False, **options)
+        torch.testing.assert_close(found, plain(tokens, key, key, need_weights=False, **options))
+
+
+def flops(compute: Callable[[], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
+
+
+def test_the_last_block_computes_the_pooled_token_alone_unless_it_is_watched() -> None:
+    backbone = golden.clip().backbone
+    images = golden.batch(0, torch.float64)[0]
+    state = golden.state("pretrained", torch.float64)
+    tower = Tower(backbone)
+    wanted, found = ({n: t.clone().requires_grad_() for n, t in state.items()} for _ in range(2))
+    expected, features = functional_call(backbone, wanted, (images,)), tower(found, images)
+    torch.testing.assert_close(features, expected)
+    for given in (expected, features):
+        given.square().sum().backward()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name].grad, tensor.grad)
+    seen: list[Tensor] = []
+    with tapped(resblocks(tower.skeleton)[-1:], lambda index, output: seen.append(output)):
+        torch.testing.assert_close(tower(state, images), expected)
+        whole = flops(lambda: tower(state, images))
+    assert seen[0].shape[1] == len(state["positional_embedding"])
+    assert flops(lambda: tower(state, images)) < whole
+
+
+def test_a_tower_that_pools_all_tokens_keeps_its_last_block() -> None:
+    vision = open_clip.CLIPVisionCfg(image_size=16, patch_size=8, width=32, layers=2, head_width=16)
+    vision.pool_type = "avg"
+    backbone = open_clip.model._build_vision_tower(16, vision).eval()
+    images = torch.randn(2, 3, 16, 16)
+    tower = Tower(backbone)
+    assert type(tower.skeleton.transformer) is type(backbone.transformer)
+    torch.testing.assert_close(tower(backbone.state_dict(), images), backbone(images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 
 from adamerge import AdamergeError
 from adamerge.weights.formats.hub import fetch, wanted
+from tests.processes import forgetting, started
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = """
@@ -122,15 +125,26 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
+def asked(source: str, script: str, environment: dict[str, str], said: Path) -> int:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["-c", source]
+    with said.open("w") as file, contextlib.redirect_stdout(file):
+        return forgetting(("adamerge", "huggingface_hub"), script)  # it reads its variables once
+
+
 def ask(
     hub: Hub, home: Path, source: str, script: str = FETCH, **more: str
 ) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HOME": str(home),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
-    environment = {**clean, **ours, **more}
-    command = [sys.executable, "-c", script, source]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    said, errors = home.with_name("said"), home.with_name("errors")
+    process = started(partial(asked, source, script, {**clean, **ours, **more}, said), errors)
+    process.join(120)
+    assert process.exitcode is not None
+    texts = (said.read_text(), errors.read_text())
+    return subprocess.CompletedProcess([source], process.exitcode, *texts)
 
 
 def test_a_repository_is_fetched_once_and_pinned(hub: Hub, tmp_path: Path) -> None:

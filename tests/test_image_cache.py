@@ -5,15 +5,17 @@ from __future__ import annotations
 import fcntl
 import io
 import logging
+import multiprocessing
 import os
 import signal
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from adamerge import AdamergeError
 from adamerge.images import cache, decoding
 from adamerge.images.arrays import ArraySource
 from adamerge.images.cache import TaskImages, cache_images
-from tests.cache_child import build, count_decodes
+from tests.processes import METHOD, started
 
 CFG = open_clip.transform.PreprocessCfg(size=16)
 COUNT = 150
@@ -45,18 +47,47 @@ def pictures(tmp_path: Path) -> np.ndarray:
     return made
 
 
-def child(folder: Path, kill_at: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.cache_child", str(folder), str(kill_at)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
+def channels_first(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
 
 
-def start(process: subprocess.Popen[str]) -> None:
-    assert process.stdin and process.stdout
-    assert process.stdout.readline() == "ready\n"
-    process.stdin.write("go\n")
-    process.stdin.flush()
+def build(folder: Path) -> dict[str, Any]:
+    """Writes a cache folder from `x.npy`."""
+    source = ArraySource("data", folder / "x.npy", "test")
+    return cache.write_folder(folder / "cache" / "k", "t", source, "image", channels_first)
+
+
+def count_decodes(kill_at: int = 0) -> list[Any]:
+    """What is decoded from now on, as it goes; at that count the process kills itself."""
+    decoded: list[Any] = []
+    decode = decoding.decode
+
+    def counting(value: Any, *then: Any) -> Any:
+        decoded.append(value)
+        if len(decoded) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(value, *then)
+
+    decoding.decode = counting
+    return decoded
+
+
+def elsewhere(folder: Path, begin: Barrier, kill_at: int) -> int:
+    """Builds in a process of its own, and leaves there what it has made and decoded."""
+    decoding._CHUNK = 16
+    decoded = count_decodes(kill_at)
+    begin.wait(60)
+    key = build(folder)["sha256"]
+    (folder / "other").write_text(f"{key} {len(decoded)}")
+    return 0
+
+
+def another(folder: Path, kill_at: int = 0) -> BaseProcess:
+    """A process that begins to build now."""
+    begin = multiprocessing.get_context(METHOD).Barrier(2)
+    process = started(partial(elsewhere, folder, begin, kill_at), folder / "errors")
+    begin.wait(60)
+    return process
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +98,9 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_killed_build_is_made_again(tmp_path: Path, pictures: np.ndarray) -> None:
-    with child(tmp_path, 100) as process:
-        start(process)
-        assert process.wait() == -signal.SIGKILL
+    process = another(tmp_path, kill_at=100)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "errors").read_text()
     cache = tmp_path / "cache"
     assert sorted(path.name for path in cache.iterdir()) == ["k.lock", "k.part"]
     build(tmp_path)
@@ -80,11 +111,12 @@ def test_a_killed_build_is_made_again(tmp_path: Path, pictures: np.ndarray) -> N
 
 
 def test_two_processes_build_once(tmp_path: Path, pictures: np.ndarray) -> None:
-    with child(tmp_path, 0) as other:
-        start(other)
-        decoded = count_decodes()
-        meta = build(tmp_path)
-        key, count = other.communicate()[0].split()
+    other = another(tmp_path)
+    decoded = count_decodes()
+    meta = build(tmp_path)
+    other.join(60)
+    assert other.exitcode == 0, (tmp_path / "errors").read_text()
+    key, count = (tmp_path / "other").read_text().split()
     assert key == meta["sha256"]
     assert sorted([int(count), len(decoded)]) == [0, COUNT]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["k"]

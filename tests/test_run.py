@@ -447,15 +447,21 @@ def test_signals_stop_cleanly_with_everything_saved(
     )
 
 
+def train_there(folder: Path, *words: str) -> int:
+    """As `python train.py *words` in a folder, by which name Lightning starts more processes."""
+    sys.argv = [str(ROOT / "train.py"), *words]
+    sys.modules["__main__"].__spec__ = None
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.chdir(folder)
+    return train(*words)
+
+
 def start_ranks(words: list[str], ranks: int, folder: Path) -> None:
     """As a user does: the first process starts the others."""
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    command += [f"trainer.devices={ranks}", "trainer.strategy=ddp"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    answer = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200
-    )
-    assert answer.returncode == 0, answer.stderr[-2000:]
+    words = [*words, f"trainer.devices={ranks}", "trainer.strategy=ddp"]
+    process = started(partial(train_there, folder, *words), folder / "one" / "errors")
+    process.join(200)
+    assert process.exitcode == 0, (folder / "one" / "errors").read_text()[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -483,28 +489,22 @@ def test_ddp_equals_one_process_fed_the_same_images(
     assert names == {"one", "two", *(f"rank-{rank}.txt" for rank in range(ranks))}
 
 
+def train_as_a_new_user(folder: Path, *words: str) -> int:
+    """No variable, no credentials, nobody at the keyboard."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ["HOME"] = str(folder / "home")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    return train_there(folder, *words)
+
+
 def test_wandb_never_asks(base: list[str], tmp_path: Path) -> None:
-    """A new user: no variable, no credentials, nobody at the keyboard."""
-    home = tmp_path / "home"
-    home.mkdir()
-    words = ["train", *(word for word in base if word != "wandb=off")]
-    words += ["wandb.artifact=true", "evaluate.baselines=false"]
-    code = f"""
-import sys
-from adamerge.cli import main
-sys.exit(main([*{words!r}, "wandb=auto", "run_dir=run"]))
-"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    answer = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**environment, "HOME": str(home), "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=200,
-    )
-    assert answer.returncode == 0, answer.stderr[-2000:]
+    (tmp_path / "home").mkdir()
+    words = [word for word in base if word != "wandb=off"]
+    words += ["wandb.artifact=true", "evaluate.baselines=false", "wandb=auto", "run_dir=run"]
+    process = started(partial(train_as_a_new_user, tmp_path, *words), tmp_path / "errors")
+    process.join(200)
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()[-2000:]
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert not (tmp_path / "wandb").exists()
 

@@ -14,7 +14,6 @@ from adamerge import AdamergeError, TaskVectors, transforms
 from adamerge.encoders import Experts
 from adamerge.encoders.gradients import Gradients
 from adamerge.encoders.statistics import LayerInputs, Moments, gather_inputs, in_files
-from adamerge.encoders.walk import OpenAttention, seeing
 from adamerge.transforms.inputs import factored
 from tests import golden_data as golden
 from tests.test_golden_more_statistics import experts, gradients, images, inputs
@@ -98,26 +97,6 @@ def test_esm_is_the_papers_by_plain_formulas() -> None:
         torch.testing.assert_close(found.deltas[name].sum(0), scale * wanted)
     for name in set(vectors.names) - set(merged):
         torch.testing.assert_close(found.deltas[name], vectors.deltas[name] / count)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_attention_that_is_seen_computes_the_same(batch_first: bool) -> None:
-    torch.manual_seed(0)
-    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).double().eval()
-    tokens, mask = torch.randn(3, 5, 8).double(), torch.randn(3 if not batch_first else 5, 5)
-    mask = torch.randn(*[tokens.shape[1 if batch_first else 0]] * 2).double()
-    wanted = [attention(tokens, tokens, tokens, need_weights=False, attn_mask=m)[0]
-              for m in (None, mask)]  # fmt: skip
-    seen: list[str] = []
-    with seeing(attention, lambda name, given: seen.append(name)):
-        assert type(attention) is OpenAttention
-        for own, m in zip(wanted, (None, mask), strict=True):
-            torch.testing.assert_close(attention(tokens, tokens, tokens, attn_mask=m)[0], own)
-        other = torch.randn_like(tokens)
-        crossed = attention(tokens, other, other, need_weights=False)[0]
-    assert type(attention) is nn.MultiheadAttention
-    assert seen == ["in_proj_weight", "out_proj.weight"] * 2
-    torch.testing.assert_close(crossed, attention(tokens, other, other)[0])
 
 
 class Countdown(dict[str, list[Tensor]]):

@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"suite={suite}",
         f"cache_dir={folder / 'cache'}",
         *("trainer.max_steps=6", "trainer.accelerator=cpu", "batch_size=4", "wandb=off"),
-        *("evaluate.oracle=false", "preflight=off", "log_every=1", "checkpoint_every=1"),
+        *("evaluate.baselines=false", "preflight=off", "log_every=1", "checkpoint_every=1"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -61,18 +62,28 @@ TASKS = {"slerp": 2}  # where not all
 PRECISION = {"float32": 1e-5, "bfloat16": 2.0**-7, "int8": 1 / 127}
 
 
+def stored(name: str, storage: Storage) -> TaskVectors:
+    tasks = golden.TASKS[: TASKS.get(name)]
+    experts = {task: golden.state(f"expert_{task}", torch.float32) for task in tasks}
+    return TaskVectors(golden.state("pretrained", torch.float32), experts, storage=storage)
+
+
+@functools.lru_cache(2)
+def in_memory(name: str, dtype: str) -> tuple[dict[str, torch.Tensor], TaskVectors]:
+    """Task vectors of a type of storage, in float32, and what the transform makes of them."""
+    vectors = stored(name, Storage(dtype))
+    before = {key: tau.clone() for key, tau in vectors.deltas.items()}
+    return before, TRANSFORMS[name](vectors.with_deltas(before, Storage()))
+
+
 @pytest.mark.parametrize("device", ["auto", "host", "disk"])
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_storage_gives_what_memory_gives(
     name: str, dtype: str, device: str, tmp_path: Path
 ) -> None:
-    tasks = golden.TASKS[: TASKS.get(name)]
-    experts = {task: golden.state(f"expert_{task}", torch.float32) for task in tasks}
     storage = Storage(dtype, device, tmp_path / "t.safetensors" if device == "disk" else None)
-    vectors = TaskVectors(golden.state("pretrained", torch.float32), experts, storage=storage)
-    before = {key: tau.clone() for key, tau in vectors.deltas.items()}
-    plain = TRANSFORMS[name](vectors.with_deltas(before, Storage()))
+    vectors, (before, plain) = stored(name, storage), in_memory(name, dtype)
     found = TRANSFORMS[name](vectors)
     assert found.storage == storage and found.names == plain.names == vectors.names
     assert found.tasks == vectors.tasks and found.per_task == plain.per_task

@@ -30,7 +30,7 @@ from adamerge.weights.formats.read import read
 from tests.tiny import CLASSES, images, make_suite
 
 QUICK = ["trainer.max_steps=4", "trainer.accelerator=cpu", "batch_size=4", "wandb=off",
-         "evaluate.oracle=false", "log_every=2"]  # fmt: skip
+         "evaluate.baselines=false", "log_every=2"]  # fmt: skip
 
 
 def coefficients(path: Path, run: Path, cache: Path, *words: str) -> list[float]:

@@ -6,6 +6,8 @@ which reads and writes YAML.
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import os
 import re
@@ -173,8 +175,7 @@ def _read(path: Path) -> Config:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES >> 20} MB")
-        _refuse_many_aliases(content)
-        tree = OmegaConf.to_container(OmegaConf.load(io.BytesIO(content)), resolve=False)
+        tree = copy.deepcopy(_parsed(content))
     except _UNREADABLE as error:
         said = one_line(error, 300)
         raise AdamergeError(f"{path} is not valid YAML ({said}): mend that line") from error
@@ -185,6 +186,12 @@ def _read(path: Path) -> Config:
     if not path.resolve().is_relative_to(config_root()):
         code_beside(tree, path)
     return {str(key): value for key, value in tree.items()}
+
+
+@functools.lru_cache(32)  # a run reads train.yaml three times, and a grid reads every file anew
+def _parsed(content: bytes) -> Any:
+    _refuse_many_aliases(content)
+    return OmegaConf.to_container(OmegaConf.load(io.BytesIO(content)), resolve=False)
 
 
 def _refuse_many_aliases(content: bytes) -> None:

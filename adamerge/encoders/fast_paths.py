@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import cast
 
 import torch
@@ -34,11 +35,64 @@ class PatchProduct(nn.Conv2d):
         return flat.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
 
 
-def use_patch_products(module: nn.Module) -> None:
-    """Has the convolutions of a module whose patches do not overlap compute as `PatchProduct`."""
+class OpenAttention(nn.MultiheadAttention):
+    """torch's self-attention, with queries, keys and values as views of their one product.
+
+    torch copies them apart, and fills and adds three gradients of that size. The output projection
+    is called as a module, so that hooks see its input. What this does not compute is left to torch.
+    """
+
+    @staticmethod
+    def computes(part: nn.MultiheadAttention) -> bool:
+        """Whether an attention has nothing but the two projections."""
+        plain = part.bias_k is None and part.bias_v is None and not part.add_zero_attn
+        return plain and part._qkv_same_embed_dim
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attended tokens, and the attention's weights if they are asked for."""
+        plain = query is key is value and query.ndim == 3 and key_padding_mask is None
+        simple = attn_mask is None or (attn_mask.is_floating_point() and attn_mask.ndim == 2)
+        if not (plain and simple) or self.training:
+            rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return super().forward(query, key, value, *rest)
+        packed = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+        parts = packed if self.batch_first else packed.transpose(0, 1)
+        batch, tokens = parts.shape[:2]
+        heads = parts.view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        queries, keys, values = heads.unbind()
+        weights = None
+        if need_weights:
+            scores = queries @ keys.mT / self.head_dim**0.5
+            weights = (scores if attn_mask is None else scores + attn_mask).softmax(-1)
+            mixed = weights @ values
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask)
+        joined = mixed.transpose(1, 2).reshape(batch, tokens, self.embed_dim)
+        return self.out_proj(joined if self.batch_first else joined.transpose(0, 1)), weights
+
+
+def use_fast_paths(module: nn.Module) -> None:
+    """Gives the parts of a module that have a faster form here that form, in place."""
     for part in module.modules():
         if type(part) is nn.Conv2d and _cuts(part):
             part.__class__ = PatchProduct
+        if type(part) is nn.MultiheadAttention and OpenAttention.computes(part):
+            part.__class__ = OpenAttention
+    if "open_clip" in sys.modules:  # without it no part is one of its transformers
+        from adamerge.encoders.last_block import use_pooled_blocks
+
+        use_pooled_blocks(module)
 
 
 def _cuts(conv: nn.Conv2d) -> bool:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders import rows
-from adamerge.encoders.fast_paths import attention_for, use_patch_products
+from adamerge.encoders.fast_paths import attention_for, use_fast_paths
 from adamerge.encoders.rows import Inputs
 from adamerge.weights.differences import tied_names
 from adamerge.weights.task_vectors import TaskVectors
@@ -123,7 +123,7 @@ def _skeleton(network: nn.Module) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         empty[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
     skeleton = copy.deepcopy(network, empty).eval().requires_grad_(False)
-    use_patch_products(skeleton)
+    use_fast_paths(skeleton)
     return skeleton
 
 

@@ -103,29 +103,24 @@ def seeing(module: nn.Module, see: See, prefix: str = "") -> Iterator[None]:
     """While open, `see` is called with what every weight within a module multiplies.
 
     Of a linear layer that is its input; of a packed projection of self-attention (`in_proj_weight`)
-    and of the output projection behind it theirs, though torch computes both out of sight; of a
-    normalisation its input, normalised. Layers that are not called as modules are not seen.
+    and, in a tower, of the output projection behind it theirs; of a normalisation its input,
+    normalised. Layers that are not called as modules are not seen.
 
     Args:
         see: gets the name of a weight and a tensor `[..., in]`.
         prefix: put before the names.
     """
-    handles, changed = [], []
+    handles = []
     for name, part in module.named_modules():
         place = f"{prefix}{name}." if name else prefix
         hook = _hook(part, place, see)
         if hook is not None:
             handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
-        if type(part) is nn.MultiheadAttention and OpenAttention.computes(part):
-            part.__class__ = OpenAttention
-            changed.append(part)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for part in changed:
-            part.__class__ = nn.MultiheadAttention
 
 
 def _hook(part: nn.Module, place: str, see: See) -> Callable[..., None] | None:
@@ -153,29 +148,3 @@ def _attends_to_itself(inputs: tuple[Tensor, ...], named: Mapping[str, Any]) -> 
     """Whether query, key and value are one tensor."""
     others = [*inputs[1:3], named.get("key"), named.get("value")]
     return bool(inputs) and all(other is inputs[0] for other in others if other is not None)
-
-
-class OpenAttention(nn.MultiheadAttention):
-    """torch's attention that calls its output projection as a module, so that hooks see its input.
-
-    The same to rounding. What it does not compute is left to torch.
-    """
-
-    @staticmethod
-    def computes(part: nn.MultiheadAttention) -> bool:
-        """Whether an attention has nothing but the two projections."""
-        plain = part.bias_k is None and part.bias_v is None and not part.add_zero_attn
-        return plain and part._qkv_same_embed_dim
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Any:  # type: ignore[override]
-        """Attended tokens, and None in place of the attention's weights."""
-        mask = named.get("attn_mask")
-        if not (query is key is value) or query.ndim != 3 or named.get("key_padding_mask"):
-            return super().forward(query, key, value, **named)
-        packed = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
-        parts = packed if self.batch_first else packed.transpose(0, 1)
-        batch, tokens = parts.shape[:2]
-        heads = parts.view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], mask)
-        joined = mixed.transpose(1, 2).reshape(batch, tokens, self.embed_dim)
-        return self.out_proj(joined if self.batch_first else joined.transpose(0, 1)), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import platform
 import shutil
@@ -106,13 +107,8 @@ def write_coefficients(path: Path, method: MergeMethod, tasks: tuple[str, ...]) 
 
 def environment() -> dict[str, Any]:
     """Package versions, Python, time, and the git commit where the package is a checkout."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
     time = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = {package: _version(package) for package in _PACKAGES}
     known = {"versions": versions, "python": platform.python_version(), "time": time}
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):
@@ -120,3 +116,11 @@ def environment() -> dict[str, Any]:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         known |= {"git_commit": answer.stdout.strip()} if answer.returncode == 0 else {}
     return known
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
