@@ -56,12 +56,6 @@ def recipes() -> dict[str, dict[str, object]]:
         for objective in OBJECTIVES:
             found[f"{method}, {objective}"] = {"method": method, "objective": objective}
     found["layer_wise, infomax"] = {"method": "layer_wise", "objective": "infomax"}
-    found["layer_wise on tsv_m, expert_kl"] = {
-        "method": "layer_wise",
-        "objective": "expert_kl",
-        "method.init": 1.0,
-        "transform": [{"_target_": "adamerge.transforms.tsv_m", "layers": "matrices"}],
-    }
     return found
 
 
@@ -87,16 +81,13 @@ def compared(folder: Path, names: Iterable[str], seeds: Sequence[int], jobs: int
 
 def scores(folder: Path, names: Iterable[str]) -> dict[str, list[dict[str, float]]]:
     """Accuracies in % by recipe, a mapping of tasks and their average for every seed."""
-    asked = {(own["method"], own.get("objective"), "transform" in own): name
-             for name, own in recipes().items() if name in names}  # fmt: skip
+    asked = {tuple(own.values()): name for name, own in recipes().items() if name in names}
     found: dict[str, list[dict[str, float]]] = {}
     for path in sorted((folder / "runs").glob("*/results.json")):
         run = read_run(path.parent)
         row = run.row()
-        method = run.settings["method.name"]
-        layered = method == "layer_wise" and bool(run.settings.get("transform"))
-        objective = run.settings["objective.name"] if method in LEARNED else None
-        name = asked.get((method, objective, layered))
+        settings = (run.settings["method.name"], run.settings["objective.name"])
+        name = asked.get(settings) or asked.get(settings[:1])
         if name and row:
             cells = {**row["accuracy"], "average": row["average"]}
             found.setdefault(name, []).append({key: 100 * cell for key, cell in cells.items()})
