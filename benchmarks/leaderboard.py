@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from adamerge.cli import main as adamerge
-from adamerge.report.comparison.runs import read_run
+from adamerge.report.comparison.runs import read_run, spread
 from adamerge.report.tables import markdown
 
 FIRST, SECOND = (0, 1, 2), (3, 4, 5)
@@ -98,9 +98,10 @@ def mean(rows: Sequence[dict[str, float]], key: str = "average") -> float:
     return statistics.mean(row[key] for row in rows)
 
 
-def spread(rows: Sequence[dict[str, float]]) -> str:
-    averages = [row["average"] for row in rows]
-    return f"{mean(rows):.1f}" + (f" ± {statistics.stdev(averages):.1f}" if len(rows) > 1 else "")
+def averages(rows: Sequence[dict[str, float]]) -> str:
+    """Mean over seeds, with their standard deviation where there are several."""
+    middle, deviation = spread(row["average"] for row in rows) or (0.0, 0.0)
+    return f"{middle:.1f}" + (f" ± {deviation:.1f}" if len(rows) > 1 else "")
 
 
 def main() -> None:
@@ -124,9 +125,9 @@ def main() -> None:
         own = first[name]
         cells = [f"{mean(own, task):.1f}" for task in tasks]
         least = f"{min(row[task] for row in own for task in tasks):.1f}"
-        again = spread(second[name]) if name in second else "–"
+        again = averages(second[name]) if name in second else "–"
         folds = FOLDS.get(name.partition(",")[0], "one")
-        rows.append([name, str(rank), needs(name), folds, *cells, spread(own), least, again])
+        rows.append([name, str(rank), needs(name), folds, *cells, averages(own), least, again])
     heads = ["method", "rank", "needs", "folds", *tasks, "average", "least", "seeds 3–5"]
     text = (
         f"# Every method on the demo suite\n\n{date.today()}, torch {torch.__version__}, Python "

@@ -218,7 +218,8 @@ def _run(options: argparse.Namespace) -> int:
         print(f"converted, and read back with equal weights: {options.folder}")
         return 0
     if options.command in ("compare", "report"):
-        from adamerge.cli import compare
+        with _uncollected():
+            from adamerge.cli import compare
 
         if options.command == "compare":
             return compare.compare(options.grid, main)
@@ -226,7 +227,8 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     automatic = options.command == "train" and "method=auto" in options.settings
     if options.command == "auto" or automatic:
-        from adamerge.cli import auto
+        with _uncollected():
+            from adamerge.cli import auto
 
         words = [word for word in options.settings if word != "method=auto"]
         return auto.auto([re.sub("^run_dir=", "to=", word) for word in words], main)

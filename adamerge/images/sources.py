@@ -107,7 +107,7 @@ def data_problems(where: str, data: Any) -> list[str]:
 
 
 def _function(where: str, data: Mapping[str, Any]) -> Callable[..., Any]:
-    expected = "a function annotated to return a datasets.Dataset"
+    expected = "a function annotated to return a datasets.Dataset or an ImageSource"
     kind = function_to(datasets.Dataset, ImageSource)
     return find(str(data["_target_"]), where, kind, expected)
 

@@ -237,7 +237,7 @@ def recipes(runs: Sequence[Run]) -> tuple[list[Recipe], list[str]]:
 
 def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of flat settings those that decide what a run computes, but for its seed."""
-    aside = (*_PLACE, "objective") if settings.get("trainer.max_steps") == 0 else _PLACE
+    aside = _PLACE if _learns(settings) else (*_PLACE, "objective")
     kept = {k: v for k, v in settings.items() if k.partition(".")[0] not in aside}
     if kept.get("method.base"):  # a run of the same seed
         kept["method.base"] = re.sub(r"-?seed\d+$", "", Path(str(kept["method.base"])).name)
@@ -252,11 +252,14 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _learns(settings: Mapping[str, Any]) -> bool:
+    return settings.get("trainer.max_steps") != 0
+
+
 def _title(run: Run, of_several: bool) -> str:
     """Method and objective of a run, where they differ also its suite; what learns nothing has no
     objective."""
-    learns = run.settings.get("trainer.max_steps") != 0
-    slots = ["suite"] * of_several + ["method"] + ["objective"] * learns
+    slots = ["suite"] * of_several + ["method"] + ["objective"] * _learns(run.settings)
     names = [run.settings.get(f"{slot}.name") for slot in slots]
     return " · ".join(str(name) for name in names if name)
 
