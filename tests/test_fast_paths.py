@@ -144,6 +144,21 @@ def test_the_last_block_computes_the_pooled_token_alone_unless_it_is_watched() -
     assert flops(lambda: tower(state, images)) < whole
 
 
+@pytest.mark.parametrize("pool", ["tok", "avg"])
+def test_a_backbone_that_checkpoints_gives_the_same_gradients(pool: str) -> None:
+    vision = open_clip.CLIPVisionCfg(image_size=16, patch_size=8, width=32, layers=2, head_width=16)
+    vision.pool_type = pool
+    backbone = open_clip.model._build_vision_tower(16, vision).eval()
+    images, found = torch.randn(2, 3, 16, 16), []
+    for checkpoints in (False, True):
+        backbone.set_grad_checkpointing(checkpoints)
+        state = {n: t.detach().clone().requires_grad_() for n, t in backbone.named_parameters()}
+        Tower(backbone)(state, images).square().sum().backward()
+        found.append({name: tensor.grad for name, tensor in state.items()})
+    torch.testing.assert_close(found[0], found[1])
+    assert backbone.transformer.grad_checkpointing  # it is left as it was
+
+
 def test_a_tower_that_pools_all_tokens_keeps_its_last_block() -> None:
     vision = open_clip.CLIPVisionCfg(image_size=16, patch_size=8, width=32, layers=2, head_width=16)
     vision.pool_type = "avg"

@@ -32,7 +32,7 @@ class PooledTransformer(Transformer):  # type: ignore[misc]
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Tokens `[B, N, W] -> [B, 1, W]`, or `[B, N, W]` where a hook may look at all."""
         *before, last = self.resblocks
-        changed = type(last.mlp) is not nn.Sequential or self.grad_checkpointing
+        changed = type(last.mlp) is not nn.Sequential
         if changed or attn_mask is not None or any(map(_watched, last.modules())):
             return super().forward(x, attn_mask)
         for block in before:

@@ -123,6 +123,9 @@ def _skeleton(network: nn.Module) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         empty[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
     skeleton = copy.deepcopy(network, empty).eval().requires_grad_(False)
+    for part in skeleton.modules():
+        if getattr(part, "grad_checkpointing", False):  # would recompute when the weights are gone
+            part.grad_checkpointing = False
     use_fast_paths(skeleton)
     return skeleton
 
