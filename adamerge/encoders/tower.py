@@ -125,7 +125,7 @@ def _skeleton(network: nn.Module) -> nn.Module:
     skeleton = copy.deepcopy(network, empty).eval().requires_grad_(False)
     for part in skeleton.modules():
         if getattr(part, "grad_checkpointing", False):  # would recompute when the weights are gone
-            part.grad_checkpointing = False
+            part.grad_checkpointing = False  # type: ignore[assignment]
     use_fast_paths(skeleton)
     return skeleton
 
