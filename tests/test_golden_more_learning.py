@@ -15,7 +15,7 @@ from adamerge.encoders import Experts
 from adamerge.learn.classifiers import LearnedHeads
 from adamerge.learn.losses import expert_labels as expert_labels_of
 from adamerge.learn.step import step_loss
-from adamerge.learn.updates import Images, Joint, PerTask, Sam, Step, Update
+from adamerge.learn.updates import Joint, Part, PerTask, Sam, Step, Update
 from adamerge.methods import AdaMerging, MergeMethod
 from tests import golden_data as golden
 from tests import golden_more_data as more
@@ -47,7 +47,7 @@ class Course:
         for step in range(start, start + steps):
             losses: list[Tensor] = []
 
-            def compute(of: Images, step: int = step, losses: Any = losses) -> Tensor:
+            def compute(of: Part, step: int = step, losses: Any = losses) -> Tensor:
                 images, ids = golden.batch(step, self.dtype)
                 if of.task is not None:
                     images, ids = images[ids == of.task], ids[ids == of.task]
@@ -156,7 +156,7 @@ class Clipped:
 
     def __call__(self, step: Step) -> None:
         def changed() -> Tensor:
-            loss = step.compute(Images())
+            loss = step.compute(Part())
             self.change()
             return loss
 

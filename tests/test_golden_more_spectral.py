@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import adamerge
 from adamerge import TaskVectors, transforms
 from adamerge.learn.step import step_loss
-from adamerge.learn.updates import Bilevel, Images, Step, Update
+from adamerge.learn.updates import Bilevel, Part, Step, Update
 from adamerge.methods import AdaMerging, AdaRank, Concrete, MergeMethod
 from adamerge.transforms.spectral import directions
 from tests import golden_data as golden
@@ -155,10 +155,10 @@ def by_adam(method: Concrete) -> Update:
     def update(step: Step) -> None:
         restart(method)
         method.learns = ("coefficients",)
-        step.compute(Images(half=0))
+        step.compute(Part(half=0))
         below.step()
         method.learns = ("logits",)
-        step.move(lambda: step.compute(Images(half=1)))
+        step.move(lambda: step.compute(Part(half=1)))
 
     return update
 
@@ -172,8 +172,8 @@ def check_concrete(label: str, dtype: torch.dtype, update_of: Callable[[Concrete
         losses: dict[str, list[Tensor]] = {"inner": [], "outer": [], "last": []}
         coefficients = []
 
-        def compute(images: Images) -> Tensor:
-            half = images.half or 0
+        def compute(part: Part) -> Tensor:
+            half = part.half or 0
             if half == 1:
                 coefficients.append(method.coefficients.detach().clone())
             loss = backward(method, 2 * step + half)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adamerge
 from adamerge import AdamergeError, objectives
-from adamerge.learn.updates import Bilevel, Images, PerTask, Progressive, Sam, Step, update_of
+from adamerge.learn.updates import Bilevel, Part, PerTask, Progressive, Sam, Step, update_of
 from tests import golden_data as golden
 
 
@@ -71,8 +71,8 @@ def test_a_shuffled_order_depends_on_seed_and_step_alone() -> None:
     def orders(seed: int) -> list[list[int]]:
         seen: list[list[int]] = []
 
-        def compute(images: Images) -> Tensor:
-            seen[-1].append(images.task)
+        def compute(part: Part) -> Tensor:
+            seen[-1].append(part.task)
             return torch.zeros(())
 
         for step in range(8):

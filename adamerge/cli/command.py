@@ -257,6 +257,8 @@ def _uncollected() -> Iterator[None]:
         return
     gc.disable()
     try:
+        from adamerge.report import tracking  # noqa: F401 - W&B is quicker with few modules there
+
         yield
         gc.freeze()
     finally:

@@ -14,7 +14,7 @@ from adamerge.encoders.rows import Inputs
 from adamerge.learn.classifiers import as_heads
 from adamerge.learn.objectives import AnyHeads, Entropy, InfoMax, Objective
 from adamerge.learn.step import learnables, step_loss
-from adamerge.learn.updates import Images, Step, Update, update_of
+from adamerge.learn.updates import Part, Step, Update, update_of
 from adamerge.methods.base import MergeMethod
 
 Batches = Mapping[str, Iterable[Any]] | Iterable[tuple[Inputs, Tensor]]
@@ -95,8 +95,8 @@ def adapt(
             for number, (inputs, ids) in enumerate(_steps(batches, loss_of.heads.tasks, steps)):
                 batch = rows.each(lambda t: t.to(device, non_blocking=True), inputs), ids
 
-                def compute(images: Images, batch: tuple[Inputs, Tensor] = batch) -> Tensor:
-                    own, own_ids = _chosen(*batch, images)
+                def compute(part: Part, batch: tuple[Inputs, Tensor] = batch) -> Tensor:
+                    own, own_ids = _chosen(*batch, part)
                     moving.zero_grad()
                     loss, values, _ = step_loss(method, loss_of, own, own_ids, micro_batch)
                     loss.backward()
@@ -232,12 +232,12 @@ def _steps(batches: Batches, tasks: Sequence[str], steps: int) -> Iterator[tuple
         yield rows.join(parts), torch.repeat_interleave(torch.arange(len(parts)), sizes)
 
 
-def _chosen(inputs: Inputs, task_ids: Tensor, images: Images) -> tuple[Inputs, Tensor]:
+def _chosen(inputs: Inputs, task_ids: Tensor, part: Part) -> tuple[Inputs, Tensor]:
     """The rows that a loss is of."""
-    if images == Images():
+    if part == Part():
         return inputs, task_ids
-    present = task_ids.unique().tolist() if images.task is None else [images.task]
-    own = torch.cat([images.of((task_ids == task).nonzero().squeeze(1)) for task in present])
+    present = task_ids.unique().tolist() if part.task is None else [part.task]
+    own = torch.cat([part.of((task_ids == task).nonzero().squeeze(1)) for task in present])
     return rows.each(lambda tensor: tensor[own.to(tensor.device)], inputs), task_ids[own]
 
 

@@ -20,7 +20,7 @@ from adamerge.learn.graphs import ReplayedSteps
 from adamerge.learn.losses import marginal_entropy, sample_entropy
 from adamerge.learn.objectives import Objective
 from adamerge.learn.step import learnables, step_loss
-from adamerge.learn.updates import Images, Joint, Step, Update
+from adamerge.learn.updates import Joint, Part, Step, Update
 from adamerge.methods.base import MergeMethod
 from adamerge.methods.contract import numbers_of
 
@@ -74,7 +74,7 @@ class Adaptation(pl.LightningModule):
         learned = learnables(method, objective)
         self._step = ReplayedSteps(self._compute, learned) if cuda_graph else self._compute
         self.update = Joint() if update is None else update
-        self._only = Images()  # those of the step that the loss is of
+        self._only = Part()  # those of the step that the loss is of
         self._values: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}  # of the last logged step
         self._since, self._images = time.perf_counter(), 0  # since the last logged step
@@ -187,12 +187,12 @@ class Adaptation(pl.LightningModule):
         assert optimizer_closure is not None
         run, step = optimizer_closure, self.global_step
 
-        def compute(images: Images) -> Any:
-            self._only = images
+        def compute(part: Part) -> Any:
+            self._only = part
             try:
                 return run()
             finally:
-                self._only = Images()
+                self._only = Part()
 
         def move(closure: Callable[[], Any]) -> Any:
             return optimizer.step(closure=closure)

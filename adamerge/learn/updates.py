@@ -22,7 +22,7 @@ from adamerge.methods.base import MergeMethod
 
 
 @dataclass(frozen=True)
-class Images:
+class Part:
     """Which of a step's images a loss is of: those of one task (its index) alone, every second one
     of each task (from the first, half 0, or the second, half 1); by default all."""
 
@@ -36,7 +36,7 @@ class Images:
 
 # The loss of some of the step's images, at the learnables as they are now: `[]`. Fills their
 # gradients anew.
-Compute = Callable[[Images], Tensor]
+Compute = Callable[[Part], Tensor]
 # One step of the optimizer, which is given what computes the loss and the gradients.
 Move = Callable[[Callable[[], Tensor]], Any]
 
@@ -75,7 +75,7 @@ class Joint:
     """All tasks together: one gradient, of the sum of their losses."""
 
     def __call__(self, step: Step) -> None:
-        step.move(lambda: step.compute(Images()))
+        step.move(lambda: step.compute(Part()))
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PerTask:
         if self.order == "shuffled":
             order = np.random.default_rng([self.seed, step.number]).permutation(order).tolist()
         for task in order:
-            step.move(lambda task=task: step.compute(Images(task)))  # type: ignore[misc]
+            step.move(lambda task=task: step.compute(Part(task)))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ class Sam:
 
     def __call__(self, step: Step) -> None:
         def pushed() -> Tensor:
-            loss = step.compute(Images())
+            loss = step.compute(Part())
             with restored(step.learned):
                 self.push(step.learned)
-                step.compute(Images())
+                step.compute(Part())
             return loss
 
         step.move(pushed)
@@ -160,18 +160,18 @@ class Bilevel:
         below = step.method.below
 
         def above() -> Tensor:
-            step.compute(Images(half=0))
+            step.compute(Part(half=0))
             with restored(below), torch.no_grad():
                 for tensor in below:
                     if tensor.grad is not None:
                         tensor.sub_(tensor.grad, alpha=self.inner_lr)
                 with torch.enable_grad():
-                    loss = step.compute(Images(half=1))
+                    loss = step.compute(Part(half=1))
             for tensor in below:
                 tensor.grad = None
             return loss
 
-        step.move(above if below else lambda: step.compute(Images()))
+        step.move(above if below else lambda: step.compute(Part()))
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Progressive:
         grads: list[Tensor | None] = []
 
         def own() -> Tensor:
-            loss = step.compute(Images())
+            loss = step.compute(Part())
             grads[:] = [None if t.grad is None else t.grad.clone() for t in step.learned]
             return loss
 

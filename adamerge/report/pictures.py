@@ -113,5 +113,9 @@ def accuracy_figure(results: Mapping[str, Any]) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
+    layout = figure.get_layout_engine()
+    if layout is not None:  # once; `savefig` would do it twice, and draw once for it alone
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

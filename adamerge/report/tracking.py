@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-import wandb
+import wandb.apis.public  # which `wandb.init` imports: late, among all other modules, it takes 3 s
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
