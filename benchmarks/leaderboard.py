@@ -76,7 +76,9 @@ def compared(folder: Path, names: Iterable[str], seeds: Sequence[int], jobs: int
     }
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump({"suite": "demo", "wandb": "off", "recipes": grid}))
-    adamerge(["compare", str(path), f"to={folder / 'runs'}", f"jobs={jobs}"])
+    status = adamerge(["compare", str(path), f"to={folder / 'runs'}", f"jobs={jobs}"])
+    if status > 1:  # stopped, or refused; 1: a run failed, which the table says
+        raise SystemExit(status)
 
 
 def scores(folder: Path, names: Iterable[str]) -> dict[str, list[dict[str, float]]]:

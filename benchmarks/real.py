@@ -184,8 +184,13 @@ def main() -> None:
     seeds = ",".join(map(str, given.seeds))
     paper = given.folder / "paper"
     if not given.report:
-        adamerge(["compare", str(GRID), *words, f"seed={seeds}", f"to={given.folder}"])
-        adamerge(["compare", *PAPER, *words, f"seed={given.seeds[0]}", f"to={paper}"])
+        for grid, drawn, to in (
+            ([str(GRID)], seeds, given.folder),
+            (PAPER, given.seeds[0], paper),
+        ):
+            status = adamerge(["compare", *grid, *words, f"seed={drawn}", f"to={to}"])
+            if status > 1:  # stopped, or refused; 1: a run failed, which the tables say
+                raise SystemExit(status)
     exchanges = given.folder / "preflight.md"
     if not exchanges.exists():
         exchanges.write_text("\n".join(preflight(words, range(5))))
