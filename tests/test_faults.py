@@ -23,8 +23,10 @@ from adamerge.cli import main, results, train
 from adamerge.encoders import heads
 from adamerge.learn import features, resume
 from adamerge.learn.callbacks import Progress
+from adamerge.learn.data import TaskData
 from adamerge.learn.features import stored_features
 from adamerge.learn.resume import CHECKPOINT, CheckpointFiles, read_checkpoint
+from adamerge.report.keep import Keep
 from adamerge.report.result_files import read_results
 from adamerge.report.tracking import CsvMetrics, _known_id, read_metrics
 from tests.tiny import learned
@@ -78,6 +80,27 @@ def test_sigterm_before_and_after_training(
         assert main(["export", str(run)]) == 0
         assert main(["train", f"resume={run}"]) == 0
         assert (run / "merged" / "merge.json").is_file() and (run / "results.json").is_file()
+
+
+@pytest.mark.parametrize("at", ["Keep.on_train_start", "TaskData.train_dataloader"])
+def test_sigterm_as_training_begins(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Lightning, which listens from somewhat before the first step, would raise an error of its
+    own, and nothing would be saved."""
+    owner: Any = Keep if at.startswith("Keep") else TaskData
+    name, run = at.partition(".")[2], tmp_path / "run"
+    begin = getattr(owner, name)
+
+    def signalled(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        assert main([*words, f"run_dir={run}"]) == 128 + signal.SIGTERM
+    assert read_checkpoint(run / CHECKPOINT)["global_step"] == 1
+    assert main(["train", f"resume={run}"]) == 0
 
 
 def test_slurm_with_a_folder_named_like_a_url(

@@ -1,4 +1,4 @@
-"""What supported releases of torch and datasets name differently, or have no public name for."""
+"""What releases of torch, Lightning and datasets name differently, or have no public name for."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def is_failed_compilation(error: Exception) -> bool:
 def fingerprint(dataset: Any) -> str:
     """What the package datasets knows a data set and all that was done to it by."""
     return str(dataset._fingerprint)
+
+
+def forget_sigterm(trainer: Any) -> None:
+    """Takes from Lightning that it was told to end, of which it would make an error."""
+    trainer._signal_connector.received_sigterm = False

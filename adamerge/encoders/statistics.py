@@ -71,8 +71,12 @@ class Moments:
     def gram(self) -> Tensor:
         """`Σ x xᵀ / rows`, `[width, width]`."""
         assert self._products is not None
-        lower = self._products.tril()
-        return (lower + lower.tril(-1).T) / self.count
+        gram = self._products / self.count
+        for start in range(0, len(gram), _STRIPE):
+            own = slice(start, start + _STRIPE)
+            gram[own, own.stop :] = gram[own.stop :, own].T
+            gram[own, own] = gram[own, own].tril() + gram[own, own].tril(-1).T
+        return gram
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from tqdm.auto import tqdm
 
+from adamerge._base.compat import forget_sigterm
 from adamerge.weights.shards import ShardedTaskVectors
 
 
@@ -43,6 +44,7 @@ class StopOnSignal(Callback):
                 signal.signal(number, handler)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        forget_sigterm(trainer)  # where one came since Lightning listens: we have noted it too
         if self.received is None:
             self._listen()  # in place of Lightning's, which talks to other processes
 

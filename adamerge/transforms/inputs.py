@@ -35,8 +35,8 @@ def regmean(
     own inputs. Layers whose inputs are not known (normalisations, biases, embeddings, projections)
     are averaged: `τ_t / T`. The sum of the shares is the whole merge: init 1.
 
-    Asks for `inputs`. Costs T products of `[out, in]` by `[in, in]` per layer, and a solution of
-    T · out equations in float64.
+    Asks for `inputs`. Costs an inverse `[in, in]` per layer and two products per task, of which one
+    is in float64.
 
     Args:
         task_vectors: the experts' task vectors; left unchanged.
@@ -53,13 +53,18 @@ def regmean(
     def shares(name: str, tau: Tensor) -> Tensor:
         if name not in inputs:
             return tau / len(tau)
-        weighted, total = [], torch.zeros((), dtype=torch.float64)
-        for own, gram in zip(tau, _grams(inputs, name, tau), strict=True):
-            used = damped(gram.to(device or tau.device), off_diagonal)
-            total = total.to(used.device) + used
-            weighted.append(own.to(used) @ used)
-        factor = factored(total, name)
-        return torch.stack([solved(part, factor).to(tau) for part in weighted])
+        place, grams = device or tau.device, _grams(inputs, name, tau)
+        total = torch.zeros(grams.shape[1:], dtype=torch.float64, device=place)
+        for gram in grams:
+            total += damped(gram.to(place), off_diagonal)
+        inverse, parts = torch.cholesky_inverse(factored(total, name)), []
+        for own, gram in zip(tau.to(place), grams, strict=True):
+            used = damped(gram.to(place), off_diagonal)
+            if len(used) <= len(own):  # the small product first: it is the task's share of one
+                parts.append(own @ (used.double() @ inverse).to(own))
+            else:
+                parts.append((own.to(used) @ used).double() @ inverse)
+        return torch.stack([part.to(tau) for part in parts])
 
     return each_layer(task_vectors, shares)
 
