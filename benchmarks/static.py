@@ -40,7 +40,8 @@ SHAPE, BATCH = SHAPES["ViT-B-32"], 32
 PACKAGES = ("fusion-bench", "torch", "transformers", "open_clip_torch")
 SCHEMES = (
     *("adamerge regmean", "adamerge regmean, task vectors on disk", "fusion-bench regmean"),
-    *("adamerge featcal", "adamerge tsv_m", "fusion-bench tsv_m"),
+    *("adamerge featcal", "adamerge tsv_m", "adamerge tsv_m, task vectors on disk"),
+    "fusion-bench tsv_m",
 )
 
 

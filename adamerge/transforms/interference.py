@@ -230,8 +230,8 @@ def _estimated(tau: Tensor, epsilon: float, spread: float, rank: float) -> Tenso
 def _moved(tau: Tensor, factors: Tensor, subspace: int, steps: int, lr: float) -> Tensor:
     """The change δ `[rows, columns]` that DOGE gives all tasks of one matrix."""
     exact, rank = tau.dtype == torch.float64, min(tau.shape[1:])
-    lefts = [decomposed(own, exact)[0][:, : rank // len(tau)] for own in tau]
-    basis = decomposed(torch.cat(lefts, 1), exact)[0][:, : rank // subspace].to(tau)
+    lefts = [decomposed(own, exact, rank // len(tau))[0] for own in tau]
+    basis = decomposed(torch.cat(lefts, 1), exact, rank // subspace)[0].to(tau)
     weight = factors.sum()
     start = (tau * (tau - (factors * tau).sum(0))).sum(2).T[..., None]  # [rows, T, 1]
     rows = tau.transpose(0, 1).contiguous()

@@ -94,16 +94,20 @@ def matrices_of(task_vectors: TaskVectors, layers: Layers) -> list[str]:
     return found
 
 
-def decomposed(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+def decomposed(
+    matrix: Tensor, exact: bool, count: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`U [rows, r]`, `s [r]` (falling) and `V [columns, r]` of `matrix = U diag(s) Vᵀ`, float64.
 
     The vectors of a direction that is left out are 0.
 
     Args:
-        matrix: `[rows, columns]`; r is the smaller of the two.
+        matrix: `[rows, columns]`.
         exact: by the decomposition of the matrix itself.
+        count: r, the triplets that are wanted; None: all, as many as the smaller side.
     """
     values, basis = smaller_side(matrix, exact)
+    values, basis = values[:count], basis[:, :count]
     matrix = matrix.double()
     basis = basis * (values > 0)
     across = (matrix if is_tall(matrix) else matrix.T) @ (basis * reciprocal(values))

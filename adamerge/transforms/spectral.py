@@ -166,9 +166,9 @@ def _tsv(name: str, tau: Tensor) -> Tensor:
             "or merge fewer tasks"
         )
     exact, count = tau.dtype == torch.float64, min(tau.shape[1:]) // len(tau)
-    triplets = [decomposed(matrix, exact) for matrix in tau]
-    lefts, rights = _orthogonal(triplets, [count] * len(tau), exact)
-    strengths = [values[:count] for _, values, _ in triplets]
+    triplets = [decomposed(matrix, exact, count) for matrix in tau]
+    lefts, rights = _orthogonal(triplets, exact)
+    strengths = [values for _, values, _ in triplets]
     return torch.stack([(u * s) @ v.T for u, s, v in zip(lefts, strengths, rights, strict=True)])
 
 
@@ -183,12 +183,11 @@ def _iso_parts(tau: Tensor, common: float) -> Tensor:
     exact, tasks = tau.dtype == torch.float64, len(tau)
     first, own = directions(min(tau.shape[1:]), tasks, common)
     tau = tau.double()
-    left, values, right = decomposed(tau.sum(0), exact)
-    left, values, right = left[:, :first], values[:first], right[:, :first]
+    left, values, right = decomposed(tau.sum(0), exact, first)
     triplets = [(left, values, right)]
-    triplets += [decomposed(matrix - left @ (left.T @ matrix), exact) for matrix in tau]
-    lefts, rights = _orthogonal(triplets, [first] + [own] * tasks, exact)
-    mean = torch.cat([values, *(s[:own] for _, s, _ in triplets[1:])]).mean()
+    triplets += [decomposed(matrix - left @ (left.T @ matrix), exact, own) for matrix in tau]
+    lefts, rights = _orthogonal(triplets, exact)
+    mean = torch.cat([s for _, s, _ in triplets]).mean()
     shared = (right * reciprocal(values)) @ rights[0].T
     return mean * torch.stack(
         [m @ shared + u @ v.T for m, u, v in zip(tau, lefts[1:], rights[1:], strict=True)]
@@ -202,12 +201,12 @@ def directions(rank: int, tasks: int, common: float) -> tuple[int, int]:
 
 
 def _orthogonal(
-    triplets: list[tuple[Tensor, Tensor, Tensor]], counts: list[int], exact: bool
+    triplets: list[tuple[Tensor, Tensor, Tensor]], exact: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The first singular vectors of several matrices, made orthogonal all together."""
-    parts = list(zip(triplets, counts, strict=True))
-    left = polar(torch.cat([u[:, :count] for (u, _, _), count in parts], 1), exact)
-    right = polar(torch.cat([v[:, :count] for (_, _, v), count in parts], 1), exact)
+    """The singular vectors of several matrices, made orthogonal all together."""
+    lefts, values, rights = zip(*triplets, strict=True)
+    counts = [len(own) for own in values]
+    left, right = (polar(torch.cat(vectors, 1), exact) for vectors in (lefts, rights))
     return list(left.split(counts, 1)), list(right.split(counts, 1))
 
 
