@@ -36,3 +36,21 @@ def test_the_method_of_the_page_adapts_and_folds() -> None:
     adamerge.step_loss(method, objective, images, ids)[0].backward()
     assert method.coefficient.grad.abs() > 1e-4
     torch.testing.assert_close(method.fold()(images, ids), method(images, ids))
+
+
+def test_the_methods_page_has_every_method_with_the_rank_it_was_measured_at() -> None:
+    board = (ROOT / "benchmarks" / "results" / "leaderboard.md").read_text()
+    ranks = dict(re.findall(r"^\| ([\w, ]+?) +\| (\d+) +\|", board, re.MULTILINE))
+    told: dict[str, str] = {}
+    for line in (ROOT / "docs" / "methods.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        names = re.findall(r"`(\w+)`", cells[0])
+        if line.startswith("|") and names and "method=" not in cells[0]:
+            told |= dict(zip(names, cells[-1].split(", "), strict=True))
+    assert len(ranks) > 40
+    for name, rank in told.items():
+        both = [ranks.get(f"{name}, {objective}") for objective in ("entropy", "expert_kl")]
+        given = ranks.get(name) or (" / ".join(map(str, both)) if all(both) else "–")
+        assert rank == given, name
+    shipped = {path.stem for path in (ROOT / "configs" / "method").glob("*.yaml")}
+    assert {name for name in shipped if not name.startswith("paper_")} == told.keys()
