@@ -112,7 +112,8 @@ def profile_part(arguments: argparse.Namespace) -> str:
     works = {f"{n}, step": partial(theirs.learn, 1, b) for n, b in compare.THEIRS.items()}
     method = layer_wise(world, False)
     works |= {"adamerge, step": Ours(world, method).step}
-    works |= {"adamerge, bf16, step": Ours(world, method, True).step}
+    if "adamerge, bf16" in compare.OURS:
+        works |= {"adamerge, bf16, step": Ours(world, method, True).step}
     mixed = World.make(**MIXED, device=device)
     for mode, reduce in compare.MODES.items():
         works[f"fusion-bench, {mode}"] = TheirMixtures(mixed, reduce).learn
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="also where the time goes")
     parser.add_argument("--no-peaks", action="store_true", help="times alone")
+    parser.add_argument("--no-bf16", action="store_true", help="for a core without units for it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="also write the report here")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
@@ -174,6 +176,8 @@ def main() -> None:
         world = World.make(replace(SHAPE, blocks=blocks), tasks, batch, device)
         print(compare.peak_of(name, world))
         return
+    if arguments.no_bf16:
+        compare.without_bf16()
     parts = []
     for part in parts_of(arguments):
         parts.append(part)

@@ -24,9 +24,17 @@ OURS = {  # on their tower, in bf16, with `recompute`
     "adamerge, their tower": (True, False, False),
     "adamerge, their tower, bf16": (True, True, False),
 }
+MERGING = ("adamerge", "adamerge, bf16")
 MODES = {"gates per image": False, "gates per batch": True}
 MIXTURES = [f"{side}, {mode}" for mode in MODES for side in ("fusion-bench", "adamerge")]
 Scheme = Callable[[], float]  # runs once, and gives its seconds
+
+
+def without_bf16() -> None:
+    """Leaves the schemes in bfloat16 out, for a core that has no units for it."""
+    for schemes in (THEIRS, OURS):
+        for name in [name for name in schemes if name.endswith("bf16")]:
+            del schemes[name]
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> Scheme:
@@ -48,12 +56,15 @@ def medians(schemes: Mapping[str, Scheme], rounds: int) -> dict[str, float]:
 
 
 def compare_steps(
-    world: World, rounds: int, names: Collection[str] = tuple(OURS), micro_batch: int | None = None
+    world: World,
+    rounds: int,
+    names: Collection[str] | None = None,
+    micro_batch: int | None = None,
 ) -> tuple[dict[str, float], dict[str, float], str]:
     """Seconds of a step and of the merging work by scheme, and a line on λ.
 
     Args:
-        names: of ours, which are timed.
+        names: of ours, which are timed; None: all.
         micro_batch: images that ours encodes at a time; theirs always encodes one task's.
     """
     theirs = TheirLayerWise(world)
@@ -63,9 +74,9 @@ def compare_steps(
     }
     line = _learned(theirs, ours["adamerge, their tower"])
     steps: dict[str, Scheme] = {name: _their_step(theirs, bf16) for name, bf16 in THEIRS.items()}
-    steps |= {name: timed(world.device, ours[name].step) for name in names}
+    steps |= {name: timed(world.device, ours[name].step) for name in names or ours}
     works = {"fusion-bench": _merging(theirs, world)}
-    works |= {name: _merging(ours[name], world) for name in ("adamerge", "adamerge, bf16")}
+    works |= {name: _merging(ours[name], world) for name in MERGING if name in ours}
     return medians(steps, rounds), medians(works, rounds), line
 
 
@@ -74,7 +85,8 @@ def compare_merging(world: World, rounds: int) -> dict[str, float]:
     works = {"fusion-bench": _merging(TheirLayerWise(world), world)}
     method = layer_wise(world, False)
     works["adamerge"] = _merging(Ours(world, method), world)
-    works["adamerge, bf16"] = _merging(Ours(world, method, True), world)
+    if "adamerge, bf16" in OURS:
+        works["adamerge, bf16"] = _merging(Ours(world, method, True), world)
     return medians(works, rounds)
 
 
