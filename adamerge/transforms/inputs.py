@@ -56,14 +56,17 @@ def regmean(
         place, grams = device or tau.device, _grams(inputs, name, tau)
         total = torch.zeros(grams.shape[1:], dtype=torch.float64, device=place)
         for gram in grams:
-            total += damped(gram.to(place), off_diagonal)
-        inverse, parts = torch.cholesky_inverse(factored(total, name)), []
+            total += gram.to(place)
+        inverse = torch.cholesky_inverse(factored(damped(total, off_diagonal), name))
+        parts = []
         for own, gram in zip(tau.to(place), grams, strict=True):
-            used = damped(gram.to(place), off_diagonal)
-            if len(used) <= len(own):  # the small product first: it is the task's share of one
-                parts.append(own @ (used.double() @ inverse).to(own))
+            gram = gram.to(place)
+            if len(gram) <= len(own):  # the small product first
+                parts.append(own @ (damped(gram.double(), off_diagonal) @ inverse).to(own))
             else:
-                parts.append((own.to(used) @ used).double() @ inverse)
+                own = own.to(gram)
+                rest = (1 - off_diagonal) * (own * gram.diagonal())
+                parts.append(torch.addmm(rest, own, gram, alpha=off_diagonal).double() @ inverse)
         return torch.stack([part.to(tau) for part in parts])
 
     return each_layer(task_vectors, shares)
