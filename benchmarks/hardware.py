@@ -84,9 +84,15 @@ class Rates:
     bandwidth: float
 
     @classmethod
-    def measured(cls, device: torch.device, sizes: Sequence[int] = (), copied: int = COPY) -> Rates:
-        """Of this device, now; some seconds on a CPU."""
-        flops = {dtype: matrix_rate(device, dtype, sizes=sizes) for dtype in DTYPES}
+    def measured(
+        cls,
+        device: torch.device,
+        sizes: Sequence[int] = (),
+        copied: int = COPY,
+        dtypes: Sequence[torch.dtype] = DTYPES,
+    ) -> Rates:
+        """Of this device, now; some seconds on a CPU, minutes for a type it has no units for."""
+        flops = {dtype: matrix_rate(device, dtype, sizes=sizes) for dtype in dtypes}
         return cls(flops, copy_bandwidth(device, copied))
 
     def __str__(self) -> str:

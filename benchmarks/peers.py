@@ -37,7 +37,7 @@ from pathlib import Path
 
 import peers_compare as compare
 import torch
-from hardware import Floor, Rates
+from hardware import DTYPES, Floor, Rates
 from meters import in_subprocess
 from peers_ours import Ours, layer_wise, wemoe
 from peers_tables import floor_of, profiled, table
@@ -65,7 +65,8 @@ def layer_wise_part(arguments: argparse.Namespace, tasks: int, rates: Rates) -> 
     memory = _peaks(arguments, names, SHAPE, tasks, arguments.batch)
     world = World.make(SHAPE, tasks, arguments.batch, torch.device(arguments.device))
     steps, works, line = compare.compare_steps(world, arguments.rounds)
-    bounds = {bf16: floor_of(world, rates, bf16) for bf16 in (False, True)}
+    bf16s = (False,) if arguments.no_bf16 else (False, True)
+    bounds = {bf16: floor_of(world, rates, bf16) for bf16 in bf16s}
 
     def least(name: str) -> Floor:
         return bounds[name.endswith("bf16")]
@@ -86,7 +87,8 @@ def merging_part(arguments: argparse.Namespace, tasks: int, rates: Rates) -> str
     """The merging work alone."""
     world = World.make(SHAPE, tasks, 1, torch.device(arguments.device))
     works = compare.compare_merging(world, arguments.rounds)
-    bounds = {bf16: floor_of(world, rates, bf16) for bf16 in (False, True)}
+    bf16s = (False,) if arguments.no_bf16 else (False, True)
+    bounds = {bf16: floor_of(world, rates, bf16) for bf16 in bf16s}
     text = table(works, ["fusion-bench"], lambda n: bounds[n.endswith("bf16")], merging=True)
     return f"## Merging work, T = {tasks}, {arguments.device} (its floor is the traffic)\n\n{text}"
 
@@ -143,7 +145,8 @@ def _peaks(
 
 
 def parts_of(arguments: argparse.Namespace) -> Iterator[str]:
-    rates = Rates.measured(torch.device(arguments.device))
+    dtypes = DTYPES[:1] if arguments.no_bf16 else DTYPES
+    rates = Rates.measured(torch.device(arguments.device), dtypes=dtypes)
     yield head(rates, arguments.rounds)
     for tasks in arguments.tasks:
         yield layer_wise_part(arguments, tasks, rates)
