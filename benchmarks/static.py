@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -215,8 +214,7 @@ def report(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
         write_world(folder, arguments.tasks, arguments.images)
     for scheme in arguments.schemes:
         words = [sys.executable, __file__, "--one", scheme, str(folder), *tasks]
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        answer = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment)
+        answer = subprocess.run(words, stdout=subprocess.PIPE, text=True)
         if answer.returncode:
             yield f"| {scheme} | failed | | |"
             continue

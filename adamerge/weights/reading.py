@@ -29,7 +29,7 @@ from adamerge.weights.storage import Layer, Storage, keep
 
 log = logging.getLogger("adamerge")
 
-_PIECE = 2**18  # numbers per task vector promoted to float64 at a time
+_PIECE = 2**16  # numbers per task vector promoted to float64 at a time
 _FORMAT = 1  # of the metadata in a file of task vectors
 _NOTES = ("tasks", "names", "promoted", "norms", "format")  # the texts in it
 
@@ -139,7 +139,8 @@ def squares(deltas: Tensor) -> Tensor:
     """`Σ τ²` of each task, `[T]`, float64 on the CPU; a little at a time."""
     total = torch.zeros(len(deltas), dtype=torch.float64, device=deltas.device)
     for piece in deltas.reshape(len(deltas), -1).split(_PIECE, dim=1):
-        total += piece.double().square().sum(1)
+        piece = piece.double()
+        total += torch.linalg.vecdot(piece, piece)
     return total.cpu()
 
 
