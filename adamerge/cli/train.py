@@ -240,10 +240,10 @@ def _fit(
         _in_parts(given) if method.staged else given,
         logger=[tracking.CsvMetrics(run_dir / "metrics.csv", step), *([wandb] if wandb else [])],
         callbacks=[
-            stop,  # before all that takes time
             keep,
             Progress(),
             Watch(settings["eval_every"], measure),
+            stop,
             checkpoints,
             *([Sharding()] if settings["task_vectors"]["shard"] else []),
         ],
