@@ -234,3 +234,12 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
 def test_wrong_arguments_get_a_sentence(call: Callable[[], object], sentence: str) -> None:
     with pytest.raises(AdamergeError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("width", [5, 512, 1100])  # one stripe, exactly one, several
+def test_a_gram_matrix_is_whole_whatever_its_width(width: int) -> None:
+    rows, moments = torch.randn(30, width, dtype=torch.float64), Moments()
+    for part in rows.split(10):
+        moments.add(part)
+    torch.testing.assert_close(moments.gram, rows.T @ rows / 30, rtol=1e-12, atol=1e-12)
+    assert torch.equal(moments.gram, moments.gram.T)

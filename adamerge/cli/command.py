@@ -250,14 +250,15 @@ def _uncollected() -> Iterator[None]:
     """For imports, whose objects live on: no search for garbage among them, now or later.
 
     The search takes a fifth of the time of the first import. Where torch is there already, most
-    objects are not of these imports, and stay as they are.
+    objects are not of these imports, and stay as they are. W&B, whose classes look through all
+    loaded modules as they are made, comes first.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
     try:
-        from adamerge.report import tracking  # noqa: F401 - W&B is quicker with few modules there
+        from adamerge.report import tracking  # noqa: F401
 
         yield
         gc.freeze()
