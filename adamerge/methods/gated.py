@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 SPARSE_ROWS = 32  # rows of a matrix that are stored, and made dense, together
 # Numbers merged at a time: as few as stay in a processor's cache; with many tokens as many rows as
 # tokens, for sums over tiles cost less then; never more than the second number.
-_AT_ONCE = {"cpu": (2**20, 2**25), "cuda": (2**27, 2**27)}
+_AT_ONCE = {"cpu": (2**19, 2**25), "cuda": (2**27, 2**27)}
 
 
 class Deltas(Protocol):
@@ -151,7 +151,10 @@ class _GatedLinear(torch.autograd.Function):
                 elif d_hidden is not None:
                     d_hidden += torch.bmm(part, merged.to(part.dtype))
                 if d_gates is not None:
-                    outer = torch.bmm(part.mT, hidden).to(gates.dtype)
+                    # Where the merged rows were, which are of no more use: memory that is new costs
+                    # more than the product.
+                    outer = merged if hidden.dtype == merged.dtype else None
+                    outer = torch.bmm(part.mT, hidden, out=outer).to(gates.dtype)
                     d_gates.addmm_(outer.flatten(1), tile.T)
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_gates, None, None
 
