@@ -25,7 +25,7 @@ Named = Iterator[tuple[str, Tensor]]
 # (task, names that may come, what makes them) -> the tensors by name
 Keep = Callable[[str, Sequence[str], Callable[[], Named]], Mapping[str, Tensor]]
 
-_STRIPE = 512  # columns of a Gram matrix computed at a time
+_STRIPE = 256  # columns of a Gram matrix computed at a time
 
 
 class Moments:

@@ -66,7 +66,7 @@ def regmean(
             else:
                 own = own.to(gram)
                 rest = (1 - off_diagonal) * (own * gram.diagonal())
-                parts.append(torch.addmm(rest, own, gram, alpha=off_diagonal).double() @ inverse)
+                parts.append(torch.addmm(rest, own, gram, alpha=off_diagonal) @ inverse.to(gram))
         return torch.stack([part.to(tau) for part in parts])
 
     return each_layer(task_vectors, shares)
