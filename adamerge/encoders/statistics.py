@@ -57,9 +57,7 @@ class Moments:
             self._total, self._products = rows.new_zeros(width), rows.new_zeros(width, width)
         self.count += len(rows)
         self._total += rows.sum(0)
-        for start in range(0, width, _STRIPE):  # the lower half: the other is its mirror
-            stripe = rows[:, start : start + _STRIPE]
-            self._products[start:, start : start + _STRIPE].addmm_(rows[:, start:].T, stripe)
+        add_lower(self._products, rows, rows)
 
     @property
     def mean(self) -> Tensor:
@@ -71,12 +69,23 @@ class Moments:
     def gram(self) -> Tensor:
         """`Σ x xᵀ / rows`, `[width, width]`."""
         assert self._products is not None
-        gram = self._products / self.count
-        for start in range(0, len(gram), _STRIPE):
-            own = slice(start, start + _STRIPE)
-            gram[own, own.stop :] = gram[own.stop :, own].T
-            gram[own, own] = gram[own, own].tril() + gram[own, own].tril(-1).T
-        return gram
+        return mirrored(self._products / self.count)
+
+
+def add_lower(products: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `leftᵀ right`, which is symmetric, to `products`: no more than what `mirrored` reads."""
+    for start in range(0, len(products), _STRIPE):
+        stripe = right[:, start : start + _STRIPE]
+        products[start:, start : start + _STRIPE].addmm_(left[:, start:].T, stripe)
+
+
+def mirrored(products: Tensor) -> Tensor:
+    """A symmetric matrix, of which the lower half is given; in place."""
+    for start in range(0, len(products), _STRIPE):
+        own = slice(start, start + _STRIPE)
+        products[own, own.stop :] = products[own.stop :, own].T
+        products[own, own] = products[own, own].tril() + products[own, own].tril(-1).T
+    return products
 
 
 @dataclass(frozen=True)

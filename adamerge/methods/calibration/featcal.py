@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.statistics import Images
+from adamerge.encoders.statistics import Images, add_lower, mirrored
 from adamerge.methods.calibration.base import Calibration, Streams, Weights
 from adamerge.transforms.layers import check_number
 
@@ -79,7 +79,7 @@ class FeatCal(Calibration):
                 theirs[task][place] = self.blocks.run(
                     index, expert, theirs[task][place], wanted.__setitem__
                 )
-                solver.see(given, wanted, self._counts(index, tokens))
+                solver.see(given, wanted, expert, self._counts(index, tokens))
             solver.end_task(expert)
         return solver.solved()
 
@@ -114,11 +114,12 @@ class _Block:
         self.ridge, self.mix, self.merged, self.anchor = ridge, mix, merged, anchor
         self._layers: dict[tuple[str, str], tuple[slice, _Linear | _Norm]] = {}
 
-    def see(self, ours: Weights, theirs: Weights, counts: Tensor | None) -> None:
+    def see(self, ours: Weights, theirs: Weights, expert: Weights, counts: Tensor | None) -> None:
         """Adds what the student's and an expert's block multiply with each weight.
 
         Args:
             ours, theirs: by name of the weight, `[B, N, in]`.
+            expert: the expert's weights.
             counts: what each token counts, `[N]`; None: 1.
         """
         for name, inputs in ours.items():
@@ -126,8 +127,9 @@ class _Block:
                 key = name, str(rows)
                 if key not in self._layers:
                     weight = self.merged[name][rows]
-                    self._layers[key] = rows, (_Norm if weight.ndim == 1 else _Linear)(weight)
-                self._layers[key][1].see(inputs, theirs[name], used)
+                    kind = _Norm if weight.ndim == 1 else _Linear
+                    self._layers[key] = rows, kind(weight, self.mix)
+                self._layers[key][1].see(inputs, theirs[name], expert[name][rows], used)
 
     def _parts(self, name: str, counts: Tensor | None) -> list[tuple[slice, Tensor | None]]:
         """Rows that are solved together, and what tokens count for them."""
@@ -140,7 +142,7 @@ class _Block:
         """Goes over from sums over one task's tokens to equations."""
         for (name, _), (rows, layer) in self._layers.items():
             bias = expert.get(_bias_of(name))
-            layer.end_task(expert[name][rows], None if bias is None else bias[rows], self.mix)
+            layer.end_task(expert[name][rows], None if bias is None else bias[rows])
 
     def solved(self) -> dict[str, Tensor]:
         """The calibrated weights of the layers seen."""
@@ -162,28 +164,51 @@ def _bias_of(name: str) -> str:
 
 
 class _Linear:
-    """Rows of a linear layer: `Σ_t C_t / z_t`, `Σ_t X_t W_tᵀ / z_t` and the same of its bias."""
+    """Rows of a linear layer: `Σ_t C_t / z_t`, `Σ_t X_t W_tᵀ / z_t` and the same of its bias.
 
-    def __init__(self, weight: Tensor) -> None:
+    Where a layer has fewer outputs than inputs, `X_t W_tᵀ` is added up as it is, `E x_s y_tᵀ` of
+    the outputs `y_t = W_t x_t`: X_t would be larger and cost more. Elsewhere it is X_t that is.
+    """
+
+    def __init__(self, weight: Tensor, mix: float) -> None:
         out, width = weight.shape
+        self.mix, self.narrow = mix, out < width
         zeros = functools.partial(weight.new_zeros, dtype=torch.float64)
         self.left, self.right = zeros((width, width)), zeros((width, out))
         self.given, self.wanted, self.total = zeros(width), zeros(out), zeros(())
-        self._pairs = _Pairs(weight)
+        self._begin_task(weight)
 
-    def see(self, ours: Tensor, theirs: Tensor, counts: Tensor | None) -> None:
-        self._pairs.add(ours, theirs, counts)
+    def _begin_task(self, weight: Tensor) -> None:
+        out, width = weight.shape
+        self._count = 0.0
+        self._gram = weight.new_zeros(width, width)
+        self._cross = weight.new_zeros(width, out if self.narrow else width)
+        self._ours, self._theirs = weight.new_zeros(width), weight.new_zeros(width)
 
-    def end_task(self, weight: Tensor, bias: Tensor | None, mix: float) -> None:
-        gram, cross, ours, theirs = self._pairs.means()
+    def see(self, ours: Tensor, theirs: Tensor, weight: Tensor, counts: Tensor | None) -> None:
+        """Adds tokens `[B, N, in]` that count `[N]`, for an expert's weight `[out, in]`."""
+        by_token = ours.new_ones(ours.shape[1]) if counts is None else counts
+        rows = (ours * by_token[:, None]).flatten(0, 1)
+        add_lower(self._gram, rows, ours.flatten(0, 1))
+        beside = torch.lerp(ours, theirs, self.mix) @ weight.T if self.narrow else theirs
+        self._cross.addmm_(rows.T, beside.flatten(0, 1))
+        self._ours += rows.sum(0)
+        self._theirs += (theirs * by_token[:, None]).sum((0, 1))
+        self._count += len(ours) * float(by_token.sum())
+
+    def end_task(self, weight: Tensor, bias: Tensor | None) -> None:
+        sums = (mirrored(self._gram), self._cross, self._ours, self._theirs)
+        gram, cross, ours, theirs = (total.double() / self._count for total in sums)
         scale = 1 / gram.norm().clamp_min(torch.finfo(gram.dtype).tiny)
         self.left += gram * scale
-        self.right += torch.lerp(gram, cross, mix) @ weight.T.double() * scale
-        target = weight.double() @ torch.lerp(ours, theirs, mix)
+        if not self.narrow:
+            cross = torch.lerp(gram, cross, self.mix) @ weight.T.double()
+        self.right += cross * scale
+        target = weight.double() @ torch.lerp(ours, theirs, self.mix)
         self.wanted += (target if bias is None else target + bias) * scale
         self.given += ours * scale
         self.total += scale
-        self._pairs = _Pairs(weight)
+        self._begin_task(weight)
 
     def solved(
         self, anchor: Tensor, bias: Tensor | None, ridge: float
@@ -197,49 +222,23 @@ class _Linear:
         return weight, shift / (self.total + ridge)
 
 
-class _Pairs:
-    """Moments of inputs in the student's block beside those in an expert's, over one task."""
-
-    def __init__(self, weight: Tensor) -> None:
-        width = weight.shape[1]
-        self.count = 0.0
-        self.gram, self.cross = weight.new_zeros(width, width), weight.new_zeros(width, width)
-        self.ours, self.theirs = weight.new_zeros(width), weight.new_zeros(width)
-
-    def add(self, ours: Tensor, theirs: Tensor, counts: Tensor | None) -> None:
-        """Adds tokens `[B, N, width]` that count `[N]`."""
-        weights = ours.new_ones(ours.shape[1]) if counts is None else counts
-        rows = (ours * weights[:, None]).flatten(0, 1)
-        self.gram.addmm_(rows.T, ours.flatten(0, 1))
-        self.cross.addmm_(rows.T, theirs.flatten(0, 1))
-        self.ours += rows.sum(0)
-        self.theirs += (theirs * weights[:, None]).sum((0, 1))
-        self.count += len(ours) * float(weights.sum())
-
-    def means(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`E x xᵀ`, `E x yᵀ`, `E x`, `E y` in float64."""
-        sums = (self.gram, self.cross, self.ours, self.theirs)
-        gram, cross, ours, theirs = (total.double() / self.count for total in sums)
-        return gram, cross, ours, theirs
-
-
 class _Norm:
     """A normalisation's scale and bias: least squares in each channel by itself."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, mix: float) -> None:
         zeros = functools.partial(weight.new_zeros, dtype=torch.float64)
         self.squares, self.means, self.tasks = zeros(weight.shape), zeros(weight.shape), 0
         self.right, self._sums = zeros((2, *weight.shape)), zeros((2, *weight.shape))
         self._count = 0.0
 
-    def see(self, ours: Tensor, theirs: Tensor, counts: Tensor | None) -> None:
+    def see(self, ours: Tensor, theirs: Tensor, weight: Tensor, counts: Tensor | None) -> None:
         weights = ours.new_ones(ours.shape[1]) if counts is None else counts
         rows, by_token = ours.double(), weights.double()[:, None]
         self._sums[0] += (rows.square() * by_token).sum((0, 1))
         self._sums[1] += (rows * by_token).sum((0, 1))
         self._count += len(ours) * float(weights.sum())
 
-    def end_task(self, weight: Tensor, bias: Tensor | None, mix: float) -> None:
+    def end_task(self, weight: Tensor, bias: Tensor | None) -> None:
         squares, means = self._sums / self._count
         shift = torch.zeros_like(weight) if bias is None else bias
         self.squares += squares
