@@ -35,8 +35,8 @@ def regmean(
     own inputs. Layers whose inputs are not known (normalisations, biases, embeddings, projections)
     are averaged: `τ_t / T`. The sum of the shares is the whole merge: init 1.
 
-    Asks for `inputs`. Costs an inverse `[in, in]` per layer and two products per task, of which one
-    is in float64.
+    Asks for `inputs`. Costs a factorisation `[in, in]` in float64 per layer, and two products or a
+    product and a solution per task.
 
     Args:
         task_vectors: the experts' task vectors; left unchanged.
@@ -57,16 +57,19 @@ def regmean(
         total = torch.zeros(grams.shape[1:], dtype=torch.float64, device=place)
         for gram in grams:
             total += gram.to(place)
-        inverse = torch.cholesky_inverse(factored(damped(total, off_diagonal), name))
+        factor = factored(damped(total, off_diagonal), name)
+        small = len(factor) <= tau.shape[1]  # in <= out: the product of the two small ones first
+        inverse = torch.cholesky_inverse(factor) if small else None
+        factor = factor.to(torch.promote_types(grams.dtype, torch.float32))
         parts = []
         for own, gram in zip(tau.to(place), grams, strict=True):
             gram = gram.to(place)
-            if len(gram) <= len(own):  # the small product first
+            if inverse is not None:
                 parts.append(own @ (damped(gram.double(), off_diagonal) @ inverse).to(own))
             else:
                 own = own.to(gram)
                 rest = (1 - off_diagonal) * (own * gram.diagonal())
-                parts.append(torch.addmm(rest, own, gram, alpha=off_diagonal) @ inverse.to(gram))
+                parts.append(solved(torch.addmm(rest, own, gram, alpha=off_diagonal), factor))
         return torch.stack([part.to(tau) for part in parts])
 
     return each_layer(task_vectors, shares)
@@ -109,8 +112,9 @@ def factored(gram: Tensor, name: str) -> Tensor:
 
 
 def solved(weighted: Tensor, factor: Tensor) -> Tensor:
-    """`weighted · gram⁻¹` for `[out, in]` and what `factored` gave, in float64."""
-    return torch.cholesky_solve(weighted.to(factor).T, factor).T
+    """`weighted · gram⁻¹` for `[out, in]` and what `factored` gave, in the type of the latter."""
+    half = torch.linalg.solve_triangular(factor.T, weighted.to(factor), upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
 
 
 def esm(
