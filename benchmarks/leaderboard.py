@@ -119,7 +119,8 @@ def main() -> None:
     first = scores(given.folder / "first", given.only)
     ranked = sorted(first, key=lambda name: -mean(first[name]))
     best = ranked[: given.best]
-    compared(given.folder / "second", best, SECOND, given.jobs)
+    if best:
+        compared(given.folder / "second", best, SECOND, given.jobs)
     second = scores(given.folder / "second", best)
     tasks = [key for key in first[ranked[0]][0] if key != "average"]
     rows = []
