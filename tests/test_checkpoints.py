@@ -140,7 +140,9 @@ def test_no_tower_or_several() -> None:
     with pytest.raises(AdamergeError, match=r"holds no image tower.*names like 'a.weight'"):
         tower_state(opened({"a.weight": torch.ones(1)}), backbone)
     state = {
-        f"{p}.{n}": t for p in ("student", "teacher") for n, t in backbone.state_dict().items()
+        f"{p}.{n}": t + i
+        for i, p in enumerate(("student", "teacher"))
+        for n, t in backbone.state_dict().items()
     }
     with pytest.raises(AdamergeError, match=r"holds 2 image towers \(student\., teacher\.\)"):
         tower_state(opened(state), backbone)

@@ -87,11 +87,26 @@ def test_a_tower_alone_behind_wrappers(wrapped: str) -> None:
     assert all(torch.equal(found[name], t) for name, t in backbone().state_dict().items())
 
 
-def test_two_towers_are_named() -> None:
-    names = ("online_model", "ema_model")
-    state = {f"{word}.{n}": t for word in names for n, t in backbone().state_dict().items()}
-    with pytest.raises(AdamergeError, match=r"2 image towers \(online_model\., ema_model\.\)"):
-        tower_state(opened(state), backbone())
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ("online_model.", "ema_model.", r"online_model\., ema_model\."),
+        ("", "visual.", r"one without a prefix, visual\."),
+        ("model.visual.", "encoder.", r"model\.visual\., encoder\."),
+    ],
+)
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_two_towers_are_named(one: str, other: str, told: str, layout: str) -> None:
+    tower = backbone().state_dict()
+    names = tower if layout == "open_clip" else dict(tower_to_transformers(tower))
+    state = {f"{one}{name}": tensor for name, tensor in names.items()}
+    changed = state | {f"{other}{name}": tensor + 1 for name, tensor in names.items()}
+    told = told if layout == "open_clip" else ".*vision_model.*"
+    with pytest.raises(AdamergeError, match=rf"2 image towers \({told}\)"):
+        tower_state(opened(changed), backbone())
+    twice = state | {f"{other}{name}": tensor for name, tensor in names.items()}
+    found = tower_state(opened(twice), backbone())  # one tower that two attributes hold
+    assert all(torch.equal(found[name], tensor) for name, tensor in tower.items())
 
 
 # ---- what is missing, or too much -------------------------------------------------------------

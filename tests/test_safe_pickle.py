@@ -273,7 +273,8 @@ def test_every_type_and_shape_of_tensor(tmp_path: Path, legacy: bool) -> None:
         for kind in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
                      torch.int16, torch.int8, torch.uint8, torch.bool)
     } | {"turned": base.T, "scalar": torch.tensor(3.0), "empty": torch.empty(0, 3),
-         "parameter": torch.nn.Parameter(base[1:3].clone()), "slice": base[1:3]}  # fmt: skip
+         "parameter": torch.nn.Parameter(base[1:3].clone()), "slice": base[1:3],
+         "negated": torch._neg_view(base)}  # fmt: skip
     torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
     found = read(tmp_path / "a.pt").tensors
     assert list(found) == list(state)

@@ -95,19 +95,32 @@ def match(source: str, tensors: Mapping[str, Tensor], model: Mapping[str, Tensor
     choices = ((model, None), (layout.names, layout))
     fits = [(prefixes(tensors, names), names, used) for names, used in choices]
     counts, wanted, used = max(fits, key=lambda fit: max(fit[0].values(), default=0) / len(fit[1]))
-    if len(counts) > 1:
+    if len(counts) > 1 and not alike(tensors, counts, wanted):
+        places = ", ".join(prefix or "one without a prefix" for prefix in counts)
         raise AdamergeError(
-            f"{source} holds {len(counts)} image towers ({', '.join(counts)}): save the one that "
-            "is meant as a state dict of its own"
+            f"{source} holds {len(counts)} image towers ({places}): save the one that is meant as "
+            "a state dict of its own"
         )
     names: dict[str, str] = {}
-    for prefix in counts:
-        names = {name[len(prefix) :]: name for name in tensors if name.startswith(prefix)}
+    for prefix in [*counts][:1]:
+        within = tuple(p for p in counts if p != prefix and p.startswith(prefix))  # its doubles
+        own = [n for n in tensors if n.startswith(prefix) and not n.startswith(within)]
+        names = {name[len(prefix) :]: name for name in own}
         # transformers' projection lies beside its tower
         beside = f"{prefix.removesuffix('vision_model.')}visual_projection.weight"
         if used is not None and beside in tensors:
             names["visual_projection.weight"] = beside
     return Match(source, tensors, wanted, names, used)
+
+
+def alike(tensors: Mapping[str, Tensor], prefixes: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether the same model stands under each prefix: one saved under several names."""
+    first, *others = prefixes
+    return all(
+        (one in tensors) == (other in tensors)
+        and (one not in tensors or tensors[one].equal(tensors[other]))
+        for one, other in ((first + n, prefix + n) for prefix in others for n in names)
+    )
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -128,19 +141,25 @@ def prefixes(names: Iterable[str], model: Mapping[str, Tensor]) -> dict[str, int
     image tower go before others, and a text tower, whose blocks are named alike, is none.
     """
     names = dict.fromkeys(names)  # a set that keeps the order
+    stems = [name for name in model if model[name].ndim == 4]
+
+    def sees(prefix: str) -> bool:  # only images are convolved
+        return any(f"{prefix}{stem}" in names for stem in stems)
+
     counts = Counter(prefix for name in names for prefix in _before(name, model))
     if not any(name.startswith("visual.") for name in model):
         text = {name[: -len(end)] for name in names for end in _TEXT if name.endswith(end)}
         text |= {prefix.removesuffix("embeddings.") for prefix in text}
         counts = Counter({prefix: count for prefix, count in counts.items() if prefix not in text})
         visual = {prefix: counts[prefix] for prefix in counts if prefix.endswith(_VISUAL)}
-        counts = Counter(visual) or counts
+        most = max(visual.values(), default=0)
+        others = {p: c for p, c in counts.items() if most and c >= _NEAR * most and sees(p)}
+        counts = Counter(others | visual) or counts
     most = max(counts.values(), default=0)
     near = {prefix: count for prefix, count in counts.items() if count >= _NEAR * most}
     if most < _FEW and len(near) > 1:  # a name or two that other models have as well
         return {}
-    stems = [name for name in model if model[name].ndim == 4]  # only images are convolved
-    whole = {p: c for p, c in near.items() if any(f"{p}{stem}" in names for stem in stems)}
+    whole = {prefix: count for prefix, count in near.items() if sees(prefix)}
     return whole or {prefix: count for prefix, count in near.items() if count == most}
 
 

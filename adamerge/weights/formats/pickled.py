@@ -91,6 +91,7 @@ class TensorRef:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str | None = None  # of untyped storages
+    negative: bool = False  # what is stored is to be negated
 
 
 class Refused(AdamergeError):
@@ -201,7 +202,9 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: An
             raise Refused("a tensor whose shape is no list of sizes")
     if not is_count(offset) or len(size) != len(stride) or len(size) > 8:
         raise Refused("a tensor whose shape, strides and offset do not belong together")
-    return TensorRef(storage, offset, size, stride)
+    # requires_grad, hooks, and from version 2 on a mapping; in version 3 a type stands before it
+    marks = next((value for value in reversed(rest) if isinstance(value, dict)), {})
+    return TensorRef(storage, offset, size, stride, negative=marks.get("neg") is True)
 
 
 def _rebuild_untyped(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRef:

@@ -148,7 +148,8 @@ class TorchFile:
             if count == 0:
                 return torch.empty(ref.size, dtype=dtype)
             flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start)
-            return flat.as_strided(ref.size, ref.stride, ref.offset)
+            view = flat.as_strided(ref.size, ref.stride, ref.offset)
+            return view.neg() if ref.negative else view
 
     def _place(self, key: str) -> _Place:
         if self._is_zip:
