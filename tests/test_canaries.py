@@ -422,6 +422,35 @@ def test_data(canary: Canary, tmp_path: Path, plant: Any) -> None:
         cache_images("t", found, ("a", "b"), cfg, cache, "skip", "image", None, False)
 
 
+MEDIA: dict[str, Any] = {
+    "image": datasets.Image(),
+    "audio": datasets.Audio(),
+    "video": datasets.Video(),
+    "list": datasets.List(datasets.Image()),
+    "struct": {"kind": datasets.Value("int64"), "picture": datasets.Image()},
+}
+
+
+@pytest.mark.parametrize("feature", MEDIA)
+def test_columns_that_are_fetched_when_they_are_read(
+    canary: Canary, tmp_path: Path, feature: str
+) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    address = {"bytes": None, "path": "https://example.invalid/b"}
+    values = {"list": [address], "struct": {"kind": 0, "picture": address}}
+    rows = {"image": [{"bytes": picture.getvalue(), "path": None}]}
+    rows["label"] = [values.get(feature, address)]
+    schema = datasets.Features(image=datasets.Image(), label=MEDIA[feature]).arrow_schema
+    pq.write_table(pa.table(rows, schema=schema), tmp_path / "a.parquet")
+    found = open_dataset("t", {"path": str(tmp_path / "a.parquet")})
+    cfg, cache = PreprocessCfg(size=8), tmp_path / "cache"
+    for label in ("label.kind" if feature == "struct" else "label", "label"):
+        with pytest.raises(AdamergeError, match="label"):
+            cache_images("t", found, ("a", "b"), cfg, cache, "skip", "image", label, True)
+    assert cache_images("t", found, ("a", "b"), cfg, cache, "skip", "image", None).labels is None
+
+
 @pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "a.ckpt", "a.safetensors"])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "raw", "inside"])
 def test_checkpoints(canary: Canary, tmp_path: Path, name: str, kind: str) -> None:

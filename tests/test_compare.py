@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import yaml
 from adamerge import AdamergeError
 from adamerge.cli.command import main
 from adamerge.cli.compare import _end_after, compare, report
-from adamerge.config.grid import folder_names, left_static, read_grid
+from adamerge.config.grid import Recipe, folder_names, left_static, read_grid
 
 QUICK = [
     "trainer.max_steps=2", "batch_size=4", "wandb=off", "preflight=off", "evaluate.oracle=false",
@@ -50,6 +51,28 @@ def test_a_yaml_names_recipes_and_words_go_over_it(tmp_path: Path) -> None:
     assert len(read_grid([str(path)])) == 4
 
 
+def test_values_that_say_the_same_are_one_run(tmp_path: Path) -> None:
+    assert [r.words for r in read_grid(["seed=4", "lr=1e-3,0.001,1e-4", "seed=0,0"])] == [
+        ["seed=0", "lr=0.001"],
+        ["seed=0", "lr=1e-4"],
+    ]
+
+
+def test_a_yaml_may_nest_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    own = {"trainer": {"max_steps": [3, 6]}, "optim": {"_target_": "torch.optim.SGD", "lr": 1}}
+    path.write_text(yaml.safe_dump({"wandb": {"mode": "off"}, "recipes": {"a": own}}))
+    optim = 'optim={"_target_": "torch.optim.SGD", "lr": 1}'
+    assert [sorted(recipe.words) for recipe in read_grid([str(path)])] == [
+        [optim, f"trainer.max_steps={steps}", "wandb.mode=off"] for steps in (3, 6)
+    ]
+
+
+def test_no_folder_is_above_or_hidden() -> None:
+    grid = [Recipe(name, ["a=1"], "") for name in ("..", ".", "../../x", ".git", "a/b")]
+    assert folder_names(grid) == ["run-1", "run-2", "-..-x", "git", "a-b"]
+
+
 def test_folders_are_called_by_what_differs() -> None:
     grid = read_grid(["method=one,my/two x.yaml", "suite=demo", "optim.lr=0.1,0.2", "seed=0,1"])
     assert folder_names(grid) == [
@@ -82,8 +105,23 @@ def test_what_learns_nothing_stays_static_beside_what_learns(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a: [", "cannot be read as a grid"),
-        ("- 1", "is no grid"),
+        ("a: [", "is not valid YAML"),
+        ("- 1", "expected keys and values"),
+        ("notes: !!bool maybe", "is not valid YAML"),
+        ("notes: !!int abc", "is not valid YAML"),
+        ("notes: !!timestamp x", "is not valid YAML"),
+        ("notes: !!binary aGk=\nrecipes: {a: {}}", "is no setting"),
+        ("a: &a [*a]\nrecipes: {a: {}}", "aliases stand for more"),
+        (
+            "a: &a [0,0,0,0,0,0,0,0,0,0]\n"
+            + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 10)}]\n" for x, y in pairwise("abcdefg"))
+            + "recipes: {a: {}}",
+            "aliases stand for more",
+        ),
+        (
+            "recipes: {a: {" + ", ".join(f"k{i}: {list(range(10))}" for i in range(9)) + "}}",
+            "recipe a of .* stands for 1000000000 runs",
+        ),
         ("recipes: [1]", "is no grid"),
         ("recipes: {a: 1}", "is no grid"),
         ("recipes: {a: {base: b}, b: {}}", "base: b, which is no recipe above it"),
@@ -97,7 +135,12 @@ def test_a_grid_that_cannot_be_read(tmp_path: Path, text: str, sentence: str) ->
 
 @pytest.mark.parametrize(
     ("word", "sentence"),
-    [("method=a,,b", "empty value"), ("jobs=0", "jobs=0"), ("jobs=x", "jobs=x")],
+    [
+        ("method=a,,b", "empty value"),
+        ("jobs=0", "jobs=0"),
+        ("jobs=x", "jobs=x"),
+        ("seed='[", "not valid YAML"),
+    ],
 )
 def test_words_that_make_no_grid(word: str, sentence: str) -> None:
     with pytest.raises(AdamergeError, match=sentence):

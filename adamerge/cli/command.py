@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from adamerge._base.errors import AdamergeError, printable
+
 _SETTINGS = "settings as key=value (see `adamerge show config`), like optim.lr=1e-3"
 _SHOWN = ("all", "suites", "methods", "objectives", "tasks", "config")
 
@@ -124,6 +126,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class _OneLine(logging.Formatter):
+    """Messages as they are; ours on one line that a terminal obeys nothing of: names in a
+    checkpoint or a data set may be anything."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        message = super().formatMessage(record)
+        return printable(message) if record.name.partition(".")[0] == "adamerge" else message
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake prints one sentence and gives status 2."""
     options = _parsed(arguments)
@@ -131,16 +142,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # times slower as soon as another program wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_OneLine())
     logging.getLogger("adamerge").setLevel(logging.INFO)
     from safetensors import SafetensorError
-
-    from adamerge._base.errors import AdamergeError
 
     try:
         with _ended_by_sigterm():
             return _run(options)
     except AdamergeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output, like `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from adamerge._base.errors import AdamergeError, one_line
+from adamerge._base.errors import AdamergeError
 from adamerge.config import settings as config
 
 _FILES = ("suite=", "method=")  # which decide whether a run learns by itself
 _STEPS = "trainer.max_steps"
+_MOST_RUNS = 10_000  # of a grid: more is a slip
 
 
 class Recipe(NamedTuple):
@@ -36,8 +36,11 @@ class Recipe(NamedTuple):
 def read_grid(words: Sequence[str]) -> list[Recipe]:
     """The runs of `key=value,value …`, or of a YAML's path with words that go over it.
 
+    Values that are given twice count once; of a key that is, the last values count.
+
     Raises:
-        AdamergeError: a value is empty, or the file cannot be read as a grid.
+        AdamergeError: a value is empty, there are more than 10,000 runs, or the file cannot be
+            read as a grid.
     """
     files = [word for word in words if "=" not in word]
     return _of_file(Path(files[0]), words) if files else _of_words(words)
@@ -45,11 +48,22 @@ def read_grid(words: Sequence[str]) -> list[Recipe]:
 
 def _of_words(words: Sequence[str]) -> list[Recipe]:
     """Every combination of the values that commas separate."""
-    choices = []
+    choices: dict[str, list[str]] = {}
     for word in words:
         key, _, value = word.partition("=")
-        choices.append([f"{key}={part}" for part in _parts(value)])
-    return [Recipe("", list(chosen), "") for chosen in itertools.product(*choices)]
+        choices[key] = [f"{key}={part}" for part in _parts(value)]
+    return [Recipe("", chosen, "") for chosen in _products(choices.values(), "the grid")]
+
+
+def _products(choices: Iterable[Sequence[str]], what: str) -> Iterator[list[str]]:
+    """Every combination of words, those apart that say the same in other letters."""
+    apart = [[*{repr(config.key_and_value(w)): w for w in words}.values()] for words in choices]
+    count = math.prod(map(len, apart))
+    if count > _MOST_RUNS:
+        raise AdamergeError(
+            f"{what} stands for {count} runs: expected {_MOST_RUNS} at most; give fewer values"
+        )
+    return map(list, itertools.product(*apart))
 
 
 def _parts(value: str) -> list[str]:
@@ -68,12 +82,8 @@ def _of_file(path: Path, words: Sequence[str]) -> list[Recipe]:
     Words after the path go over the settings for all.
     """
     expected = "expected settings, and recipes: with a mapping of settings for every name"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = one_line(error, 150)
-        raise AdamergeError(f"{path} cannot be read as a grid ({reason}): {expected}") from error
-    recipes = content.pop("recipes", None) if isinstance(content, dict) else None
+    content = config.read_yaml(path)
+    recipes = content.pop("recipes", None)
     if not isinstance(recipes, dict) or not all(isinstance(r, dict) for r in recipes.values()):
         raise AdamergeError(f"{path} is no grid: {expected}")
     over = [word for word in words if "=" in word]
@@ -87,12 +97,15 @@ def _of_file(path: Path, words: Sequence[str]) -> list[Recipe]:
                 f"{path}: recipe {name} has base: {base}, which is no recipe above it: expected "
                 "the name of one"
             )
+        own = {**_flat(shared), **_flat(settings)}
         choices = [
-            [f"{key}={_word(v)}" for v in (values if isinstance(values, list) else [values])]
-            for key, values in {**shared, **settings}.items()
+            [f"{key}={_word(path, v)}" for v in (values if isinstance(values, list) else [values])]
+            for key, values in own.items()
         ]
-        product = itertools.product(*choices)
-        grid += [Recipe(str(name), list(chosen), base, tuple(settings)) for chosen in product]
+        grid += [
+            Recipe(str(name), chosen, base, tuple(_flat(settings)))
+            for chosen in _products(choices, f"recipe {name} of {path}")
+        ]
     return grid
 
 
@@ -131,9 +144,24 @@ def left_static(grid: Sequence[Recipe]) -> tuple[list[Recipe], str]:
     )
 
 
-def _word(value: Any) -> str:
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`trainer: {max_steps: 3}` as `trainer.max_steps: 3`; parts with a `_target_` are whole."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        parts = isinstance(value, dict) and "_target_" not in value and key not in config.GROUPS
+        found |= {f"{key}.{name}": v for name, v in value.items()} if parts else {str(key): value}
+    return found
+
+
+def _word(path: Path, value: Any) -> str:
     """A value as `key=value` takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except TypeError as error:
+        raise AdamergeError(
+            f"{path} has {str(value)[:60]}, which is no setting: expected texts, numbers, lists or "
+            "mappings"
+        ) from error
 
 
 def folder_names(grid: Sequence[Recipe]) -> list[str]:
@@ -148,7 +176,7 @@ def folder_names(grid: Sequence[Recipe]) -> list[str]:
             file = key in config.GROUPS  # a name, or the path of one
             short = "seed" if key == "seed" else f"{key.rpartition('.')[2]}="
             parts.append(Path(value).stem if file else f"{short}{value}")
-        names.append(re.sub(r"[^\w.=+-]+", "-", "-".join(parts) or "run"))
+        names.append(re.sub(r"[^\w.=+-]+", "-", "-".join(parts)).lstrip(".") or "run")
     return [
         name if names.count(name) == 1 else f"{name}-{names[: index + 1].count(name)}"
         for index, name in enumerate(names)

@@ -26,10 +26,24 @@ from adamerge.config.references import resolved
 from adamerge.config.settings_check import GROUPS, Config, setting_problems
 from adamerge.config.suite import locate, locate_data, name_by_text, suite_problems, take_task_files
 
-__all__ = ["GROUPS", "Config", "config_root", "load", "load_run", "names", "problems", "save"]
+__all__ = [
+    "GROUPS",
+    "Config",
+    "config_root",
+    "key_and_value",
+    "load",
+    "load_run",
+    "names",
+    "problems",
+    "read_yaml",
+    "save",
+]
 
 _MOST_BYTES, _MOST_VALUES = 8 * 2**20, 250_000  # of a YAML file, its aliases written out
-_UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, AttributeError)
+_UNREADABLE = (  # the last four: what a tag such as `!!bool` raises of a value that is none
+    *(yaml.YAMLError, OmegaConfBaseException, ValueError, OSError),
+    *(AttributeError, LookupError, TypeError, ArithmeticError),
+)
 # `wandb=off`, `preflight=off` and `update=sam` set these.
 _SWITCHES = {"wandb": "wandb.mode", "preflight": "preflight.enabled", "update": "update.name"}
 
@@ -63,14 +77,14 @@ def load(words: Sequence[str] = ()) -> Config:
         AdamergeError: a file that is missing or no YAML, a word that is no `key=value`, or a
             reference that leads nowhere.
     """
-    config = _read(config_root() / "train.yaml")
-    settings = [_word(word) for word in words]
+    config = read_yaml(config_root() / "train.yaml")
+    settings = [key_and_value(word) for word in words]
     folder, by_method = Path(), {}
     for group in GROUPS:
         chosen = [value for key, value in settings if key == group]
         name = str([config[group], *chosen][-1])
         path = _named_file(f"{group}={name}", group, name, Path(os.path.expanduser(name)))
-        part = {"name": path.stem, **_read(path)}
+        part = {"name": path.stem, **read_yaml(path)}
         defaults = part.pop("defaults", {})
         if not isinstance(defaults, dict) or "suite" in defaults:
             said = "sets suite" if isinstance(defaults, dict) else f"is {defaults!r}"
@@ -120,7 +134,7 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
     path = run / "config.yaml"
     if not path.is_file():
         raise AdamergeError(f"{run} holds no run: expected its config.yaml; give a run folder")
-    saved, defaults = _read(path), _read(config_root() / "train.yaml")
+    saved, defaults = read_yaml(path), read_yaml(config_root() / "train.yaml")
     for group in GROUPS:
         if not isinstance(saved.get(group), dict):
             raise AdamergeError(
@@ -130,7 +144,7 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
     config = _merged(defaults, saved)
     config["optim"] = saved.get("optim", defaults["optim"])  # another optimizer's own arguments
     config["keep"] = saved.get("keep", "last")  # as runs of earlier versions did
-    for key, value in map(_word, words):
+    for key, value in map(key_and_value, words):
         if key in GROUPS:
             raise AdamergeError(
                 f"{key}={value} cannot be changed on resuming: a run keeps its suite, method and "
@@ -148,7 +162,7 @@ def load_run(run: Path, words: Sequence[str] = ()) -> Config:
 def problems(config: Config) -> list[str]:
     """Unknown keys, mistyped values and an incomplete suite; arguments of dotted paths aside."""
     suite = config.get("suite")
-    found = setting_problems(config, _read(config_root() / "train.yaml"))
+    found = setting_problems(config, read_yaml(config_root() / "train.yaml"))
     return [*found, *(suite_problems(suite, names("task")) if isinstance(suite, dict) else ())]
 
 
@@ -163,7 +177,7 @@ def save(config: Config, path: Path) -> None:
         temporary.write_text(text(config), encoding="utf-8")
 
 
-def _read(path: Path) -> Config:
+def read_yaml(path: Path) -> Config:
     """A YAML file, its references as they stand.
 
     Raises:
@@ -212,7 +226,7 @@ def _refuse_many_aliases(content: bytes) -> None:
         raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
 
 
-def _word(word: str) -> tuple[str, Any]:
+def key_and_value(word: str) -> tuple[str, Any]:
     """A key and its value; `wandb=off` is `wandb.mode=off`, though YAML reads `off` as false."""
     key, equals, value = word.partition("=")
     if not equals or not key:
@@ -262,7 +276,7 @@ def _merged(below: Config, above: Config) -> Config:
 def _task(where: str, source: str, folder: Path) -> Config:
     """The keys of a shipped task file, or of one beside the suite or in the working folder."""
     path = _named_file(f"{where}={source}", "task", source, folder / source, Path(source))
-    task = resolved(_read(path), f"task {source}")
+    task = resolved(read_yaml(path), f"task {source}")
     locate_data(task, path.resolve().parent)
     return task
 

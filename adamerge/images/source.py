@@ -47,7 +47,16 @@ class DatasetSource:
     """A `datasets.Dataset`; a field of a structured column is named `column.field`."""
 
     def __init__(self, dataset: datasets.Dataset) -> None:
-        self.dataset = dataset.with_format(None)
+        dataset = dataset.with_format(None)
+        refused = [
+            name
+            for name, feature in dataset.features.items()
+            if _decodes(feature) and not isinstance(feature, datasets.Image)
+        ]
+        if refused:
+            log.info("columns %s are left out: media other than images", ", ".join(refused))
+            dataset = dataset.remove_columns(refused)
+        self.dataset = dataset
         self._undecoded: dict[str, datasets.Dataset] = {}
 
     @property
@@ -77,7 +86,13 @@ class DatasetSource:
         name, field = column, ""
         if column not in self.dataset.column_names:
             name, _, field = column.partition(".")
-        feature, values = self.dataset.features[name], self.dataset[name][:]
+        feature = self.dataset.features[name]
+        if _decodes(feature):
+            raise AdamergeError(
+                f"column {column!r} holds images: expected class numbers or names as labels; mend "
+                "data.label, or set it to null to use none"
+            )
+        values = self.dataset[name][:]
         if field:
             feature, values = feature[field], [None if v is None else v[field] for v in values]
         return values, getattr(feature, "names", None)
@@ -116,6 +131,16 @@ class DatasetSource:
             for record in batch.combine_chunks().to_batches():
                 digest.update(record.serialize())
         return digest.hexdigest()
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether `datasets` would open or fetch what a value of a column names, when it is read."""
+    if isinstance(feature, dict):
+        return any(map(_decodes, feature.values()))
+    if isinstance(feature, (*_LISTS, list, tuple)):
+        inner = feature if isinstance(feature, list | tuple) else [feature.feature]
+        return any(map(_decodes, inner))
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"  # its own text
 
 
 def file_stats(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
