@@ -144,6 +144,51 @@ def test_a_tensor_under_two_names_is_one_layer() -> None:
     assert AdaMerging(network, bare)((WORDS, COUNTS), IDS).shape == (6, 5)
 
 
+class Twice(nn.Module):
+    """One module under two names, and its weight in another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.again, self.last.weight = self.one, self.one.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.again(self.one(inputs).tanh()).tanh())
+
+
+def test_a_module_that_is_used_twice() -> None:
+    torch.manual_seed(0)
+    base, one, two = Twice(), Twice(), Twice()
+    before = copy.deepcopy(base.state_dict())
+    method = AdaMerging(base, TaskVectors(base, {"a": one, "b": two}))
+    merged = copy.deepcopy(base)
+    states = [dict(network.named_parameters()) for network in (one, two)]
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            parameter += sum(0.3 * (state[name] - parameter) for state in states)
+    inputs, ids = torch.randn(6, 4), torch.tensor([0, 0, 0, 1, 1, 1])
+    for _ in range(2):
+        torch.testing.assert_close(method(inputs, ids), merged(inputs))
+    method(inputs, ids).sum().backward()
+    torch.testing.assert_close(method.fold()(inputs, ids), merged(inputs))
+    base.load_state_dict(method.merged_state_dict())
+    torch.testing.assert_close(base(inputs), merged(inputs))
+    assert before.keys() == method.merged_state_dict().keys()
+
+
+def test_an_expert_that_is_not_tied_as_the_pretrained_is() -> None:
+    base, expert = Twice(), Twice()
+    expert.last.weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(AdamergeError, match=r"'a' has two tensors where .* 'last.weight'"):
+        TaskVectors(base, {"a": expert})
+
+
+def test_complex_weights_are_refused() -> None:
+    state = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.complex64)}
+    with pytest.raises(AdamergeError, match=r"'b' of type torch.complex64: expected real"):
+        TaskVectors(state, {"t": {name: tensor + 1 for name, tensor in state.items()}})
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [

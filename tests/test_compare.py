@@ -69,8 +69,10 @@ def test_a_yaml_may_nest_its_settings(tmp_path: Path) -> None:
 
 
 def test_no_folder_is_above_or_hidden() -> None:
-    grid = [Recipe(name, ["a=1"], "") for name in ("..", ".", "../../x", ".git", "a/b")]
-    assert folder_names(grid) == ["run-1", "run-2", "-..-x", "git", "a-b"]
+    grid = [
+        Recipe(name, ["a=1"], "") for name in ("..", ".", "../../x", ".git", "a/b", "report.md")
+    ]
+    assert folder_names(grid) == ["run-1", "run-2", "-..-x", "git", "a-b", "report.md-run"]
 
 
 def test_folders_are_called_by_what_differs() -> None:
@@ -140,11 +142,12 @@ def test_a_grid_that_cannot_be_read(tmp_path: Path, text: str, sentence: str) ->
         ("jobs=0", "jobs=0"),
         ("jobs=x", "jobs=x"),
         ("seed='[", "not valid YAML"),
+        ("typo", "'suite.yaml' is no setting"),
     ],
 )
 def test_words_that_make_no_grid(word: str, sentence: str) -> None:
     with pytest.raises(AdamergeError, match=sentence):
-        compare([word, "suite=demo"], main)
+        compare([word, "suite.yaml" if word == "typo" else "suite=demo"], main)
 
 
 def test_cells_equal_single_runs_and_go_on(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adamerge
-from adamerge import methods
+from adamerge import AdamergeError, methods
 from adamerge.cli import main
 from adamerge.cli.job import Job, load_job
 from adamerge.config import build, inputs
@@ -608,3 +608,18 @@ def flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
     path.write_bytes(raw)
+
+
+def test_classify_sees_pictures_as_training_does(trained: Run) -> None:
+    model = adamerge.load(trained("per_task"))
+    drawn = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
+    plain, low = Image.fromarray(drawn), drawn.astype(np.uint16)
+    wanted = model.probabilities(plain, "dots")
+    deep = Image.fromarray(low << 8 | 7)
+    assert deep.mode.startswith("I")
+    torch.testing.assert_close(model.probabilities(deep, "dots"), wanted)
+    lying = plain.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6  # to be turned back
+    torch.testing.assert_close(model.probabilities(lying, "dots"), wanted)
+    with pytest.raises(AdamergeError, match="mode F"):
+        model.classify(Image.fromarray(drawn.astype(np.float32)), "dots")

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from adamerge._base.errors import AdamergeError, printable
+from adamerge._base.errors import AdamergeError
+from adamerge._base.terminal import printable, set_up_logging
 
 _SETTINGS = "settings as key=value (see `adamerge show config`), like optim.lr=1e-3"
 _SHOWN = ("all", "suites", "methods", "objectives", "tasks", "config")
@@ -126,25 +127,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-class _OneLine(logging.Formatter):
-    """Messages as they are; ours on one line that a terminal obeys nothing of: names in a
-    checkpoint or a data set may be anything."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        message = super().formatMessage(record)
-        return printable(message) if record.name.partition(".")[0] == "adamerge" else message
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake prints one sentence and gives status 2."""
     options = _parsed(arguments)
     # Must be set before torch loads OpenMP: threads that spin while they wait make a run many
     # times slower as soon as another program wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_OneLine())
-    logging.getLogger("adamerge").setLevel(logging.INFO)
+    set_up_logging()
     from safetensors import SafetensorError
 
     try:

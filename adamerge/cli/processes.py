@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 
 from adamerge._base.errors import AdamergeError
+from adamerge._base.terminal import printable
 
 _EVERY = 0.2  # seconds between two looks at the other processes
 _PATIENCE = 5  # seconds that this process has to end by itself when another was lost
@@ -103,7 +104,7 @@ def _watch(started: Started, run_dir: Path, over: threading.Event) -> None:
         if lost is not None and not over.wait(_PATIENCE):
             started.kill()
             error = _lost("rank {} ended with status {}".format(*lost), run_dir)
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+            print(f"\nerror: {printable(str(error))}", file=sys.stderr, flush=True)
             os._exit(2)
 
 

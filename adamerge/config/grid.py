@@ -15,6 +15,7 @@ from adamerge.config import settings as config
 
 _FILES = ("suite=", "method=")  # which decide whether a run learns by itself
 _STEPS = "trainer.max_steps"
+_FILES_BESIDE = (".html", ".md", ".csv", ".json", ".yaml", ".lock", ".log")  # the runs' folders
 _MOST_RUNS = 10_000  # of a grid: more is a slip
 
 
@@ -43,6 +44,10 @@ def read_grid(words: Sequence[str]) -> list[Recipe]:
             read as a grid.
     """
     files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise AdamergeError(
+            f"{files[1]!r} is no setting: expected key=value after the grid's YAML {files[0]}"
+        )
     return _of_file(Path(files[0]), words) if files else _of_words(words)
 
 
@@ -176,7 +181,8 @@ def folder_names(grid: Sequence[Recipe]) -> list[str]:
             file = key in config.GROUPS  # a name, or the path of one
             short = "seed" if key == "seed" else f"{key.rpartition('.')[2]}="
             parts.append(Path(value).stem if file else f"{short}{value}")
-        names.append(re.sub(r"[^\w.=+-]+", "-", "-".join(parts)).lstrip(".") or "run")
+        name = re.sub(r"[^\w.=+-]+", "-", "-".join(parts)).lstrip(".") or "run"
+        names.append(f"{name}-run" if name.endswith(_FILES_BESIDE) else name)
     return [
         name if names.count(name) == 1 else f"{name}-{names[: index + 1].count(name)}"
         for index, name in enumerate(names)

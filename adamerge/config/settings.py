@@ -40,10 +40,8 @@ __all__ = [
 ]
 
 _MOST_BYTES, _MOST_VALUES = 8 * 2**20, 250_000  # of a YAML file, its aliases written out
-_UNREADABLE = (  # the last four: what a tag such as `!!bool` raises of a value that is none
-    *(yaml.YAMLError, OmegaConfBaseException, ValueError, OSError),
-    *(AttributeError, LookupError, TypeError, ArithmeticError),
-)
+_UNREADABLE: tuple[type[Exception], ...] = (yaml.YAMLError, OmegaConfBaseException, ValueError)
+_UNREADABLE += (OSError, AttributeError, LookupError, TypeError, ArithmeticError)  # `!!bool maybe`
 # `wandb=off`, `preflight=off` and `update=sam` set these.
 _SWITCHES = {"wandb": "wandb.mode", "preflight": "preflight.enabled", "update": "update.name"}
 
@@ -235,7 +233,7 @@ def key_and_value(word: str) -> tuple[str, Any]:
         _refuse_many_aliases(value.encode())
         tree = OmegaConf.from_dotlist([f"value={value}"])
         parsed = OmegaConf.to_container(tree, resolve=False)
-    except (*_UNREADABLE, RecursionError) as error:
+    except Exception as error:  # tags raise anything
         raise AdamergeError(f"{word[:80]!r}: the value is not valid YAML; quote it") from error
     assert isinstance(parsed, dict)
     plain = value if key in GROUPS else parsed["value"]

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import open_clip
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from adamerge._base.binding import nearest
 from adamerge._base.errors import AdamergeError
+from adamerge._base.pictures import eight_bits
 from adamerge.encoders.clip import Normalizer
 from adamerge.encoders.heads import Heads
 from adamerge.export.read import (
@@ -69,8 +70,9 @@ class Merged:
         """The most probable class of every image among those of its task.
 
         Args:
-            images: PIL images, or one; or a tensor `[B, 3, H, W]`, either normalised floats as
-                `preprocess` gives, or uint8 images of that size.
+            images: PIL images, or one, which are turned upright and reduced to 8 bits as in
+                training; or a tensor `[B, 3, H, W]`, either normalised floats as `preprocess`
+                gives, or uint8 images of that size.
             task: one of `tasks`.
             batch_size: images encoded at a time.
 
@@ -119,7 +121,14 @@ class Merged:
                     "[B, 3, H, W]"
                 )
         for start in range(0, len(listed), size):
-            yield torch.stack([self.preprocess(image) for image in listed[start : start + size]])
+            yield torch.stack([self._prepared(image) for image in listed[start : start + size]])
+
+    def _prepared(self, image: Image.Image) -> Tensor:
+        """As training and scoring see the picture: of 8 bits a channel, and upright."""
+        try:
+            return self.preprocess(ImageOps.exif_transpose(eight_bits(image)))
+        except ValueError as error:
+            raise AdamergeError(f"an image cannot be used: {error}") from error
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Merged:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from adamerge._base.errors import AdamergeError, one_line
+from adamerge._base.pictures import eight_bits
 from adamerge.images.source import ImageSource
 
 log = logging.getLogger("adamerge")
@@ -37,7 +38,6 @@ _ENDINGS = (
 )
 _LONGEST = 200  # times the short side: resizing by the short side multiplies what is too narrow
 _LARGE = 1 << 24  # pixels; larger images are decoded one at a time, so that memory is bounded
-_UP = 0x0112  # EXIF's orientation
 _CHUNK = 256  # images that are read at a time,
 _BYTES = 1 << 26  # or fewer, if those are larger than this
 _one_large = threading.Lock()
@@ -79,7 +79,7 @@ def decode(value: Any, then: Callable[[Image.Image], Any] = lambda image: image)
         large = image.width * image.height > _LARGE
         with _one_large if large else contextlib.nullcontext():
             image.load()
-            shallow = _eight_bits(image)
+            shallow = eight_bits(image)
             ImageOps.exif_transpose(shallow, in_place=True)
             return then(shallow)
 
@@ -89,29 +89,6 @@ def _require_bounded(width: int, height: int) -> None:
         raise ValueError(
             f"{width} × {height} pixels, expected no side over {_LONGEST} times the other"
         )
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("mode F (floats), of which white is not known: save it with 8 or 16 bits")
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        del image.info["transparency"]  # left out of RGB anyway, but with a warning
-    if image.mode != "I" and not image.mode.startswith("I;"):
-        return image
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    tiff = image.format == "TIFF"  # whose `I` has 32 bits, or signs; that of others has 16
-    if low < 0 or high > 0xFFFF or (tiff and image.mode == "I" and 0 < high <= 0xFF):
-        raise ValueError(
-            f"mode {image.mode} with values from {low} to {high}, of which white is not known: "
-            "expected 8 bits, or 16, of which 65535 is white"
-        )
-    twelve = tiff and getattr(image, "tag_v2", {}).get(258) == (12,)  # bits of a sample
-    scaled = Image.fromarray((values >> (4 if twelve else 8)).astype(np.uint8))
-    upright = Image.Exif()
-    upright[_UP] = image.getexif().get(_UP, 1)
-    scaled.info["exif"] = upright.tobytes()
-    return scaled
 
 
 def pixels(value: Any) -> np.ndarray:

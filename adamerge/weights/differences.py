@@ -104,14 +104,16 @@ def _full(base: Tensor) -> torch.dtype:
     return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
-def state_of(model: Model, what: str, again: Collection[str] = ()) -> StateDict:
+def state_of(model: Model, what: str, again: Mapping[str, str] | None = None) -> StateDict:
     """A model's tensors without those named in `again`; without any, a mapping is given back.
 
     Args:
         what: names the model in a message.
+        again: further name of a tensor -> its first name, see `tied_names`.
 
     Raises:
-        AdamergeError: it is neither a module nor a mapping.
+        AdamergeError: it is neither a module nor a mapping, or holds two tensors under the names
+            of one.
     """
     if not isinstance(model, nn.Module | Mapping):
         raise AdamergeError(
@@ -120,6 +122,15 @@ def state_of(model: Model, what: str, again: Collection[str] = ()) -> StateDict:
     state: StateDict = model.state_dict() if isinstance(model, nn.Module) else model
     if state is model and not again:
         return state
+    again = again or {}
+    for name, first in again.items():
+        one, other = state.get(first), state.get(name)
+        if one is not None and other is not None and one is not other and not one.equal(other):
+            raise AdamergeError(
+                f"{what} has two tensors where the pretrained model has one, tied, under the names "
+                f"{first!r} and {name!r}: use an expert whose weights are tied as well, or untie "
+                "those of the pretrained model (a copy of its own for each)"
+            )
     return {n: t for n, t in state.items() if isinstance(t, Tensor) and n not in again}
 
 

@@ -81,6 +81,11 @@ def read(
             base = state[name].detach()
             if is_buffer(name, base, buffers):
                 found.add_buffer(name, differences.values(name, base))
+            elif base.is_complex():
+                raise AdamergeError(
+                    f"{where('pretrained')} has tensor {name!r} of type {base.dtype}: expected "
+                    "real weights; keep its real and imaginary parts as parameters of their own"
+                )
             elif not base.is_floating_point():
                 found.constants[name] = base.clone()
             else:
