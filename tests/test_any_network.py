@@ -183,6 +183,29 @@ def test_an_expert_that_is_not_tied_as_the_pretrained_is() -> None:
         TaskVectors(base, {"a": expert})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": -1}, "steps is -1"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"objective": None}, "objective is a NoneType"),
+    ],
+)
+def test_arguments_of_adapt(settings: dict[str, Any], message: str) -> None:
+    network, _, vectors = world()
+    batches = {task: [WORDS] for task in vectors.tasks}
+    with pytest.raises(AdamergeError, match=message):
+        adapt(AdaMerging(network, vectors), batches, **settings)
+
+
+@pytest.mark.parametrize("init", ["x", [0.3], float("nan"), None])
+def test_init_is_a_number(init: Any) -> None:
+    network, _, vectors = world()
+    with pytest.raises(AdamergeError, match=r"AdaMerging: init is .* expected a number"):
+        AdaMerging(network, vectors, init=init)
+
+
 def test_complex_weights_are_refused() -> None:
     state = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.complex64)}
     with pytest.raises(AdamergeError, match=r"'b' of type torch.complex64: expected real"):

@@ -76,6 +76,9 @@ def adapt(
         AdamergeError: batches, heads or an objective that do not fit; a loss that is not finite:
             then what was learned before it is put back.
     """
+    for name, value, least in (("steps", steps, 0), ("micro_batch", micro_batch, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise AdamergeError(f"{name} is {value!r}: expected a whole number, at least {least}")
     tasks = _tasks(method, batches)
     loss_of = _objective(objective, heads, tasks)
     _check_order(method, batches, tasks, tuple(loss_of.heads.tasks))
@@ -209,6 +212,11 @@ def _objective(objective: Any, heads: Any, tasks: tuple[str, ...]) -> Objective:
     own = as_heads(heads, tasks)
     if isinstance(objective, str):
         return _BY_NAME[objective](own)
+    if not callable(objective):
+        raise AdamergeError(
+            f"objective is a {type(objective).__name__}: expected {', '.join(_BY_NAME)}, an "
+            "objective, or a function from the logits of one task to its loss"
+        )
     found = Objective(own)
     found.term = objective  # type: ignore[method-assign]
     return found

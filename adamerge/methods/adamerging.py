@@ -14,6 +14,7 @@ from adamerge.encoders.rows import Inputs
 from adamerge.encoders.tower import FoldedEncoder, block_of, merged_encoder
 from adamerge.methods.base import MergeMethod
 from adamerge.transforms import draws
+from adamerge.transforms.layers import check_number
 from adamerge.weights import entrywise
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -72,6 +73,7 @@ class AdaMerging(MergeMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, task_vectors)
+        check_number("AdaMerging", "init", init, -1e6, 1e6)
         self.groups, self._column = _group(task_vectors.names, granularity)
         self.granularity, self.clamp = granularity, clamp
         first = task_vectors.pretrained[task_vectors.names[0]]
