@@ -199,6 +199,22 @@ def test_arguments_of_adapt(settings: dict[str, Any], message: str) -> None:
         adapt(AdaMerging(network, vectors), batches, **settings)
 
 
+class Column(nn.Module):
+    """Logits with a dimension too many."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, :, None]
+
+
+def test_heads_that_give_no_logits() -> None:
+    network, _, vectors = world()
+    batches = {task: [WORDS] for task in vectors.tasks}
+    with pytest.raises(
+        AdamergeError, match=r"the head of task '\w+' gives \[\d+, 5, 1\]: expected"
+    ):
+        adapt(AdaMerging(network, vectors), batches, heads=Column(), steps=1)
+
+
 @pytest.mark.parametrize("init", ["x", [0.3], float("nan"), None])
 def test_init_is_a_number(init: Any) -> None:
     network, _, vectors = world()

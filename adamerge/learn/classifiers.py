@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -45,7 +45,13 @@ class Classifiers(nn.Module):
 
     def logits(self, features: Tensor, task: str) -> Tensor:
         """`[B, D] -> [B, C]` of a task."""
-        return cast(Tensor, self.by_task[self.tasks.index(task)](features))
+        found = self.by_task[self.tasks.index(task)](features)
+        if not isinstance(found, Tensor) or found.ndim != 2:
+            kind = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise AdamergeError(
+                f"the head of task {task!r} gives {kind}: expected logits [B, C], one row per input"
+            )
+        return found
 
     def train(self, mode: bool = True) -> Classifiers:
         """Stays in evaluation mode."""
