@@ -81,6 +81,7 @@ def test_budgets() -> None:
         ("method=wemoe", "method=wemoe: auto chooses that itself"),
         ("steps=0", "steps=0: expected a whole number"),
         ("batch_size=no", "batch_size is"),
+        ("also=wemoe,nope", "method=nope"),
     ],
 )
 def test_mistakes_are_named(words: list[str], tmp_path: Path, word: str, said: str) -> None:

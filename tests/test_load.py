@@ -599,7 +599,10 @@ def test_files_that_are_not_those_of_the_export(
     (tmp_path / "precious" / "thesis.txt").write_text("years")
     assert main(["export", str(whole.parent), "--to", str(tmp_path / "precious")]) == 2
     assert "holds files that are no export" in capsys.readouterr().err
-    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years"
+    thesis = tmp_path / "precious" / "thesis.txt"
+    assert main(["export", str(whole.parent), "--to", str(thesis)]) == 2
+    assert "is a file, which stays as it is" in capsys.readouterr().err
+    assert thesis.read_text() == "years"
     with pytest.raises(adamerge.AdamergeError, match="batch_size is 0: expected at least 1"):
         adamerge.load(whole).classify([], task="dots", batch_size=0)
 

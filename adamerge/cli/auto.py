@@ -73,7 +73,10 @@ def auto(words: Sequence[str], command: Command) -> int:
             raise AdamergeError(f"{word}: auto chooses that itself; leave it out, or use compare")
     jobs = positive("jobs", options["jobs"])
     learned = {f"layer_wise-{name}": ("layer_wise", name) for name in OBJECTIVES}
-    learned |= {name: (name, "expert_kl") for name in options["also"].split(",") if name}
+    also = [name.strip() for name in options["also"].split(",") if name.strip()]
+    for name in also:  # said before anything is tried
+        build.check(config.load([*rest, f"method={name}", "objective=expert_kl"]))
+    learned |= {name: (name, "expert_kl") for name in also}
     settings = config.load(rest)
     build.check(settings)
     limit = _limits(options, len(learned) + 1, settings["trainer"]["max_steps"])
