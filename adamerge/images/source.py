@@ -140,7 +140,7 @@ def _decodes(feature: Any) -> bool:
     if isinstance(feature, (*_LISTS, list, tuple)):
         inner = feature if isinstance(feature, list | tuple) else [feature.feature]
         return any(map(_decodes, inner))
-    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"  # its own text
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"  # parsed alone
 
 
 def file_stats(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
