@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,28 @@ def test_public_names_load_lazily() -> None:
         assert getattr(adamerge, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = adamerge.nonsense
+
+
+def test_nothing_that_a_terminal_obeys_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "a\x1b]0;x\x07\nerror: fine"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "\x1b" not in told and r"a\x1b]0;x\x07\nerror: fine" in told
+
+
+def test_logging_that_is_set_up_already_stays() -> None:
+    code = (
+        "import logging; logging.basicConfig(format='mine %(message)s')\n"
+        "from adamerge._base.terminal import set_up_logging; set_up_logging()\n"
+        "logging.getLogger('adamerge').warning('told')"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stderr == "mine told\n"
+
+
+def test_a_terminal_that_cannot_write_every_letter() -> None:
+    code = "from adamerge.cli import main; import sys; sys.exit(main(['show', 'config']))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        **{"capture_output": True, "env": {**os.environ, "PYTHONIOENCODING": "ascii"}},
+    )
+    assert answer.returncode == 0, answer.stderr

@@ -142,12 +142,16 @@ def test_a_grid_that_cannot_be_read(tmp_path: Path, text: str, sentence: str) ->
         ("jobs=0", "jobs=0"),
         ("jobs=x", "jobs=x"),
         ("seed='[", "not valid YAML"),
-        ("typo", "'suite.yaml' is no setting"),
     ],
 )
 def test_words_that_make_no_grid(word: str, sentence: str) -> None:
     with pytest.raises(AdamergeError, match=sentence):
-        compare([word, "suite.yaml" if word == "typo" else "suite=demo"], main)
+        compare([word, "suite=demo"], main)
+
+
+def test_words_beside_a_grids_yaml_are_settings() -> None:
+    with pytest.raises(AdamergeError, match="'typo' is no setting"):
+        compare(["grid.yaml", "typo"], main)
 
 
 def test_cells_equal_single_runs_and_go_on(

@@ -69,7 +69,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     At every moment one of the two is there under the name. One process at a time; what a killed
     one left is removed, or put back, by the next.
+
+    Raises:
+        AdamergeError: a file has that name.
     """
+    if folder.exists() and not folder.is_dir():
+        raise AdamergeError(f"{folder} is a file, which stays as it is: name a new or empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     name = glob.escape(folder.name)
     with locked(folder.with_name(f"{folder.name}.lock")):

@@ -92,7 +92,7 @@ def _of_file(path: Path, words: Sequence[str]) -> list[Recipe]:
     if not isinstance(recipes, dict) or not all(isinstance(r, dict) for r in recipes.values()):
         raise AdamergeError(f"{path} is no grid: {expected}")
     over = [word for word in words if "=" in word]
-    shared = {str(k): v for k, v in content.items()}
+    shared = _flat(content)
     shared |= {word.partition("=")[0]: _parts(word.partition("=")[2]) for word in over}
     grid: list[Recipe] = []
     for name, settings in recipes.items():
@@ -102,13 +102,13 @@ def _of_file(path: Path, words: Sequence[str]) -> list[Recipe]:
                 f"{path}: recipe {name} has base: {base}, which is no recipe above it: expected "
                 "the name of one"
             )
-        own = {**_flat(shared), **_flat(settings)}
+        own = _flat(settings)
         choices = [
             [f"{key}={_word(path, v)}" for v in (values if isinstance(values, list) else [values])]
-            for key, values in own.items()
+            for key, values in {**shared, **own}.items()
         ]
         grid += [
-            Recipe(str(name), chosen, base, tuple(_flat(settings)))
+            Recipe(str(name), chosen, base, tuple(own))
             for chosen in _products(choices, f"recipe {name} of {path}")
         ]
     return grid

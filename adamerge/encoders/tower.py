@@ -51,15 +51,12 @@ class Tower:
     def _of(self, skeleton: nn.Module) -> None:
         self.skeleton, self.tied = skeleton, tied_names(skeleton)
         self.names = frozenset(skeleton.state_dict()) - self.tied.keys()
-        # Names of a tensor in other modules: those of a module that is used twice are one place.
-        parts, places = dict(skeleton.named_modules(remove_duplicate=False)), set()
-        self._elsewhere: dict[str, str] = {}
-        for name in skeleton.state_dict():
-            path, _, own = name.rpartition(".")
-            place = id(parts[path]), own
-            if name in self.tied and place not in places:
-                self._elsewhere[name] = self.tied[name]
-            places.add(place)
+        # Further places of tied tensors. A module that is used twice is one place, under the first
+        # of its names; to be given under both, a call would leave it with other weights.
+        modules = dict(skeleton.named_modules())
+        self._elsewhere = {
+            name: first for name, first in self.tied.items() if name.rpartition(".")[0] in modules
+        }
 
     def changed(self, change: Callable[[nn.Module], None]) -> Tower:
         """Another tower, of a copy of the skeleton that `change` was called with."""
@@ -75,10 +72,8 @@ class Tower:
         given, named = rows.arguments(inputs) if task_ids is None else ((inputs, task_ids), {})
         if not weights.keys() >= self.names:
             raise AdamergeError(rows.missing(self.names - weights.keys()))
-        own = dict(weights)
-        if self.tied:
-            own = {n: w for n, w in weights.items() if n not in self.tied}
-            own |= {name: weights[first] for name, first in self._elsewhere.items()}
+        own = {name: weight for name, weight in weights.items() if name not in self.tied}
+        own |= {name: weights[first] for name, first in self._elsewhere.items()}
         device = rows.tensors(inputs)[0].device
         try:
             with attention_for(self.skeleton, device), self.around():

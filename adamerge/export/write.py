@@ -61,8 +61,6 @@ def export(
             its preprocessing differs; an encoder of no kind that can be exported; a folder that
             holds anything but an export, or is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise AdamergeError(f"{folder} is a file, which stays as it is: name a new or empty folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise AdamergeError(
             f"{folder} holds files that are no export: name a new or empty folder, or an earlier "

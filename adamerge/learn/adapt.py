@@ -76,8 +76,9 @@ def adapt(
         AdamergeError: batches, heads or an objective that do not fit; a loss that is not finite:
             then what was learned before it is put back.
     """
-    for name, value, least in (("steps", steps, 0), ("micro_batch", micro_batch, 1)):
-        if value is not None and (not isinstance(value, int) or value < least):
+    at_a_time = 1 if micro_batch is None else micro_batch
+    for name, value, least in (("steps", steps, 0), ("micro_batch", at_a_time, 1)):
+        if not isinstance(value, int) or value < least:
             raise AdamergeError(f"{name} is {value!r}: expected a whole number, at least {least}")
     tasks = _tasks(method, batches)
     loss_of = _objective(objective, heads, tasks)

@@ -104,7 +104,7 @@ def _full(base: Tensor) -> torch.dtype:
     return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
-def state_of(model: Model, what: str, again: Mapping[str, str] | None = None) -> StateDict:
+def state_of(model: Model, what: str, again: Mapping[str, str]) -> StateDict:
     """A model's tensors without those named in `again`; without any, a mapping is given back.
 
     Args:
@@ -122,10 +122,9 @@ def state_of(model: Model, what: str, again: Mapping[str, str] | None = None) ->
     state: StateDict = model.state_dict() if isinstance(model, nn.Module) else model
     if state is model and not again:
         return state
-    again = again or {}
     for name, first in again.items():
         one, other = state.get(first), state.get(name)
-        if one is not None and other is not None and one is not other and not one.equal(other):
+        if one is not None and other is not None and not one.equal(other):
             raise AdamergeError(
                 f"{what} has two tensors where the pretrained model has one, tied, under the names "
                 f"{first!r} and {name!r}: use an expert whose weights are tied as well, or untie "
