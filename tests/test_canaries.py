@@ -451,6 +451,17 @@ def test_columns_that_are_fetched_when_they_are_read(
     assert cache_images("t", found, ("a", "b"), cfg, cache, "skip", "image", None).labels is None
 
 
+def test_images_in_lists_are_not_fetched(canary: Canary, tmp_path: Path) -> None:
+    feature = datasets.List(datasets.List(datasets.Image()))
+    rows = {"image": [[[{"bytes": None, "path": "https://example.invalid/b"}]]]}
+    schema = datasets.Features(image=feature).arrow_schema
+    pq.write_table(pa.table(rows, schema=schema), tmp_path / "a.parquet")
+    with pytest.raises(AdamergeError, match="image"):
+        found = open_dataset("t", {"path": str(tmp_path / "a.parquet")})
+        cache = tmp_path / "cache"
+        cache_images("t", found, ("a",), PreprocessCfg(size=8), cache, "skip", "image", None)
+
+
 @pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "a.ckpt", "a.safetensors"])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "raw", "inside"])
 def test_checkpoints(canary: Canary, tmp_path: Path, name: str, kind: str) -> None:
