@@ -112,10 +112,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=[*recipes()], metavar="RECIPE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=FIRST, help="of the first table")
     parser.add_argument("--best", type=int, default=10, help="so many are confirmed")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    compared(given.folder / "first", given.only, FIRST, given.jobs)
+    compared(given.folder / "first", given.only, given.seeds, given.jobs)
     first = scores(given.folder / "first", given.only)
     ranked = sorted(first, key=lambda name: -mean(first[name]))
     best = ranked[: given.best]

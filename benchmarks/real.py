@@ -24,10 +24,7 @@ from adamerge.report.comparison.runs import Recipe, Run, read_run, recipes
 from adamerge.report.comparison.tables import correlations, ranked, table
 
 GRID = Path(__file__).with_name("real_grid.yaml")
-PAPER = (
-    *("suite=real", "protocol=paper", "method=layer_wise", "objective=entropy,infomax,expert_kl"),
-    *("batch_size=8", "optim.lr=3e-3", "trainer.max_steps=80", "wandb=off", "keep=best,last"),
-)
+PROTOCOLS = ("heldout", "paper")
 HIDDEN = ("normalized", "images seen", "peak memory, MB", "export, MB", "training, s")
 LEARNED = ("layer_wise", "task_wise")  # they start at task arithmetic
 LOW = ("entropy", "divergence", "top_share")  # signals of which less is taken to be better
@@ -182,19 +179,15 @@ def main() -> None:
     words = [f"suite.vars.data={given.data}"]
     words += [f"cache_dir={given.cache}"] if given.cache else []
     seeds = ",".join(map(str, given.seeds))
-    paper = given.folder / "paper"
-    if not given.report:
-        for grid, drawn, to in (
-            ([str(GRID)], seeds, given.folder),
-            (PAPER, given.seeds[0], paper),
-        ):
-            status = adamerge(["compare", *grid, *words, f"seed={drawn}", f"to={to}"])
-            if status > 1:  # stopped, or refused; 1: a run failed, which the tables say
-                raise SystemExit(status)
+    for protocol in () if given.report else PROTOCOLS:
+        own = [f"protocol={protocol}", f"seed={seeds}", f"to={given.folder / protocol}"]
+        status = adamerge(["compare", str(GRID), *words, *own])
+        if status > 1:  # stopped, or refused; 1: a run failed, which the tables say
+            raise SystemExit(status)
     exchanges = given.folder / "preflight.md"
     if not exchanges.exists():
         exchanges.write_text("\n".join(preflight(words, range(5))))
-    runs, others = runs_of(given.folder), runs_of(paper)
+    runs, others = (runs_of(given.folder / protocol) for protocol in PROTOCOLS)
     text = "\n".join(
         [
             f"# The real suite\n\n{date.today()}, one thread, {len(runs)} runs.\n",
