@@ -272,6 +272,10 @@ MISTAKES = [
     ("task_vectors=5", r"task_vectors is 5: expected task_vectors\.dtype"),
     ("seed=${nothing}", r"Interpolation key 'nothing' not found \(in seed\)"),
     ("method={1: 2}", r"no such method"),
+    ("update.rho=0", r"update\.rho is 0: expected a finite number > 0"),
+    ("optim..lr=1", r"'optim\.\.lr=1' is not a setting"),
+    ("suite.=1", r"'suite\.=1' is not a setting"),
+    ("trainer.gradient_clip_val=-1", r"gradient_clip_val is -1: expected a number >= 0"),
     ("wandb=onlin", r"wandb\.mode is 'onlin': .*did you mean 'online'"),
 ]
 
@@ -314,6 +318,14 @@ def test_all_mistakes_in_one_message(suite: Path) -> None:
         build.check(config.load([f"suite={suite}", *words]))
     for part in ("optm is unknown", "optim.lrr is unknown", "optim.lr is 'fast'", "batch_size"):
         assert part in str(caught.value)
+
+
+def test_whole_numbers_where_a_number_is_wanted_and_mistakes_told_once(suite: Path) -> None:
+    build.check(config.load([f"suite={suite}", "update.rho=1"]))
+    for word, setting in (("update.name=foo", "update.name"), ("update.order=up", "update.order")):
+        with pytest.raises(AdamergeError) as caught:
+            build.check(config.load([f"suite={suite}", word]))
+        assert str(caught.value).count(setting) == 1
 
 
 def test_words_and_names(suite: Path) -> None:

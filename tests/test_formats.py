@@ -190,6 +190,10 @@ def test_convert_refuses(clip: Clip, tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.save(other, tmp_path / "odd.pt")
     with pytest.raises(AdamergeError, match=r"odd\.pt does not fit .* at tensor"):
         convert(str(tmp_path / "odd.pt"), tmp_path / "out", pretrained=whole)
+    damaged = {**clip.backbone.state_dict(), "proj": clip.backbone.proj.detach() * torch.nan}
+    torch.save(damaged, tmp_path / "nan.pt")
+    with pytest.raises(AdamergeError, match=r"nan\.pt: tensor 'visual\.proj' has NaN"):
+        convert(str(tmp_path / "nan.pt"), tmp_path / "out", pretrained=whole)
     config = json.loads((suite / "model" / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"]["ls_init_value"] = 0.1
     (suite / "model" / "open_clip_config.json").write_text(json.dumps(config))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from adamerge import AdamergeError, TaskVectors
 from adamerge.config.inputs import load_clip
 from adamerge.encoders.clip import build_clip
+from adamerge.encoders.heads import Prompts, zero_shot_heads
 from adamerge.report import preflight
 from adamerge.report.findings import of_bases
 from adamerge.weights.formats.read import read, read_head, tower_state
@@ -299,6 +300,13 @@ def test_a_head_for_features_as_they_come(tmp_path: Path) -> None:
     torch.save(ClassificationHead(False), tmp_path / "head.pt")
     with pytest.raises(AdamergeError, match=r"head\.pt has normalize=False"):
         read_head(tmp_path / "head.pt")
+
+
+@pytest.mark.parametrize(("factor", "told"), [(0.0, "is zero throughout"), (torch.nan, "its file")])
+def test_heads_that_say_nothing(factor: float, told: str) -> None:
+    prompts = {"dots": Prompts(("one", "two"), ("{}",))}
+    with pytest.raises(AdamergeError, match=f"head of task 'dots' .*{told}"):
+        zero_shot_heads(golden.clip(), prompts, None, {"dots": torch.ones(2, 16) * factor})
 
 
 # ---- folders ----------------------------------------------------------------------------------

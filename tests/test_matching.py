@@ -87,6 +87,12 @@ def test_a_tower_alone_behind_wrappers(wrapped: str) -> None:
     assert all(torch.equal(found[name], t) for name, t in backbone().state_dict().items())
 
 
+def test_a_tower_beside_the_scale_of_logits() -> None:
+    given = {**backbone().state_dict(), "logit_scale": torch.ones(()), "logit_bias": torch.ones(1)}
+    found = tower_state(opened(given), backbone())
+    assert list(found) == list(backbone().state_dict())
+
+
 @pytest.mark.parametrize(
     ("one", "other", "told"),
     [

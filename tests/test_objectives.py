@@ -39,6 +39,21 @@ def test_extreme_logits_stay_finite() -> None:
     assert loss.item() == 0 and torch.isfinite(certain.grad).all()
 
 
+def test_classes_that_are_ruled_out_count_nothing() -> None:
+    some, others = torch.randn(2, 5, 3).unbind()
+    ruled = torch.cat([some, torch.full((5, 2), -torch.inf)], 1).requires_grad_()
+    taught = torch.cat([others, torch.full((5, 2), -torch.inf)], 1)
+    for loss, given in (
+        (objectives.entropy, ()),
+        (objectives.infomax, ()),
+        (objectives.expert_kl, (taught,)),
+    ):
+        own = [others] if given else []
+        torch.testing.assert_close(loss(ruled, *given), loss(some, *own))
+        (gradient,) = torch.autograd.grad(loss(ruled, *given), ruled)
+        assert torch.isfinite(gradient).all() and not gradient[:, 3:].any()
+
+
 def test_infomax_rewards_diversity_that_entropy_cannot_see() -> None:
     collapsed = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [9.0, 0, 0]])
     diverse = torch.tensor([[9.0, 0, 0], [0, 9.0, 0], [0, 0, 9.0]])

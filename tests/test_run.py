@@ -199,6 +199,8 @@ def test_evaluate_gives_the_runs_accuracies(
         assert found[-1] == {**row, "name": target.name} and found[0]["name"] == "pretrained"
         assert f"**{target.name}**" in (to / "results.md").read_text()
     capsys.readouterr()
+    assert main(["evaluate", str(done / "merged")]) == 2
+    assert "was merged from suite tiny, and no suite is given" in capsys.readouterr().err
     assert main(["evaluate", str(done / "nothing"), *base]) == 2
     assert "is no exported model" in capsys.readouterr().err
     assert main(["evaluate", str(ROOT / "checkpoints" / "demo"), *base]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -146,9 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         where = error.filename or "a file of the run or the cache"
+        mend = "free space," if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that,"
         print(
-            f"error: cannot use {where} ({error.strerror or error}): free space, or choose another "
-            "place with run_dir= or cache_dir=",
+            f"error: cannot use {where} ({error.strerror or error}): {mend} or choose another "
+            "place (run_dir=, cache_dir=, or what --to names)",
             file=sys.stderr,
         )
     except SafetensorError as error:

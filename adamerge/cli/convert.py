@@ -63,6 +63,12 @@ def _whole(source: str, pretrained: str | None, architecture: str | None) -> Cli
                 "name the pretrained model it was fine-tuned from"
             )
         clip.backbone.load_state_dict({name: tower[name] for name in own})
+    for name, tensor in clip.model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdamergeError(
+                f"{source}: tensor {name!r} has NaN or infinite values: the checkpoint is damaged; "
+                "use another one"
+            )
     return clip
 
 

@@ -230,6 +230,12 @@ def evaluate(target: Path, words: Sequence[str], to: Path | None = None) -> int:
     other_suite = any(word.startswith("suite=") for word in words)
     is_run = is_run and not other_suite
     settings = config.load_run(target, words) if is_run else config.load(words)
+    name, given = layout.record.get("suite"), settings["suite"]["name"]
+    if not is_run and not other_suite and name is not None and name != given:
+        raise AdamergeError(
+            f"{folder} was merged from suite {name}, and no suite is given to score it on: give "
+            f"one, as suite={name}"
+        )
     build.check(settings)
     # What the merge was adapted on must not be scored as if it were unseen.
     settings["protocol"] = str(layout.record.get("protocol", settings["protocol"]))

@@ -46,7 +46,16 @@ def check(config: Config) -> None:
     if all(isinstance(config[key], dict) for key in _MAPPINGS):
         found += _part_problems(config) or ([] if found else _trial(config))
     if found:
-        raise AdamergeError("; ".join(dict.fromkeys(found)))
+        raise AdamergeError("; ".join(_once(found)))
+
+
+def _once(found: Iterable[str]) -> list[str]:
+    """Problems without those that say again that a setting has that value."""
+    by_value: dict[str, str] = {}
+    for problem in found:
+        setting, colon, _ = problem.partition(":")
+        by_value.setdefault(setting if colon and " is " in setting else problem, problem)
+    return list(by_value.values())
 
 
 def _part_problems(config: Config) -> list[str]:

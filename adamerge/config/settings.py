@@ -227,7 +227,7 @@ def _refuse_many_aliases(content: bytes) -> None:
 def key_and_value(word: str) -> tuple[str, Any]:
     """A key and its value; `wandb=off` is `wandb.mode=off`, though YAML reads `off` as false."""
     key, equals, value = word.partition("=")
-    if not equals or not key:
+    if not equals or not all(re.split(r"[.\[]", key)):
         raise AdamergeError(f"{word!r} is not a setting: expected key=value, like optim.lr=1e-3")
     try:
         _refuse_many_aliases(value.encode())

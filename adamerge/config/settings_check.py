@@ -86,6 +86,8 @@ def _wanted(value: Any, kinds: Kinds) -> str:
         if isinstance(kind, range) and type(value) is int:
             limit = f"most {kind[-1]}" if value > kind[-1] else f"least {kind[0]}"
             return "" if value in kind else f"at {limit}"
+        if kind is float and type(value) is int:
+            return ""
         if type(value) is kind or (isinstance(kind, str | None) and value == kind):
             return ""
     words = [kind for kind in kinds if isinstance(kind, str)]

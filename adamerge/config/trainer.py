@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,9 @@ def trainer_problems(trainer: Config) -> list[str]:
     for key in _LISTS:
         parts += [(f"{key}.{i}", part) for i, part in enumerate(_listed(given.pop(key, None)))]
     found += problems(Trainer, given, "trainer", _REFUSED)
+    clip = given.get("gradient_clip_val")
+    if isinstance(clip, int | float) and not 0 <= clip < math.inf:  # Lightning would not clip
+        found.append(f"trainer.gradient_clip_val is {clip!r}: expected a number >= 0, or null")
     for key, part in parts:
         found += target_problems(f"trainer.{key}", part, _PART)
     return found

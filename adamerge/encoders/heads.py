@@ -108,7 +108,8 @@ def zero_shot_heads(
         stored: heads `[C, D]` that are given and not made, by task.
 
     Raises:
-        AdamergeError: a head with NaN, or a stored one that does not fit the tower's features.
+        AdamergeError: a head with NaN or of zeros, or a stored one that does not fit the tower's
+            features.
     """
     tower = "" if cache_dir is None else _text_hash(clip)
     dim, weights = clip.config["model_cfg"]["embed_dim"], {}
@@ -128,9 +129,16 @@ def zero_shot_heads(
                 f"{dim}: give the head of the same architecture, or leave head out to make it anew"
             )
         if not bool(torch.isfinite(weight).all()):
+            damaged = (
+                "its file is damaged; use another one, or leave head out to make it anew"
+                if stored and task in stored
+                else "the text tower of the pretrained checkpoint is damaged; use another one"
+            )
+            raise AdamergeError(f"head of task {task!r} has NaN or infinite values: {damaged}")
+        if not bool(weight.any()):
             raise AdamergeError(
-                f"head of task {task!r} has NaN or infinite values: the text tower of the "
-                "pretrained checkpoint is damaged; use another one"
+                f"head of task {task!r} is zero throughout: every class would be as probable; use "
+                "another one, or leave head out to make it anew"
             )
         weights[task] = weight
     return Heads(weights, {task: prompt.classes for task, prompt in prompts.items()})

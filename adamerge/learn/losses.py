@@ -15,7 +15,7 @@ def sample_entropy(logits: Tensor) -> Tensor:
     >>> sample_entropy(torch.zeros(1, 2))  # ln 2
     tensor([0.6931])
     """
-    log_probabilities = promote(logits).log_softmax(-1)
+    log_probabilities = _log_softmax(logits)
     return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
@@ -69,8 +69,8 @@ def expert_kl(logits: Tensor, expert_logits: Tensor, temperature: float = 1.0) -
     >>> expert_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[99.0, 0.0]]))
     tensor(0.6931)
     """
-    wanted = (promote(expert_logits) / temperature).log_softmax(-1)
-    found = (promote(logits) / temperature).log_softmax(-1)
+    wanted = _log_softmax(promote(expert_logits) / temperature)
+    found = _log_softmax(promote(logits) / temperature)
     return temperature**2 * (wanted.exp() * (wanted - found)).sum(-1).mean()
 
 
@@ -93,6 +93,13 @@ def expert_labels(logits: Tensor, expert_logits: Tensor, sure: bool = False) -> 
         surer = wanted.softmax(-1).amax(-1) >= found.softmax(-1).amax(-1)
         kept = surer | (found.argmax(-1) == classes)
     return torch.where(kept, each, 0).sum() / kept.sum().clamp_min(1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities; of classes that logits of minus infinity rule out the least finite number,
+    so that they count 0 where they are multiplied by their probability, not NaN."""
+    found = promote(logits).log_softmax(-1)
+    return found.clamp_min(torch.finfo(found.dtype).min)
 
 
 def promote(tensor: Tensor) -> Tensor:

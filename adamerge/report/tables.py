@@ -19,7 +19,12 @@ FILES = ("preflight.json", "preflight.md")
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table whose columns, but for the first, are numbers."""
+    """The lines of a table whose columns, but for the first, are numbers.
+
+    >>> markdown(["task", "%"], [["a|b", "1"]])[2]
+    '| a\\\\|b | 1  |'
+    """
+    head, *body = [[cell.replace("|", "\\|") for cell in line] for line in (head, *body)]
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     widths[1:] = [max(width, 2) for width in widths[1:]]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -10,6 +10,7 @@ from typing import Any
 from adamerge.report.comparison.runs import Recipe, Run, rank_correlation
 from adamerge.report.evaluation import TITLES
 from adamerge.report.keep import sentence
+from adamerge.report.tables import markdown
 
 # cost -> (title, divided by, decimals)
 _COSTS = {
@@ -108,10 +109,7 @@ def as_markdown(groups: Sequence[Recipe], command: str, notes: Sequence[str] = (
     """The table, the failures and the correlations, as Markdown."""
     titles, lines = table(groups)
     text = [f"# {title(groups)}", *notes, "Accuracy in %, mean ± standard deviation over seeds."]
-    head = ["| | " + " | ".join(titles) + " |", "|---|" + "--:|" * len(titles)]
-    text.append(
-        "\n".join(head + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in lines])
-    )
+    text.append("\n".join(markdown(["", *titles], [[name, *cells] for name, cells in lines])))
     failed = [
         f"- {group.label}, seed {run.seed}: {run.failed}" for group, run in unfinished(groups)
     ]

@@ -30,6 +30,7 @@ _CONSTANTS = (
     *("input_resolution", "context_length", "vocab_size", "attn_mask", "image_size"),
     "position_ids",
 )
+_OF_LOGITS = ("logit_scale", "logit_bias")
 _NO_HEADS = ("adapter", "lora", "prompt", "pool", "norm", "ln_", "token", "embed", "proj", "scale")
 
 
@@ -59,8 +60,11 @@ class Match:
 
     @property
     def extra(self) -> list[str]:
-        """What the model does not have, but for constants."""
+        """What the model does not have, but for constants and, beside a tower, a whole model's
+        scale of its logits."""
         unknown = [name for name in self.names if name not in self.wanted]
+        if not any(name.startswith("visual.") for name in self.wanted):
+            unknown = [name for name in unknown if name not in _OF_LOGITS]
         return [name for name in unknown if name.rpartition(".")[2] not in _CONSTANTS]
 
     def without_heads(self) -> Match:
