@@ -6,7 +6,7 @@
 Runs `adamerge compare` with each method's own settings and the suite's: seeds 0, 1 and 2 of all
 methods; then seeds 3, 4 and 5 of the ten with the highest average, whose settings were thus chosen
 on other seeds than they are reported on. What neither draws nor sees images has one seed.
-`concrete` takes 2000 steps and is left out. Accuracies are of the images that are adapted on
+`concrete_bilevel` takes 2000 steps of several passes and is left out. Accuracies are of the images that are adapted on
 (protocol paper). The same command goes on where it was stopped.
 """
 
@@ -39,6 +39,7 @@ SEEDED = ("dare", "della", "prodistill", *IMAGES)
 LEARNED = (
     *("task_wise", "task_wise_pp", "layer_wise", "layer_wise_pp", "block_wise", "atlas", "pareto"),
     *("element_wise", "adarank", "adarank_cart", "wemoe", "e_wemoe"),
+    *("concrete", "concrete_task_arithmetic"),
 )
 OWN = ("fast", "symerge", "surgery", "surgery_v2")  # methods that name their objective
 OBJECTIVES = ("entropy", "expert_kl")
