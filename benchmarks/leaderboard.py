@@ -6,8 +6,8 @@
 Runs `adamerge compare` with each method's own settings and the suite's: seeds 0, 1 and 2 of all
 methods; then seeds 3, 4 and 5 of the ten with the highest average, whose settings were thus chosen
 on other seeds than they are reported on. What neither draws nor sees images has one seed.
-`concrete_bilevel` takes 2000 steps of several passes and is left out. Accuracies are of the images that are adapted on
-(protocol paper). The same command goes on where it was stopped.
+`concrete_bilevel` takes 2000 steps of several passes and is left out. Accuracies are of the images
+that are adapted on (protocol paper). The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
