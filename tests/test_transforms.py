@@ -134,7 +134,7 @@ def test_leaves_its_input_alone_and_shares_pretrained() -> None:
 
 @pytest.mark.parametrize("density", [0, -1, 1.5])
 def test_density_out_of_range(density: float) -> None:
-    with pytest.raises(AdamergeError, match=r"density is .* expected a fraction in \(0, 1\]"):
+    with pytest.raises(AdamergeError, match=r"density is .* expected a number in \(0, 1\]"):
         ties(random_vectors(0), density)
 
 
@@ -146,7 +146,7 @@ def test_density_by_architecture() -> None:
         assert all(torch.equal(found.deltas[name], plain.deltas[name]) for name in plain.deltas)
     with pytest.raises(AdamergeError, match="expected a number for RN50 or for default"):
         ties(vectors, {"ViT-B-32": 0.5}, ["RN50"])
-    with pytest.raises(AdamergeError, match=r"density is 2\.0, expected a fraction"):
+    with pytest.raises(AdamergeError, match=r"density is 2\.0, expected a number"):
         ties(vectors, {"RN50": 2.0}, ["RN50"])
 
 
@@ -327,7 +327,7 @@ REFUSED = [
     (lambda: transforms.breadcrumbs(random_vectors(0), 0.6, 0.5), r"more than all entries"),
     (
         lambda: transforms.consensus(random_vectors(0), 0.4, 5),
-        r"at_least is 5, expected a number in \[1, 4\]",
+        r"at_least is 5, expected a whole number in \[1, 4\]",
     ),
     (lambda: transforms.tall(random_vectors(0), -1), r"tall: threshold is -1, expected"),
     (
@@ -362,9 +362,49 @@ REFUSED = [
     ),
     (
         lambda: transforms.karcher(random_vectors(0), 0),
-        r"karcher: iterations is 0, expected at least 1",
+        r"karcher: iterations is 0, expected a whole number",
     ),
 ]
+
+
+def test_a_merge_with_nan_is_refused_by_its_layer() -> None:
+    vectors = random_vectors(0)
+    broken = {name: tau * (torch.nan if name == "b" else 1) for name, tau in vectors.deltas.items()}
+    name = next(iter(broken))
+    broken[name] = broken[name] / 0
+    with pytest.raises(AdamergeError, match=f"NaN or infinite values in layer '{name}'"):
+        vectors.with_deltas(broken)
+
+
+@pytest.mark.parametrize("last", [-1.0, -0.01, 0.0])
+def test_directions_that_cancel_or_are_none_leave_the_mean(last: float) -> None:
+    """One-number layers, whose directions are 1 and -1; experts that are 0 in a layer."""
+    rest = torch.ones(2)  # no expert is the pretrained model
+    states = ({"a": torch.tensor([v]), "b": torch.tensor(v), "c": rest} for v in (1.0, last))
+    vectors = vectors_of(*states)
+    for name in ("a", "b") if last else ():
+        mean = vectors.deltas[name].mean(0)
+        found = transforms.karcher(vectors).deltas[name].sum(0)
+        torch.testing.assert_close(found, mean)
+        torch.testing.assert_close(transforms.multislerp(vectors).deltas[name].sum(0), mean)
+    if not last:  # the mean norm, along the other
+        assert [float(transforms.karcher(vectors).deltas[n].sum()) for n in ("a", "b")] == [
+            0.5,
+            0.5,
+        ]
+
+
+def test_multislerp_is_of_any_scale() -> None:
+    """The mean norm, not that of the mean, also where norms are far below 1e-8."""
+    for scale in (1.0, 1e-15):
+        one, other = scale * torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double()
+        found = transforms.multislerp(vectors_of({"a": one}, {"a": other})).deltas["a"].sum(0)
+        assert float(found.norm()) == pytest.approx(2 * scale, rel=1e-6)
+
+
+def test_emr_of_numbers_without_dimension() -> None:
+    vectors = vectors_of({"a": torch.tensor(2.0)}, {"a": torch.tensor(3.0)})
+    assert transforms.emr(vectors).deltas["a"].tolist() == [2.0, 3.0]
 
 
 @pytest.mark.parametrize(("call", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])

@@ -176,7 +176,7 @@ def test_the_faster_way_to_singular_vectors_is_as_good(
 
     fast = error()
 
-    def plain(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    def plain(matrix: Tensor, exact: bool, size: float = 0.0) -> tuple[Tensor, Tensor]:
         tall = matrix.float() if matrices.is_tall(matrix) else matrix.float().T
         _, values, transposed = torch.linalg.svd(tall, full_matrices=False)
         return values.double(), transposed.T.double()
@@ -219,19 +219,45 @@ def test_the_order_of_tasks_matters_to_opcm_alone_as_told() -> None:
     assert not torch.equal(one.deltas[name], other.deltas[name])
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e-2])
+def test_ace_where_a_task_hardly_changes_a_matrix(size: float) -> None:
+    """As where an expert was fine-tuned with frozen layers: what the others make of it."""
+    taus = drawn(3, 8, 8)
+    taus[1] *= size
+    found = transforms.ace(task_vectors(taus)).deltas[BLOCK]
+    alone = transforms.ace(task_vectors(taus[[0, 2]])).deltas[BLOCK]
+    assert torch.equal(found[[0, 2]], alone) and not found[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_iso_cts_of_low_rank_experts_stays_within_their_directions(dtype: torch.dtype) -> None:
+    lefts, rights = drawn(2, 4, 2, 64).to(dtype)
+    taus = lefts.mT @ rights
+    merged = transforms.iso_cts(task_vectors(taus, dtype)).deltas[BLOCK].sum(0)
+    values = torch.linalg.svdvals(merged.double())
+    assert int((values > 1e-4 * values[0]).sum()) == 8
+    other = transforms.iso_cts(task_vectors(taus.flip(0), dtype)).deltas[BLOCK].sum(0)
+    torch.testing.assert_close(other, merged, rtol=1e-4, atol=1e-4 * float(values[0]))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda v: transforms.svc(v, scale=float("nan")), "svc: scale is nan, expected a number"),
+        (lambda v: transforms.ace(v, float("inf")), "ace: epsilon is inf, expected a number"),
+        (lambda v: transforms.ace(v, spread=-1), "ace: spread is -1, expected a number"),
+        (lambda v: transforms.doge(v, float("nan")), "doge: scale is nan, expected a number"),
+        (lambda v: transforms.wudi(v, lr="x"), "wudi: lr is 'x', expected a number"),
         (lambda v: transforms.tsv_m(v, layers="all"), "layers is 'all': expected 'matrices' or"),
         (lambda v: transforms.iso_cts(v, 1.5), r"common is 1.5, expected a number in \[0, 1\]"),
-        (lambda v: transforms.svc(v, 0.0), "svc: alpha is 0.0, expected a number above 0"),
+        (lambda v: transforms.svc(v, 0.0), "svc: alpha is 0.0, expected a number in "),
         (lambda v: transforms.cart(v, 0.0), r"cart: rank is 0.0, expected a number in \(0, 1\]"),
         (lambda v: transforms.truncate(v, 2.0), "truncate: rank is 2.0, expected a number in"),
-        (lambda v: transforms.wudi(v, -1), "wudi: steps is -1 and lr is 1e-05, expected at least"),
+        (lambda v: transforms.wudi(v, -1), "wudi: steps is -1, expected a whole number"),
         (lambda v: transforms.wudi(v, others="sum"), "wudi: others is 'sum', expected 'mean' or"),
-        (lambda v: transforms.ace(v, 0.0), "ace: epsilon is 0.0, expected a number above 0"),
+        (lambda v: transforms.ace(v, 0.0), "ace: epsilon is 0.0, expected a number in "),
         (lambda v: transforms.ace(v, rank=0.0), "ace: rank is 0.0, expected a number"),
-        (lambda v: transforms.doge(v, subspace=0), "doge: subspace is 0, expected a number"),
+        (lambda v: transforms.doge(v, subspace=0), "doge: subspace is 0, expected a whole number"),
         (lambda v: transforms.doge(v, density=0.0), "doge: density is 0.0, expected a number"),
         (lambda v: transforms.opcm(v, -1.0), "opcm: alpha is -1.0, expected a number"),
         (

@@ -20,6 +20,9 @@ from adamerge.transforms.matrices import (
 )
 from adamerge.weights.task_vectors import TaskVectors
 
+_MOST = 10**6  # of a setting
+_LEAST = 5e-4  # of the largest trace: tasks below it take no part in ACE's matrix
+
 
 def wudi(
     task_vectors: TaskVectors,
@@ -92,6 +95,9 @@ def ace(
     k = rank · r singular values the share is `A_t + s̄ F_t V_k S_k⁻¹ V_kᵀ`, so that `s̄ U_k V_kᵀ` is
     added in sum.
 
+    Then a task whose tr C_t is below 5e-4 of the largest takes no part in that matrix, and
+    its share is 0: the formula divides by tr C_t, and the authors' code has no bound there.
+
     Other layers get `τ_t / T`. The sum is the whole merge: init 1. No step is taken: a solution per
     matrix, and where the tasks differ much a decomposition.
 
@@ -107,8 +113,8 @@ def ace(
     Raises:
         AdamergeError: a setting out of range.
     """
-    if not epsilon > 0:
-        raise AdamergeError(f"ace: epsilon is {epsilon}, expected a number above 0, like 0.01")
+    check_number("ace", "epsilon", epsilon, 0, _MOST, open_low=True)
+    check_number("ace", "spread", spread, 0, _MOST)
     check_number("ace", "rank", rank, 0, 1, open_low=True)
 
     def change(name: str, tau: Tensor) -> Tensor:
@@ -155,7 +161,8 @@ def doge(
         AdamergeError: a setting out of range.
     """
     _check_steps("doge", steps, lr)
-    check_number("doge", "subspace", subspace, 1, 10**6)
+    check_number("doge", "scale", scale, 0, _MOST)
+    check_number("doge", "subspace", subspace, 1, _MOST, whole=True)
     check_number("doge", "density", density, 0, 1, open_low=True)
     thresholds = _thresholds(task_vectors, density, layers)
 
@@ -168,11 +175,8 @@ def doge(
 
 
 def _check_steps(name: str, steps: int, lr: float) -> None:
-    if steps < 0 or not lr > 0:
-        raise AdamergeError(
-            f"{name}: steps is {steps} and lr is {lr}, expected at least 0 steps and a learning "
-            "rate above 0"
-        )
+    check_number(name, "steps", steps, 0, _MOST, whole=True)
+    check_number(name, "lr", lr, 0, _MOST, open_low=True)
 
 
 def _descended(
@@ -198,6 +202,13 @@ def _estimated(tau: Tensor, epsilon: float, spread: float, rank: float) -> Tenso
     sizes = tau.flatten(1).square().sum(1)
     logs = (sizes + 1e-12).log()
     differ = len(tau) > 1 and bool(logs.var() > spread * (logs.mean().square() + 1e-12))
+    if differ:
+        traces = torch.stack([(own - own.mean(0)).square().sum() for own in tau])
+        taking_part = traces >= _LEAST * traces.max()
+        if not bool(taking_part.all()):
+            found, rest = torch.zeros_like(tau), tau[taking_part]
+            found[taking_part] = _estimated(rest if exact else rest.float(), epsilon, spread, rank)
+            return found
 
     def covariance(own: Tensor) -> tuple[Tensor, Tensor, float]:
         """c_t, C_t and the ridge of a task."""

@@ -41,12 +41,19 @@ def products(vectors: Tensor) -> Tensor:
 
 
 def check_number(
-    transform: str, name: str, value: float, low: float, high: float, open_low: bool = False
+    transform: str,
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    open_low: bool = False,
+    whole: bool = False,
 ) -> None:
-    """Raises AdamergeError unless `value` is a number in [low, high], or in (low, high]."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    """Raises AdamergeError unless `value` is a (whole) number in [low, high], or in (low, high]."""
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise AdamergeError(
-            f"{transform}: {name} is {value!r}, expected a number in {bracket}{low:g}, {high:g}]"
+            f"{transform}: {name} is {value!r}, expected a {'whole ' if whole else ''}number in "
+            f"{bracket}{low:g}, {high:g}]"
         )

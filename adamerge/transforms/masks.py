@@ -63,7 +63,7 @@ def consensus(task_vectors: TaskVectors, threshold: float = 0.4, at_least: int =
         AdamergeError: a number is out of range.
     """
     check_number("consensus", "threshold", threshold, 0, 10)
-    check_number("consensus", "at_least", at_least, 1, len(task_vectors.tasks))
+    check_number("consensus", "at_least", at_least, 1, len(task_vectors.tasks), whole=True)
 
     def change(_: str, tau: Tensor) -> Tensor:
         return tau * (_needed(tau, tau.sum(0), threshold).sum(0) >= at_least)
@@ -113,7 +113,7 @@ def emr(task_vectors: TaskVectors, by_layers: bool = False) -> TaskVectors:
     """
     sizes = torch.zeros(2, len(task_vectors.tasks), dtype=torch.float64)
     for tau in task_vectors.deltas.values():
-        own = torch.stack([tau, _of_own_sign(tau)]).abs_().flatten(2)
+        own = torch.stack([tau, _of_own_sign(tau)]).abs_().reshape(2, len(tau), -1)
         sizes += (own.mean(2) if by_layers else own.sum(2)).double().cpu()
     if bool((sizes[1] == 0).any()):
         task = task_vectors.tasks[int((sizes[1] == 0).nonzero()[0])]

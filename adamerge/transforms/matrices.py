@@ -95,7 +95,7 @@ def matrices_of(task_vectors: TaskVectors, layers: Layers) -> list[str]:
 
 
 def decomposed(
-    matrix: Tensor, exact: bool, count: int | None = None
+    matrix: Tensor, exact: bool, count: int | None = None, size: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`U [rows, r]`, `s [r]` (falling) and `V [columns, r]` of `matrix = U diag(s) Vᵀ`, float64.
 
@@ -105,8 +105,9 @@ def decomposed(
         matrix: `[rows, columns]`.
         exact: by the decomposition of the matrix itself.
         count: r, the triplets that are wanted; None: all, as many as the smaller side.
+        size: the norm of what the matrix was computed from, whose rounding errors are left out.
     """
-    values, basis = smaller_side(matrix, exact)
+    values, basis = smaller_side(matrix, exact, size)
     values, basis = values[:count], basis[:, :count]
     matrix = matrix.double()
     basis = basis * (values > 0)
@@ -114,21 +115,21 @@ def decomposed(
     return (across, values, basis) if is_tall(matrix) else (basis, values, across)
 
 
-def smaller_side(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+def smaller_side(matrix: Tensor, exact: bool, size: float = 0.0) -> tuple[Tensor, Tensor]:
     """Singular values `[r]` (falling) and the singular vectors of the smaller side, `[r, r]`:
     V of a tall or square matrix, U of a wide one; float64."""
     tall = matrix.double() if is_tall(matrix) else matrix.double().T
     if exact:
         _, values, transposed = torch.linalg.svd(tall, full_matrices=False)
-        return _cleaned(values), transposed.T
-    squares, vectors = eigen(tall.T @ tall)
+        return _cleaned(values, size), transposed.T
+    squares, vectors = eigen(tall.T @ tall, size**2)
     return squares.sqrt(), vectors
 
 
-def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(gram: Tensor, size: float = 0.0) -> tuple[Tensor, Tensor]:
     """Eigenvalues of a Gram matrix, falling, those that are rounding errors 0; eigenvectors."""
     values, vectors = torch.linalg.eigh(gram)
-    return _cleaned(values.flip(0)), vectors.flip(1)
+    return _cleaned(values.flip(0), size), vectors.flip(1)
 
 
 def scaled(matrices: Tensor, basis: Tensor, factors: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def is_tall(matrix: Tensor) -> bool:
     return matrix.shape[-2] >= matrix.shape[-1]
 
 
-def _cleaned(falling: Tensor) -> Tensor:
-    """Values with 0 in place of those that are rounding errors of the largest."""
-    least = falling[:1] * len(falling) * torch.finfo(falling.dtype).eps
+def _cleaned(falling: Tensor, size: float) -> Tensor:
+    """Values with 0 in place of those that are rounding errors of the largest, or of `size`."""
+    least = falling[:1].clamp_min(size) * len(falling) * torch.finfo(falling.dtype).eps
     return torch.where(falling > least, falling, 0)

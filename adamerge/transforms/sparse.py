@@ -36,8 +36,7 @@ def ties(
         AdamergeError: `density` is out of range, or there is none for this architecture.
     """
     density = _of_architecture(density, architecture)
-    if not 0 < density <= 1:
-        raise AdamergeError(f"ties: density is {density}, expected a fraction in (0, 1], like 0.2")
+    check_number("ties", "density", density, 0, 1, open_low=True)
     thresholds = _trim_thresholds(task_vectors, density)
     signs = {name: trimmed.sum(0).sign_() for name, trimmed in _trimmed(task_vectors, thresholds)}
     balance = torch.stack([sign.sum(dtype=torch.float64) for sign in signs.values()]).sum().sign()

@@ -141,8 +141,8 @@ def svc(
     Raises:
         AdamergeError: `alpha` is not above 0, or the experts are of other tasks.
     """
-    if not alpha > 0:
-        raise AdamergeError(f"svc: alpha is {alpha!r}, expected a number above 0, like 0.1")
+    check_number("svc", "alpha", alpha, 0, 10**6, open_low=True)
+    check_number("svc", "scale", scale, -(10**6), 10**6)
     own = experts or task_vectors
     if own.tasks != task_vectors.tasks:
         raise AdamergeError(
@@ -185,7 +185,9 @@ def _iso_parts(tau: Tensor, common: float) -> Tensor:
     tau = tau.double()
     left, values, right = decomposed(tau.sum(0), exact, first)
     triplets = [(left, values, right)]
-    triplets += [decomposed(matrix - left @ (left.T @ matrix), exact, own) for matrix in tau]
+    for matrix in tau:  # what is left of a task that the common directions span is rounding
+        rest = matrix - left @ (left.T @ matrix)
+        triplets.append(decomposed(rest, exact, own, float(torch.linalg.norm(matrix))))
     lefts, rights = _orthogonal(triplets, exact)
     mean = torch.cat([s for _, s, _ in triplets]).mean()
     shared = (right * reciprocal(values)) @ rights[0].T

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
 from adamerge.transforms.layers import check_number, each_layer, products, spread
+from adamerge.transforms.matrices import reciprocal
 from adamerge.weights.task_vectors import TaskVectors
 
 _PARALLEL = 0.9995  # cosine above which slerp is linear
 _TINY = torch.finfo(torch.float64).tiny
+_NONE = 1e-6  # a mean of unit vectors shorter than this has no direction
 
 
 def slerp(task_vectors: TaskVectors, position: float = 0.5) -> TaskVectors:
@@ -66,7 +68,8 @@ def multislerp(task_vectors: TaskVectors) -> TaskVectors:
         norms = found.diagonal().sqrt()
         units = 1 / (norms + 1e-8)
         length = (units @ found @ units).clamp_min(0).sqrt() / count
-        if length < 1e-8:
+        exact = reciprocal(norms)  # also where norms are no greater than 1e-8
+        if (exact @ found @ exact).clamp_min(0).sqrt() < _NONE * count:
             return tau / count
         return tau * spread(units / count / length * norms.mean(), tau)
 
@@ -80,33 +83,44 @@ def karcher(task_vectors: TaskVectors, iterations: int = 50) -> TaskVectors:
     sum of the logarithms of the experts' directions is 0, found by
     `m ← exp_m(mean_t log_m(θ_t / ‖θ_t‖))` until a step is below 1e-13. Experts of one pretrained
     model lie close together: nearly their mean. The sum is the whole merge: init 1. All layers
-    take part.
+    take part. An expert that is 0 in a layer has no direction there and counts in the mean norm
+    alone; where directions cancel, or one is opposite to their mean, the mean of the experts.
 
     Args:
         task_vectors: left unchanged.
         iterations: at most so many steps.
 
     Raises:
-        AdamergeError: `iterations` is below 1.
+        AdamergeError: `iterations` is no whole number from 1 on.
     """
-    if iterations < 1:
-        raise AdamergeError(f"karcher: iterations is {iterations!r}, expected at least 1")
+    check_number("karcher", "iterations", iterations, 1, 10**6, whole=True)
 
     def shares(found: Tensor) -> Tensor:
-        norms = found.diagonal().clamp_min(0).sqrt()
-        safe = norms.clamp_min(_TINY)
-        return _mean_direction(found / (safe[:, None] * safe), iterations) * norms.mean() / safe
+        norms, count = found.diagonal().clamp_min(0).sqrt(), len(found)
+        there = (norms > 0).nonzero().squeeze(1)
+        sizes = norms[there]
+        cosines = found[there][:, there] / (sizes[:, None] * sizes)
+        direction = _mean_direction(cosines, iterations) if len(there) else None
+        if direction is None:
+            return torch.full((count,), 1 / count, dtype=found.dtype)
+        return torch.zeros_like(norms).index_copy(0, there, direction * norms.mean() / sizes)
 
     return _of_weights(task_vectors, shares)
 
 
-def _mean_direction(cosines: Tensor, iterations: int) -> Tensor:
-    """The spherical mean of unit vectors with these products `[T, T]`, in multiples of them."""
+def _mean_direction(cosines: Tensor, iterations: int) -> Tensor | None:
+    """The spherical mean of unit vectors with these products `[T, T]`, in multiples of them; None
+    where they have none."""
     count = len(cosines)
     mean = torch.full((count,), 1 / count, dtype=cosines.dtype)
-    mean /= (mean @ cosines @ mean).clamp_min(_TINY).sqrt()
+    length = (mean @ cosines @ mean).clamp_min(0).sqrt()
+    if length < _NONE:
+        return None
+    mean /= length
     for _ in range(iterations):
         to_mean = (cosines @ mean).clamp(-1, 1)
+        if bool((to_mean < _NONE - 1).any()):  # every great circle leads there
+            return None
         angles = to_mean.arccos()
         stretch = torch.where(angles > 1e-12, angles / angles.sin().clamp_min(_TINY), 1) / count
         step = stretch - (stretch @ to_mean) * mean

@@ -228,6 +228,9 @@ class TaskVectors:
         Args:
             deltas: layer name -> `[T, *shape]` (a mapping, or pairs), taken one at a time.
             storage: in which type and place they are kept; None: as these.
+
+        Raises:
+            AdamergeError: deltas of other layers, or with NaN or infinite values.
         """
         other = copy.copy(self)
         other.storage = storage or self.storage
@@ -235,7 +238,13 @@ class TaskVectors:
         other._norms = torch.zeros(len(self.tasks), dtype=torch.float64)
         with storing(other.storage, list(self.names), named=False) as shelf:
             for name, changed in deltas.items() if isinstance(deltas, Mapping) else deltas:
-                other._norms += squares(changed)
+                found = squares(changed)
+                if not bool(found.isfinite().all()):
+                    raise AdamergeError(
+                        f"the changed task vectors have NaN or infinite values in layer {name!r}: "
+                        "a setting of the transform is too large there, or use another transform"
+                    )
+                other._norms += found
                 shelf.add(name, keep(changed, other.storage.dtype))
             other._norms = other._norms.sqrt()
             other.layers = shelf.close({})
