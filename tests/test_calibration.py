@@ -116,6 +116,19 @@ def test_two_processes_give_what_one_gives(name: str, train: Train, words: list[
     assert torch.equal(one_model.encoder(batch), two_model.encoder(batch))
 
 
+@every
+def test_images_that_end_or_are_not_finite_are_refused(name: str) -> None:
+    vectors, backbone = golden.task_vectors(), golden.clip().backbone
+    start, given = merged_encoder(Tower(backbone), vectors, 0.3), images(torch.float64, 1)
+    made = functools.partial(CALIBRATIONS[name], start, Experts(backbone, vectors))
+    ending = {**given, "task_b": iter(given["task_b"])}
+    with pytest.raises(AdamergeError, match="images of task 'task_b' are an iterator"):
+        made(ending).fold()
+    spoilt = {**given, "task_c": [given["task_c"][0] * torch.nan]}
+    with pytest.raises(AdamergeError, match="'task_c' give NaN or infinite numbers to block 0"):
+        made(spoilt).fold()
+
+
 def test_it_calibrates_the_merge_of_another_run(train: Train, words: list[str]) -> None:
     base = train("base", "method=layer_wise", "trainer.max_steps=2")
     run = train("run", "method=featcal", f"method.base={base}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +199,16 @@ def small(tasks: int = 4) -> TaskVectors:
     return TaskVectors({"b": torch.zeros(3, 5)}, made)
 
 
+def once(task: str) -> dict[str, Any]:
+    return {**images(F64, 2), task: iter(images(F64, 2)[task])}
+
+
+def spoilt(task: str, number: float) -> dict[str, list[Tensor]]:
+    found = images(F64, 2)
+    found[task][1][0, 0, 0, 0] = number
+    return found
+
+
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (
         lambda: transforms.regmean(small(), fake(4, 5), off_diagonal=2),
@@ -226,6 +237,22 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (
         lambda: Gradients(experts(F64), golden.heads(), {}).squared("all"),
         r"no images of task 'task_a'",
+    ),
+    (
+        lambda: gather_inputs(experts(F64), once("task_b")),
+        r"images of task 'task_b' are an iterator.*only once: give a list or a DataLoader",
+    ),
+    (
+        lambda: Gradients(experts(F64), golden.heads(), once("task_a")).squared("predicted"),
+        r"images of task 'task_a' are an iterator",
+    ),
+    (
+        lambda: gather_inputs(experts(F64), spoilt("task_c", torch.nan)),
+        r"images of task 'task_c' give NaN or infinite numbers to layer 'transformer\.resblocks\.0",
+    ),
+    (
+        lambda: Gradients(experts(F64), golden.heads(), spoilt("task_a", torch.inf)).squared("all"),
+        r"images of task 'task_a' give NaN or infinite numbers to the head",
     ),
 ]
 

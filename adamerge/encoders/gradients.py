@@ -12,7 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.statistics import Images, Keep, Named, in_memory, refuse_no_images
+from adamerge.encoders.statistics import (
+    Images,
+    Keep,
+    Named,
+    in_memory,
+    refuse_no_images,
+    refuse_not_finite,
+)
 
 if TYPE_CHECKING:  # it knows open_clip, which methods do without
     from adamerge.encoders.heads import Heads
@@ -70,7 +77,8 @@ class Gradients:
         no Fisher matrix, and another with other batches.
 
         Raises:
-            AdamergeError: an unknown kind, or a task without images.
+            AdamergeError: an unknown kind, a task without images, or with images that can be gone
+                through once alone or give NaN.
         """
         if kind not in get_args(Kind):
             raise AdamergeError(
@@ -97,6 +105,7 @@ class Gradients:
             expert = expert or _Expert(self._experts, task, batch.device)
             with torch.no_grad():
                 features = expert.encode(batch)
+            refuse_not_finite(features, task, "the head")
             directions = _directions(features, self._heads.weight(task).to(features), kind)
             if kind == "batch_sum":
                 expert.add(batch, directions.transpose(0, 1))

@@ -147,7 +147,8 @@ def gather_inputs(experts: Experts, images: Images, keep: Keep | None = None) ->
         keep: where each task's statistics go, as `in_files`; None: in memory.
 
     Raises:
-        AdamergeError: a task without images.
+        AdamergeError: a task without images, with images that can be gone through once alone, or
+            with images that give a layer NaN or infinite inputs.
 
     >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     >>> start = {name: tensor.detach() for name, tensor in network.named_parameters()}
@@ -167,7 +168,9 @@ def gather_inputs(experts: Experts, images: Images, keep: Keep | None = None) ->
             log.info("task %s: statistics of its expert's inputs are gathered", task)
             for name, found in _moments(experts, task, images[task]):
                 if name in matrices:
-                    yield name, found.gram
+                    gram = found.gram
+                    refuse_not_finite(gram.diagonal(), task, f"layer {name!r}")
+                    yield name, gram
                     yield name + _MEAN, found.mean
                     yield name + _COUNT, torch.tensor(float(found.count), dtype=torch.float64)
 
@@ -176,11 +179,27 @@ def gather_inputs(experts: Experts, images: Images, keep: Keep | None = None) ->
 
 
 def refuse_no_images(images: Images, task: str) -> None:
-    """Raises AdamergeError where a task has no images."""
-    if next(iter(images.get(task, ())), None) is None:
+    """Raises AdamergeError where a task has no images, or such as end once they are looked at."""
+    given = images.get(task, ())
+    batches = iter(given)
+    if batches is given:
+        raise AdamergeError(
+            f"the images of task {task!r} are an iterator, which can be gone through only once: "
+            "give a list or a DataLoader"
+        )
+    if next(batches, None) is None:
         raise AdamergeError(
             f"there are no images of task {task!r} to gather statistics from: give batches "
             "[B, 3, H, W] of every task"
+        )
+
+
+def refuse_not_finite(numbers: Tensor, task: str, where: str) -> None:
+    """Raises AdamergeError where a task's images give NaN or infinite numbers to something."""
+    if not bool(torch.isfinite(numbers).all()):
+        raise AdamergeError(
+            f"the images of task {task!r} give NaN or infinite numbers to {where}: expected finite "
+            "ones; look at these images, and at how they are normalised"
         )
 
 

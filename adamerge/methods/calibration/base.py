@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.experts import Experts
-from adamerge.encoders.statistics import Images, embedded, refuse_no_images
+from adamerge.encoders.statistics import Images, embedded, refuse_no_images, refuse_not_finite
 from adamerge.encoders.tower import FoldedEncoder, Tower
 from adamerge.encoders.walk import Blocks
 from adamerge.methods.base import MergeMethod
@@ -39,7 +39,8 @@ class Calibration(MergeMethod):
         experts: as given.
 
     Raises:
-        AdamergeError: an encoder of another kind or without blocks, or a task without images.
+        AdamergeError: an encoder of another kind or without blocks; once the encoder is asked for,
+            a task without images, with an iterator in their place, or with images that give NaN.
     """
 
     follows_experts = False  # whether tokens also run through every task's expert
@@ -84,6 +85,9 @@ class Calibration(MergeMethod):
         device = ours[self.experts.tasks[0]][0].device
         for index in range(len(blocks)):
             log.info("block %d of %d", index + 1, len(blocks))
+            for task, parts in (*ours.items(), *theirs.items()):
+                for tokens in parts:
+                    refuse_not_finite(tokens, task, f"block {index}")
             merged = {name: start[name].to(device) for name in blocks.names(index)}
             made = self.block(index, merged, ours, theirs)
             found |= {name: weight.to(start[name]) for name, weight in made.items()}
