@@ -129,6 +129,25 @@ def test_images_that_end_or_are_not_finite_are_refused(name: str) -> None:
         made(spoilt).fold()
 
 
+def test_directions_that_no_image_gives_stay_those_of_the_encoder() -> None:
+    vectors, backbone = golden.task_vectors(), golden.clip().backbone
+    start = merged_encoder(Tower(backbone), vectors, 0.3)
+    few = {task: [batch[:1]] for task, (batch,) in images(torch.float64, 1).items()}
+    method = RegMeanPP(start, Experts(backbone, vectors), few, off_diagonal=1.0)
+    before, after = start.backbone.state_dict(), method.weights()
+    name = "transformer.resblocks.0.mlp.c_proj.weight"
+    seen: list[torch.Tensor] = []
+    blocks = method.blocks
+    for task in vectors.tasks:
+        tokens = blocks.embed(before, few[task][0])
+        own = method.experts.weights(task)
+        blocks.run(0, own, tokens, lambda n, x: seen.append(x.flatten(0, 1)) if n == name else None)
+    rows = torch.cat(seen)
+    unseen = torch.linalg.svd(rows).Vh[torch.linalg.matrix_rank(rows) :]
+    assert len(unseen)
+    torch.testing.assert_close(after[name] @ unseen.T, before[name] @ unseen.T, rtol=0, atol=1e-3)
+
+
 def test_it_calibrates_the_merge_of_another_run(train: Train, words: list[str]) -> None:
     base = train("base", "method=layer_wise", "trainer.max_steps=2")
     run = train("run", "method=featcal", f"method.base={base}")

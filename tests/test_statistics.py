@@ -15,7 +15,6 @@ from adamerge import AdamergeError, TaskVectors, transforms
 from adamerge.encoders import Experts
 from adamerge.encoders.gradients import Gradients
 from adamerge.encoders.statistics import LayerInputs, Moments, gather_inputs, in_files
-from adamerge.transforms.inputs import factored
 from tests import golden_data as golden
 from tests.test_golden_more_statistics import experts, gradients, images, inputs
 
@@ -161,7 +160,20 @@ def test_images_that_span_little_get_a_ridge_and_a_line(
     found = transforms.regmean(golden.task_vectors(), few, off_diagonal=1.0)
     assert "do not span all its columns, so that a ridge of" in caplog.text
     assert all(tau.isfinite().all() for tau in found.deltas.values())
-    assert torch.equal(factored(torch.zeros(2, 2).double(), "a") > 0, torch.eye(2) > 0)
+
+
+def test_a_layer_that_is_given_nothing_but_0_stays_as_pretrained() -> None:
+    shares = transforms.regmean(small(), fake(4, 5), off_diagonal=0.5)
+    assert not shares.deltas["b"].any()
+    tall = TaskVectors({"b": torch.zeros(5, 3)}, {"t": {"b": torch.ones(5, 3)}})
+    assert not transforms.regmean(tall, fake(1, 3)).deltas["b"].any()
+
+
+def test_a_layer_of_no_task_vector_is_left_as_it_is() -> None:
+    """As transforms that drop entries can leave it."""
+    vectors = small(2)
+    nothing = vectors.with_deltas({"b": torch.zeros(2, 3, 5)})
+    assert not transforms.esm(nothing, fake(2, 5)).deltas["b"].any()
 
 
 def test_a_dead_direction_gets_no_direction_by_chance() -> None:

@@ -33,7 +33,9 @@ def regmean(
     Gram matrix of the layer's inputs under expert t, Ĝ_t that with its entries off the diagonal
     times `off_diagonal`; the sum is the layer whose outputs are nearest to all experts' on their
     own inputs. Layers whose inputs are not known (normalisations, biases, embeddings, projections)
-    are averaged: `τ_t / T`. The sum of the shares is the whole merge: init 1.
+    are averaged: `τ_t / T`. The sum of the shares is the whole merge: init 1. Along directions that
+    no image gives to a layer the shares are 0: there, and wholly where its inputs are all 0, it
+    stays as pretrained.
 
     Asks for `inputs`. Costs a factorisation `[in, in]` in float64 per layer, and two products or a
     product and a solution per task.
@@ -57,7 +59,7 @@ def regmean(
         total = torch.zeros(grams.shape[1:], dtype=torch.float64, device=place)
         for gram in grams:
             total += gram.to(place)
-        factor = factored(damped(total, off_diagonal), name)
+        factor, _ = factored(damped(total, off_diagonal), name)
         small = len(factor) <= tau.shape[1]  # in <= out: the product of the two small ones first
         inverse = torch.cholesky_inverse(factor) if small else None
         factor = factor.to(torch.promote_types(grams.dtype, torch.float32))
@@ -92,13 +94,15 @@ def damped(gram: Tensor, off_diagonal: float) -> Tensor:
     return used
 
 
-def factored(gram: Tensor, name: str) -> Tensor:
-    """The Cholesky factor of a layer's Gram matrix `[in, in]`, float64.
+def factored(gram: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of a layer's Gram matrix `[in, in]`, float64, and its ridge, `[]`.
 
-    A matrix that has none gets the least ridge that gives it one, and a log line says so.
+    A matrix that has no factor gets the least ridge that gives it one, and a log line says so; else
+    the ridge is 0.
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
-    ridge, size = 0.0, gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    ridge, size = 0.0, gram.diagonal().mean()
+    size = torch.where(size < torch.finfo(gram.dtype).tiny, 1.0, size)  # of no inputs but 0
     while bool(failed) and ridge < 1:
         ridge = max(10 * ridge, 1e-12)
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -108,7 +112,7 @@ def factored(gram: Tensor, name: str) -> Tensor:
             "layer %s: the images' inputs do not span all its columns, so that a ridge of %.0e of "
             "their mean square was added: more images would do without", name, ridge,
         )  # fmt: skip
-    return factor
+    return factor, ridge * size
 
 
 def solved(weighted: Tensor, factor: Tensor) -> Tensor:
@@ -191,7 +195,7 @@ def _essential(tau: Tensor, grams: Tensor, power: float, spectrum: float, name: 
         )
     lefts, rights = [], []
     lengths = tau.flatten(1).norm(dim=1)
-    for own, gram, length in zip(tau, grams, lengths / lengths.mean(), strict=True):
+    for own, gram, length in zip(tau, grams, _over_mean(lengths), strict=True):
         directions, variances = _directions(own, gram, count)
         weights = _over_mean(_over_mean(variances) ** spectrum)
         lefts.append(directions * weights)

@@ -17,7 +17,8 @@ class RegMeanPP(Calibration):
     RegMean++ (arXiv 2508.03121). As `transforms.regmean`, `W = Σ_t W_t Ĝ_t (Σ_t Ĝ_t)⁻¹`, but the
     Gram matrices G_t of a block are those of expert t's block on tokens that the merged embedding
     and the merged blocks before it make of task t's images. All other layers stay those of
-    `encoder`, the mean of the experts in the paper.
+    `encoder`, the mean of the experts in the paper. So do these along directions that no image
+    gives to them (with `off_diagonal` 1 there are some where tokens are fewer than inputs).
 
     It costs two passes over the images and one product of every layer's inputs, without labels and
     gradients. In memory are a model, the tokens of all tasks' images, and one block's products.
@@ -51,7 +52,12 @@ class RegMeanPP(Calibration):
                 product = expert[name].double() @ gram
                 weighted[name] = weighted[name] + product if name in weighted else product
                 total[name] = total[name] + gram if name in total else gram
-        return {name: solved(weighted[name], factored(total[name], name)) for name in weighted}
+        found = {}
+        for name, product in weighted.items():
+            factor, ridge = factored(total[name], name)
+            held = product + ridge * merged[name].double() if ridge else product
+            found[name] = solved(held, factor)
+        return found
 
     def _moments(self, index: int, expert: Weights, parts: list[Tensor]) -> dict[str, Moments]:
         """Of the inputs of an expert's linear layers in a block."""
