@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -151,6 +152,16 @@ def test_bilevel_moves_by_the_gradient_after_a_step_below() -> None:
     torch.testing.assert_close(ours.second, second)
 
 
+def test_batches_without_what_an_update_asks_for_are_refused() -> None:
+    two = TwoLevels(nn.Linear(4, 4), method().task_vectors)
+    single = {task: [inputs[0][:1]] for task, inputs in batches().items()}
+    with pytest.raises(AdamergeError, match="halves every task's images, and a batch has 1 of"):
+        adamerge.adapt(two, single, steps=1, update="bilevel")
+    of_a = [(batches()["a"][0], torch.zeros(6, dtype=torch.long))]
+    with pytest.raises(AdamergeError, match="a batch has none with the task id 1: give some"):
+        adamerge.adapt(method(), of_a, heads=HEADS, steps=1, update="per_task")
+
+
 def test_progressive_learns_one_block_after_the_other() -> None:
     torch.manual_seed(1)
     network, a, b = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
@@ -189,11 +200,32 @@ def test_a_failed_task_is_named_and_the_step_too() -> None:
         ({"name": "per_task", "order": "random"}, "update.order is 'random'"),
         ({"name": "sam", "rho": 0.0}, "update.rho is 0.0: expected a finite number > 0"),
         ({"name": "bilevel", "inner_lr": -1}, "update.inner_lr is -1: expected a finite number"),
+        ({"name": "sam", "rho": "abc"}, "update.rho is 'abc': expected a finite number > 0"),
+        ({"name": "sam", "rho": None}, "update.rho is None: expected a finite number > 0"),
+        ({"name": "sam", "roh": 0.1}, r"update.roh is unknown \(did you mean 'rho'\?\)"),
+        ({"name": "sam", "adaptive": "no"}, "update.adaptive is 'no': expected true or false"),
+        ({"name": "progressive", "inner_steps": 0.5}, "update.inner_steps is 0.5: expected a wh"),
     ],
 )
 def test_refusals(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         update_of(settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PerTask("shuffle"), "update.order is 'shuffle': expected 'fixed'"),  # type: ignore[arg-type]
+        (lambda: Sam(rho=-1), "update.rho is -1: expected a finite number > 0"),
+        (lambda: Bilevel(-1), "update.inner_lr is -1: expected"),
+        (lambda: Bilevel(float("nan")), "update.inner_lr is nan: expected"),
+        (lambda: Progressive(0), "update.inner_steps is 0: expected a whole number, at least 1"),
+        (lambda: Progressive(-3), "update.inner_steps is -3: expected"),
+    ],
+)
+def test_refused_updates(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(AdamergeError, match=message):
+        make()
 
 
 def test_sure_labels_of_nothing_kept_are_0_with_gradient_0() -> None:

@@ -247,6 +247,15 @@ def _chosen(inputs: Inputs, task_ids: Tensor, part: Part) -> tuple[Inputs, Tenso
         return inputs, task_ids
     present = task_ids.unique().tolist() if part.task is None else [part.task]
     own = torch.cat([part.of((task_ids == task).nonzero().squeeze(1)) for task in present])
+    if not len(own) and part.half is not None:
+        raise AdamergeError(
+            "update=bilevel halves every task's images, and a batch has 1 of each: give at least 2"
+        )
+    if not len(own):
+        raise AdamergeError(
+            "update=per_task moves by one task's images after another's, and a batch has none with "
+            f"the task id {part.task}: give some of every task in every batch, or use update=joint"
+        )
     return rows.each(lambda tensor: tensor[own.to(tensor.device)], inputs), task_ids[own]
 
 

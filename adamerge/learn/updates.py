@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adamerge._base.binding import nearest
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.tower import block_of
 from adamerge.methods.base import MergeMethod
@@ -92,6 +93,10 @@ class PerTask:
     order: Literal["fixed", "shuffled"] = "fixed"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.order not in ("fixed", "shuffled"):
+            raise _refused("order", self.order, "'fixed' or 'shuffled'")
+
     def __call__(self, step: Step) -> None:
         order = list(range(step.tasks))
         if self.order == "shuffled":
@@ -116,6 +121,11 @@ class Sam:
 
     rho: float = 0.05
     adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        _check_positive("rho", self.rho)
+        if not isinstance(self.adaptive, bool):
+            raise _refused("adaptive", self.adaptive, "true or false")
 
     def __call__(self, step: Step) -> None:
         def pushed() -> Tensor:
@@ -156,6 +166,9 @@ class Bilevel:
 
     inner_lr: float = 0.1
 
+    def __post_init__(self) -> None:
+        _check_positive("inner_lr", self.inner_lr)
+
     def __call__(self, step: Step) -> None:
         below = step.method.below
 
@@ -188,10 +201,14 @@ class Progressive:
         inner_steps: of a block, one after the other.
 
     Raises:
-        AdamergeError: on a call, a method whose layers are in no blocks.
+        AdamergeError: `inner_steps` below 1; on a call, a method whose layers are in no blocks.
     """
 
     inner_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if type(self.inner_steps) is not int or self.inner_steps < 1:
+            raise _refused("inner_steps", self.inner_steps, "a whole number, at least 1")
 
     def __call__(self, step: Step) -> None:
         blocks = blocks_of(step.method)
@@ -245,6 +262,7 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 NAMES = ("joint", "per_task", "sam", "bilevel", "progressive")
+_SETTINGS = ("name", "order", "rho", "adaptive", "inner_lr", "inner_steps")
 
 
 def update_of(settings: Mapping[str, Any] | str, seed: int = 0) -> Update:
@@ -257,27 +275,33 @@ def update_of(settings: Mapping[str, Any] | str, seed: int = 0) -> Update:
         seed: of what it draws.
 
     Raises:
-        AdamergeError: another name, or a setting out of range.
+        AdamergeError: another name, an unknown setting, or one out of range.
     """
     known: dict[str, Any] = {"name": settings} if isinstance(settings, str) else dict(settings)
-    name, order = known.get("name"), known.get("order", "fixed")
+    name = known.pop("name", None)
     if name not in NAMES:
-        raise AdamergeError(f"update.name is {name!r}: expected {', '.join(NAMES)}")
-    if order not in ("fixed", "shuffled"):
-        raise AdamergeError(f"update.order is {order!r}: expected 'fixed' or 'shuffled'")
-    usual = {"rho": 0.05, "inner_lr": 0.1, "inner_steps": 100}
-    rho, rate, steps = (_positive(known.get(key, own), key) for key, own in usual.items())
+        raise _refused("name", name, ", ".join(NAMES))
+
+    def own(*keys: str) -> dict[str, Any]:
+        return {key: known.pop(key) for key in keys if key in known}
+
     made: dict[str, Update] = {
         "joint": Joint(),
-        "per_task": PerTask(order, seed),
-        "sam": Sam(rho, bool(known.get("adaptive", False))),
-        "bilevel": Bilevel(rate),
-        "progressive": Progressive(max(int(steps), 1)),
+        "per_task": PerTask(**own("order"), seed=seed),
+        "sam": Sam(**own("rho", "adaptive")),
+        "bilevel": Bilevel(**own("inner_lr")),
+        "progressive": Progressive(**own("inner_steps")),
     }
+    for key in known:
+        raise AdamergeError(f"update.{key} is unknown{nearest(key, _SETTINGS)}")
     return made[name]
 
 
-def _positive(value: float, key: str) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise AdamergeError(f"update.{key} is {value!r}: expected a finite number > 0")
-    return float(value)
+def _check_positive(key: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
+        raise _refused(key, value, "a finite number > 0")
+
+
+def _refused(key: str, value: Any, expected: str) -> AdamergeError:
+    return AdamergeError(f"update.{key} is {value!r}: expected {expected}")
