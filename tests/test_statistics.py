@@ -252,7 +252,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: gather_inputs(experts(F64), once("task_b")),
-        r"images of task 'task_b' are an iterator.*only once: give a list or a DataLoader",
+        r"images of task 'task_b' are an iterator, which ends: give a list or a DataLoader",
     ),
     (
         lambda: Gradients(experts(F64), golden.heads(), once("task_a")).squared("predicted"),

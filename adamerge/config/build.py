@@ -16,6 +16,7 @@ from adamerge.config.arguments import base_problems, base_settings, supplied
 from adamerge.config.inputs import Suite, normalizer
 from adamerge.config.settings import Config
 from adamerge.config.settings import problems as problems_of_config
+from adamerge.config.side_by_side import side_by_side_problems
 from adamerge.config.statistics import statistics
 from adamerge.config.suite import entries
 from adamerge.config.targets import KINDS, Supplied, asks, build, target_of, target_problems
@@ -70,16 +71,7 @@ def _part_problems(config: Config) -> list[str]:
             found += target_problems(key, config[key], KINDS[key])
     for index, part in enumerate(_transforms(config)):
         found += target_problems(f"transform[{index}]", part, KINDS["transform"])
-    if config["compile"] is True and config["recompute"] is True:
-        found.append(
-            "compile and recompute do not go together: set one of them to false (compiled blocks "
-            "choose for themselves what to compute again)"
-        )
-    if config["images_on_device"] is True and config["num_workers"] != 0:
-        found.append(
-            "images_on_device leaves nothing for num_workers to read ahead: set num_workers=0"
-        )
-    return found + _update_problems(config) + _label_problems(config)
+    return found + side_by_side_problems(config) + _label_problems(config)
 
 
 def learns_from_labels(config: Config) -> bool:
@@ -100,26 +92,6 @@ def _label_problems(config: Config) -> list[str]:
         "the objective learns from true labels, and protocol=paper scores the same images by them: "
         "set protocol=heldout, or, for an upper bound, objective.scored_images=true"
     ]
-
-
-def _update_problems(config: Config) -> list[str]:
-    if not isinstance(config["update"], dict):
-        return []  # said elsewhere
-    try:
-        update_of(config["update"])
-    except AdamergeError as error:
-        return [str(error)]
-    if config["heads"] == "learned" and config["trainer"].get("devices") not in (1, "1", "auto"):
-        return ["heads=learned wants one process: set trainer.devices=1"]
-    name = config["update"]["name"]
-    if config["online"] and name in ("per_task", "bilevel"):
-        return [
-            f"online lets a task end before others, which update={name} would ask for: set "
-            "update=joint"
-        ]
-    if name == "bilevel" and config["batch_size"] == 1:
-        return ["update=bilevel halves every task's images, and batch_size is 1: set at least 2"]
-    return []
 
 
 def _transforms(config: Config) -> list[Any]:

@@ -25,6 +25,7 @@ Named = Iterator[tuple[str, Tensor]]
 # (task, names that may come, what makes them) -> the tensors by name
 Keep = Callable[[str, Sequence[str], Callable[[], Named]], Mapping[str, Tensor]]
 
+_MEAN, _COUNT = " mean", " count"  # what ends the names of these
 _STRIPE = 256  # columns of a Gram matrix computed at a time
 
 
@@ -131,9 +132,6 @@ class Inputs(Mapping[str, LayerInputs]):
         return len(self._names)
 
 
-_MEAN, _COUNT = " mean", " count"
-
-
 def gather_inputs(experts: Experts, images: Images, keep: Keep | None = None) -> Inputs:
     """The moments of every linear layer's inputs, under each task's own expert.
 
@@ -147,8 +145,7 @@ def gather_inputs(experts: Experts, images: Images, keep: Keep | None = None) ->
         keep: where each task's statistics go, as `in_files`; None: in memory.
 
     Raises:
-        AdamergeError: a task without images, with images that can be gone through once alone, or
-            with images that give a layer NaN or infinite inputs.
+        AdamergeError: a task without images, with an iterator of them, or with such as give NaN.
 
     >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     >>> start = {name: tensor.detach() for name, tensor in network.named_parameters()}
@@ -180,12 +177,10 @@ def gather_inputs(experts: Experts, images: Images, keep: Keep | None = None) ->
 
 def refuse_no_images(images: Images, task: str) -> None:
     """Raises AdamergeError where a task has no images, or such as end once they are looked at."""
-    given = images.get(task, ())
-    batches = iter(given)
+    batches = iter(given := images.get(task, ()))
     if batches is given:
         raise AdamergeError(
-            f"the images of task {task!r} are an iterator, which can be gone through only once: "
-            "give a list or a DataLoader"
+            f"the images of task {task!r} are an iterator, which ends: give a list or a DataLoader"
         )
     if next(batches, None) is None:
         raise AdamergeError(

@@ -94,8 +94,8 @@ class PerTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.order not in ("fixed", "shuffled"):
-            raise _refused("order", self.order, "'fixed' or 'shuffled'")
+        known = ("fixed", "shuffled")
+        _check("order", self.order, self.order in known, "'fixed' or 'shuffled'")
 
     def __call__(self, step: Step) -> None:
         order = list(range(step.tasks))
@@ -123,9 +123,8 @@ class Sam:
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        _check_positive("rho", self.rho)
-        if not isinstance(self.adaptive, bool):
-            raise _refused("adaptive", self.adaptive, "true or false")
+        _check("rho", self.rho, _is_positive(self.rho))
+        _check("adaptive", self.adaptive, isinstance(self.adaptive, bool), "true or false")
 
     def __call__(self, step: Step) -> None:
         def pushed() -> Tensor:
@@ -167,7 +166,7 @@ class Bilevel:
     inner_lr: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_positive("inner_lr", self.inner_lr)
+        _check("inner_lr", self.inner_lr, _is_positive(self.inner_lr))
 
     def __call__(self, step: Step) -> None:
         below = step.method.below
@@ -207,8 +206,8 @@ class Progressive:
     inner_steps: int = 100
 
     def __post_init__(self) -> None:
-        if type(self.inner_steps) is not int or self.inner_steps < 1:
-            raise _refused("inner_steps", self.inner_steps, "a whole number, at least 1")
+        fine = type(self.inner_steps) is int and self.inner_steps > 0
+        _check("inner_steps", self.inner_steps, fine, "a whole number, at least 1")
 
     def __call__(self, step: Step) -> None:
         blocks = blocks_of(step.method)
@@ -261,47 +260,41 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
                 tensor.copy_(kept)
 
 
-NAMES = ("joint", "per_task", "sam", "bilevel", "progressive")
-_SETTINGS = ("name", "order", "rho", "adaptive", "inner_lr", "inner_steps")
+_KINDS: dict[str, tuple[Callable[..., Update], tuple[str, ...]]] = {  # and their settings
+    "joint": (Joint, ()),
+    "per_task": (PerTask, ("order",)),
+    "sam": (Sam, ("rho", "adaptive")),
+    "bilevel": (Bilevel, ("inner_lr",)),
+    "progressive": (Progressive, ("inner_steps",)),
+}
 
 
 def update_of(settings: Mapping[str, Any] | str, seed: int = 0) -> Update:
-    """The update of that name, or of `name` and the settings that it has beside it.
+    """The update of that name, or of `name` and the settings beside it; draws by the seed.
 
     >>> update_of({"name": "sam", "rho": 0.1})
     Sam(rho=0.1, adaptive=False)
-
-    Args:
-        seed: of what it draws.
 
     Raises:
         AdamergeError: another name, an unknown setting, or one out of range.
     """
     known: dict[str, Any] = {"name": settings} if isinstance(settings, str) else dict(settings)
     name = known.pop("name", None)
-    if name not in NAMES:
-        raise _refused("name", name, ", ".join(NAMES))
-
-    def own(*keys: str) -> dict[str, Any]:
-        return {key: known.pop(key) for key in keys if key in known}
-
-    made: dict[str, Update] = {
-        "joint": Joint(),
-        "per_task": PerTask(**own("order"), seed=seed),
-        "sam": Sam(**own("rho", "adaptive")),
-        "bilevel": Bilevel(**own("inner_lr")),
-        "progressive": Progressive(**own("inner_steps")),
+    _check("name", name, name in list(_KINDS), ", ".join(_KINDS))
+    settable = [key for _, keys in _KINDS.values() for key in keys]
+    for key in known.keys() - settable:
+        raise AdamergeError(f"update.{key} is unknown{nearest(key, settable)}")
+    made = {
+        n: kind(**{k: known[k] for k in known if k in own}) for n, (kind, own) in _KINDS.items()
     }
-    for key in known:
-        raise AdamergeError(f"update.{key} is unknown{nearest(key, _SETTINGS)}")
-    return made[name]
+    found = made[name]
+    return PerTask(found.order, seed) if isinstance(found, PerTask) else found
 
 
-def _check_positive(key: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
-        raise _refused(key, value, "a finite number > 0")
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value is not True and 0 < value < math.inf
 
 
-def _refused(key: str, value: Any, expected: str) -> AdamergeError:
-    return AdamergeError(f"update.{key} is {value!r}: expected {expected}")
+def _check(key: str, value: Any, fine: bool, expected: str = "a finite number > 0") -> None:
+    if not fine:
+        raise AdamergeError(f"update.{key} is {value!r}: expected {expected}")
