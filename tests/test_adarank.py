@@ -125,9 +125,13 @@ def test_one_score_below_zero_takes_one_component_away() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 1.5}, r"rank is 1.5: expected a share in \[0, 1\] \(method.rank\)"),
-        ({"score": 0.0}, "score is 0.0: expected a number above 0"),
-        ({"temperature": -1.0}, "temperature is -1.0: expected a number above 0"),
+        ({"rank": 1.5}, r"AdaRank: rank is 1.5, expected a number in \[0, 1\]"),
+        ({"rank": "abc"}, r"AdaRank: rank is 'abc', expected a number in"),
+        ({"score": 0.0}, r"AdaRank: score is 0.0, expected a number in \(0, 1e\+06\]"),
+        ({"temperature": -1.0}, r"AdaRank: temperature is -1.0, expected a number in \(0,"),
+        ({"temperature": float("nan")}, "AdaRank: temperature is nan, expected"),
+        ({"init": float("nan")}, "AdaRank: init is nan, expected a number"),
+        ({"init": float("inf")}, "AdaRank: init is inf, expected a number"),
         ({"layers": "all"}, "layers is 'all': expected 'matrices' or 'blocks'"),
     ],
 )

@@ -222,6 +222,13 @@ def test_init_is_a_number(init: Any) -> None:
         AdaMerging(network, vectors, init=init)
 
 
+@pytest.mark.parametrize("parts", [-1, 0, 2.5, "x", True, 257])
+def test_parts_are_a_whole_number(parts: Any) -> None:
+    network, _, vectors = world()
+    with pytest.raises(AdamergeError, match=r"AdaMerging: parts is .* expected a whole number in"):
+        AdaMerging(network, vectors, granularity="partition", parts=parts)
+
+
 def test_complex_weights_are_refused() -> None:
     state = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.complex64)}
     with pytest.raises(AdamergeError, match=r"'b' of type torch.complex64: expected real"):

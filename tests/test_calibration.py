@@ -230,6 +230,8 @@ def test_wrong_settings_get_a_sentence(
     ):
         assert main(["train", *words, "method=featcal", own]) == 2
         assert sentence in capsys.readouterr().err
+    with pytest.raises(AdamergeError, match="epochs is 1.5, expected a whole number in"):
+        make("prodistill", epochs=1.5)
     backbone, vectors = golden.clip().backbone, golden.task_vectors()
     routed = WEMoE(backbone, vectors).fold()
     with pytest.raises(AdamergeError, match="FeatCal starts from one static encoder, not from a"):

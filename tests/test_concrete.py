@@ -103,14 +103,24 @@ def test_the_levels_of_the_paper_are_learned_apart() -> None:
     ("settings", "message"),
     [
         ({"granularity": "block"}, "granularity is 'block': expected 'layer', 'task' or 'fixed'"),
-        ({"mask_steps": -1}, "mask_steps is -1: expected how many steps the mask is learned"),
-        ({"mask_steps": 0, "granularity": "fixed"}, "above 0 where the coefficients are fixed"),
-        ({"temperature": 0.0}, "temperature is 0.0: expected a number above 0"),
+        ({"mask_steps": -1}, r"Concrete: mask_steps is -1, expected a whole number in \[0,"),
+        ({"mask_steps": 2.5}, r"Concrete: mask_steps is 2.5, expected a whole number in \[0,"),
+        ({"mask_steps": 0, "granularity": "fixed"}, r"0, expected a whole number in \[1,"),
+        ({"temperature": 0.0}, r"Concrete: temperature is 0.0, expected a number in \(0,"),
+        ({"temperature": "abc"}, r"Concrete: temperature is 'abc', expected a number"),
+        ({"init": float("nan")}, "Concrete: init is nan, expected a number"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         concrete(**settings)
+
+
+def test_a_plain_loop_ends_with_the_mask_where_coefficients_are_fixed() -> None:
+    images, ids = golden.batch(0)
+    method = concrete(mask_steps=2, granularity="fixed")
+    with pytest.raises(AdamergeError, match="learned for 2 steps .* step 2 would learn nothing"):
+        adamerge.adapt(method, [(images, ids)], heads=golden.heads(), steps=3)
 
 
 def test_a_plain_loop_goes_through_both_phases() -> None:

@@ -273,6 +273,9 @@ MISTAKES = [
     ("seed=${nothing}", r"Interpolation key 'nothing' not found \(in seed\)"),
     ("method={1: 2}", r"no such method"),
     ("update.rho=0", r"update\.rho is 0: expected a finite number > 0"),
+    ("update.rho=abc", r"update\.rho is 'abc': expected float"),
+    ("update.rho=null", r"update\.rho is None: expected float"),
+    ("update.inner_lr=abc", r"update\.inner_lr is 'abc': expected float"),
     ("optim..lr=1", r"'optim\.\.lr=1' is not a setting"),
     ("suite.=1", r"'suite\.=1' is not a setting"),
     ("trainer.gradient_clip_val=-1", r"gradient_clip_val is -1: expected a number >= 0"),
@@ -284,6 +287,28 @@ MISTAKES = [
 def test_mistakes_are_named(suite: Path, word: str, message: str) -> None:
     with pytest.raises(AdamergeError, match=message):
         build.check(config.load([f"suite={suite}", word]))
+
+
+def test_steps_that_would_learn_nothing_are_refused(suite: Path) -> None:
+    masks = [f"suite={suite}", "method=concrete_task_arithmetic", "method.mask_steps=4"]
+    build.check(config.load([*masks, "trainer.max_steps=4"]))
+    build.check(config.load([*masks, "trainer.max_steps=6", "method.granularity=task"]))
+    with pytest.raises(
+        AdamergeError, match=r"learned for 4 steps .* trainer\.max_steps=6 would go"
+    ):
+        build.check(config.load([*masks, "trainer.max_steps=6"]))
+    clamped = [f"suite={suite}", "method=layer_wise", "method.clamp=true"]
+    build.check(config.load([*clamped, "method.init=1"]))
+    build.check(config.load([*clamped, "method.init=1.5", "trainer.max_steps=0"]))
+    with pytest.raises(AdamergeError, match=r"method\.init is 1\.5, outside the \[0, 1\] that"):
+        build.check(config.load([*clamped, "method.init=1.5"]))
+
+
+@pytest.mark.parametrize("method", ["dare", "della", "atlas"])
+def test_what_is_drawn_follows_the_seed(method: str) -> None:
+    settings = config.load([f"method={method}", "seed=7"])
+    drawn = settings["transform"][0] if settings["transform"] else settings["method"]
+    assert drawn["seed"] == 7
 
 
 def test_every_argument_of_the_trainer_is_taken_or_refused_with_the_reason(suite: Path) -> None:

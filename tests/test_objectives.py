@@ -112,6 +112,8 @@ def test_weights() -> None:
         objectives.Entropy(heads, {"task_d": 1})
     with pytest.raises(AdamergeError, match=r"weights\.task_a is -1: expected a finite number"):
         objectives.Entropy(heads, {"task_a": -1})
+    with pytest.raises(AdamergeError, match=r"weights are 0 for every task, so that nothing is"):
+        objectives.Entropy(heads, dict.fromkeys(golden.TASKS, 0))
 
 
 def _share(rank: int, folder: str) -> None:

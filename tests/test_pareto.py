@@ -65,8 +65,26 @@ def test_a_preference_depends_on_the_step_alone_and_ends_with_learning() -> None
 
 
 @pytest.mark.parametrize(
-    "preference", [[1.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0], {"task_x": 1.0}, [1.0, 1.0, "a"]]
+    "preference",
+    [
+        [1.0],
+        [0.0, 0.0, 0.0],
+        [1.0, -1.0, 1.0],
+        {"task_x": 1.0},
+        [1.0, 1.0, "a"],
+        5,
+        {1: 2, "q": 1},
+        dict.fromkeys(golden.TASKS, 1e308),
+        [float("nan"), 1.0, 1.0],
+    ],
 )
 def test_refused_preferences(preference: object) -> None:
     with pytest.raises(AdamergeError, match="expected a number of 0 or more for each of task_a"):
         method(preference=preference)
+    with pytest.raises(AdamergeError, match="expected a number of 0 or more for each of task_a"):
+        method().fold_at(preference)  # type: ignore[arg-type]
+
+
+def test_init_is_a_number() -> None:
+    with pytest.raises(AdamergeError, match="Pareto: init is nan, expected a number"):
+        method(init=float("nan"))

@@ -19,6 +19,7 @@ from adamerge.config import settings as config
 from adamerge.encoders.experts import PerTaskEncoder
 from adamerge.methods import AdaMerging, Surgery, WEMoE
 from adamerge.report.advice import before
+from adamerge.weights.storage import Storage
 from tests import golden_data as golden
 from tests.tiny import learned
 
@@ -127,6 +128,17 @@ def test_methods_that_add_tasks_up_refuse_an_encoder_per_task(words: list[str]) 
     steps = "transform=[{_target_: adamerge.transforms.tall}]"
     settings = config.load([*words, "method=surgery", steps])
     with pytest.raises(AdamergeError, match="give the finished run"):
+        load_job(settings)
+
+
+def test_nothing_is_made_of_an_encoder_for_each_task_but_other_storage(words: list[str]) -> None:
+    own = transforms.twin(golden.task_vectors(torch.float32))
+    with pytest.raises(AdamergeError, match=r"\(emr, tall, twin\) makes an encoder of its own"):
+        transforms.tsv_m(own)
+    assert own.stored(Storage(dtype="bfloat16")).per_task
+    steps = "{_target_: adamerge.transforms.emr}, {_target_: adamerge.transforms.tsv_m}"
+    settings = config.load([*words, "method=emr", f"transform=[{steps}]"])
+    with pytest.raises(AdamergeError, match=r"transform\[0\] \(emr\) makes .*let it be the last"):
         load_job(settings)
 
 

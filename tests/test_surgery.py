@@ -110,8 +110,9 @@ def test_mistakes_are_named() -> None:
         make(positions="all")
     with pytest.raises(error, match="activation is 'gelu': expected 'relu' or 'identity'"):
         make(activation="gelu")
-    with pytest.raises(error, match="rank is 0: expected at least 1"):
-        Surgery(static(), golden.TASKS, 16, rank=0)
+    for rank in (0, 1.5, True):
+        with pytest.raises(error, match=f"Surgery: rank is {rank}, expected a whole number in"):
+            Surgery(static(), golden.TASKS, 16, rank=rank)  # type: ignore[arg-type]
     with pytest.raises(error, match=r"only linear adapters of final features"):
         make().fold_linear()
     with pytest.raises(error, match=r"task_ids has the values \[1, 2, 3\]: expected 0 to 2"):

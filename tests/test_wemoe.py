@@ -306,6 +306,8 @@ def test_mistakes_are_named() -> None:
     backbone, vectors = golden.clip().backbone, golden.task_vectors()
     with pytest.raises(adamerge.AdamergeError, match=r"density is 0.*\(0, 1\]"):
         WEMoE(backbone, vectors, density=0)
+    with pytest.raises(adamerge.AdamergeError, match="density is 'x', expected a number"):
+        WEMoE(backbone, vectors, density="x")  # type: ignore[arg-type]
     with pytest.raises(adamerge.AdamergeError, match="router_layers is 3: expected 0, 1 or 2"):
         WEMoE(backbone, vectors, router_layers=3)  # type: ignore[arg-type]
     plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
@@ -362,5 +364,5 @@ def test_batches_and_settings_that_mean_nothing() -> None:
     for images, ids in ((0, 0), (3, 2)):
         with pytest.raises(adamerge.AdamergeError, match="expected at least one image, and one"):
             method(draw(images, 3, 16, 16), torch.zeros(ids, dtype=torch.long))
-    with pytest.raises(adamerge.AdamergeError, match="init is nan: expected a finite number"):
+    with pytest.raises(adamerge.AdamergeError, match="init is nan, expected a number"):
         WEMoE(golden.clip().backbone, golden.task_vectors(), init=float("nan"))

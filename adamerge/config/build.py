@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -112,6 +112,7 @@ def _method_problems(config: Config) -> list[str]:
     except AdamergeError as error:
         return [str(error)]
     found = base_problems(given) + target_problems("method", part, KINDS["method"])
+    found = found or _step_problems(method, part, config["trainer"].get("max_steps"))
     asked, name = config["task_vectors"], method.__name__
     smaller = asked["dtype"] != "float32" or asked["device"] in ("host", "disk")
     if getattr(method, "combines", False):
@@ -129,6 +130,13 @@ def _method_problems(config: Config) -> list[str]:
             "TaskVectors.combine alone says so by `combines = True`)"
         )
     return found
+
+
+def _step_problems(method: Callable[..., Any], part: Config, steps: Any) -> list[str]:
+    """What a method says of its settings and a number of steps."""
+    usual = {n: p.default for n, p in inspect.signature(method).parameters.items()}
+    known = type(steps) is int  # else it is said elsewhere
+    return cast(type[MergeMethod], method).problems({**usual, **part}, steps) if known else []
 
 
 def _trial(config: Config, shapes: Iterable[Sequence[int]] = ((2, 2),)) -> list[str]:
@@ -187,6 +195,12 @@ def build_method(config: Config, suite: Suite, data: TaskData | None = None) -> 
     vectors = suite.task_vectors
     of_images = {} if data is None else statistics(config, suite, data)
     for index, part in enumerate(_transforms(config)):
+        if vectors.per_task:
+            before = _transforms(config)[index - 1]["_target_"].rpartition(".")[2]
+            raise AdamergeError(
+                f"transform[{index - 1}] ({before}) makes an encoder of its own for every task, "
+                "whose vectors no other transform can take: let it be the last"
+            )
         given: Supplied = {"task_vectors": functools.partial(_itself, vectors), **of_images}
         vectors = _transformed(f"transform[{index}]", part, config, suite, given)
     if vectors is not suite.task_vectors:  # from here on only read, so that the type may be small

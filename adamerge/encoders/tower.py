@@ -93,9 +93,9 @@ class Tower:
         """
         if task_vectors.per_task and not per_task:
             raise AdamergeError(
-                "the transform (emr, tall) makes an encoder of its own for every task, which this "
-                "method would add up: use it with AdaMerging, as method=task_wise, and give the "
-                "finished run as method.base to what adapts an encoder further"
+                "the transform (emr, tall, twin) makes an encoder of its own for every task, which "
+                "this method would add up: use it with AdaMerging, as method=task_wise, and give "
+                "the finished run as method.base to what adapts an encoder further"
             )
         shapes = {name: list(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
         given = {**task_vectors.pretrained, **task_vectors.constants}

@@ -74,6 +74,7 @@ class AdaMerging(MergeMethod):
     ) -> None:
         super().__init__(backbone, task_vectors)
         check_number("AdaMerging", "init", init, -1e6, 1e6)
+        check_number("AdaMerging", "parts", parts, 1, 256, whole=True)
         self.groups, self._column = _group(task_vectors.names, granularity)
         self.granularity, self.clamp = granularity, clamp
         first = task_vectors.pretrained[task_vectors.names[0]]
@@ -91,9 +92,20 @@ class AdaMerging(MergeMethod):
             self.coefficients = nn.Parameter(first.new_full(shape, float(init)))
         self._parts: dict[str, Tensor] = {}
         if granularity in _WITHIN:
-            _check_within(task_vectors, parts)
+            _check_within(task_vectors)
         if granularity == "partition":
             self._parts = _draw(task_vectors, parts, seed)
+
+    @classmethod
+    def problems(cls, settings: Mapping[str, Any], steps: int) -> list[str]:
+        """Coefficients that begin where clamping gives them no gradient."""
+        init = settings.get("init", 0.0)
+        if not settings.get("clamp") or steps == 0 or 0 <= init <= 1:
+            return []
+        return [
+            f"method.init is {init!r}, outside the [0, 1] that method.clamp=true clamps to, where "
+            "nothing is learned: set it within, or method.clamp=false"
+        ]
 
     def layer_coefficients(self) -> Tensor:
         """λ as it is applied, `[T, L]`: clamped if asked, spread over the layers of a group; of
@@ -209,12 +221,10 @@ def _group(names: tuple[str, ...], granularity: str) -> tuple[tuple[str, ...], T
     return groups, torch.tensor([groups.index(label) for label in labels])
 
 
-def _check_within(vectors: TaskVectors, parts: int) -> None:
-    if not 1 <= parts <= 256:
-        raise AdamergeError(f"parts is {parts}: expected 1 to 256 (method.parts)")
+def _check_within(vectors: TaskVectors) -> None:
     if vectors.per_task:
         raise AdamergeError(
-            "the transform (emr, tall) makes an encoder of its own for every task, whose "
+            "the transform (emr, tall, twin) makes an encoder of its own for every task, whose "
             "coefficients cannot differ within layers: set method.granularity to task or layer"
         )
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from adamerge._base.errors import AdamergeError
 from adamerge.methods.base import MergeMethod
+from adamerge.transforms.layers import check_number
 from adamerge.transforms.matrices import Device, Layers, is_tall, matrices_of, smaller_side
 from adamerge.weights.storage import Layer
 from adamerge.weights.task_vectors import TaskVectors
@@ -64,7 +64,10 @@ class AdaRank(MergeMethod):
         device: Device = None,
     ) -> None:
         super().__init__(backbone, task_vectors)
-        _check(rank, score, temperature)
+        check_number("AdaRank", "init", init, -1e6, 1e6)
+        check_number("AdaRank", "rank", rank, 0, 1)
+        check_number("AdaRank", "score", score, 0, 1e6, open_low=True)
+        check_number("AdaRank", "temperature", temperature, 0, 1e6, open_low=True)
         self.temperature, self.matrices = temperature, tuple(matrices_of(task_vectors, layers))
         self._bases: dict[str, Tensor] = {}
         rotated = _rotated(task_vectors, self.matrices, device, self._bases)
@@ -107,14 +110,6 @@ class AdaRank(MergeMethod):
     def coefficient_table(self) -> tuple[list[str], Tensor]:
         """Layer names and λ, `[T, L]`."""
         return list(self.task_vectors.names), self.coefficients.detach()
-
-
-def _check(rank: float, score: float, temperature: float) -> None:
-    if not 0 <= rank <= 1:
-        raise AdamergeError(f"rank is {rank!r}: expected a share in [0, 1] (method.rank)")
-    for name, value in (("score", score), ("temperature", temperature)):
-        if not value > 0:
-            raise AdamergeError(f"{name} is {value!r}: expected a number above 0 (method.{name})")
 
 
 def _rotated(

@@ -62,6 +62,11 @@ class MergeMethod(nn.Module):
             self.tower.check(task_vectors, per_task=self.takes_per_task)
             self.tower.apply_buffers(lambda buffer: buffer.to(task_vectors.device))
 
+    @classmethod
+    def problems(cls, settings: Mapping[str, Any], steps: int) -> list[str]:
+        """What is wrong with learning so many steps by these settings, those left out included."""
+        return []
+
     @property
     def has_learnables(self) -> bool:
         """Whether there is anything to learn."""

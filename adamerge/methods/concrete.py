@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from adamerge._base.errors import AdamergeError
 from adamerge.methods.base import MergeMethod
 from adamerge.transforms.draws import uniform
+from adamerge.transforms.layers import check_number
 from adamerge.weights.storage import Layer, contract, merge
 from adamerge.weights.task_vectors import TaskVectors
 
@@ -69,7 +71,12 @@ class Concrete(MergeMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, task_vectors)
-        _check(granularity, mask_steps, temperature)
+        _check(granularity)
+        # With fixed coefficients the mask alone is learned.
+        check_number("Concrete", "init", init, -1e6, 1e6)
+        least = int(granularity == "fixed")
+        check_number("Concrete", "mask_steps", mask_steps, least, 1e9, whole=True)
+        check_number("Concrete", "temperature", temperature, 0, 1e6, open_low=True)
         self.granularity = granularity
         self.mask_steps, self.temperature, self.seed = mask_steps, temperature, seed
         self.learns: tuple[str, ...] = ("logits", "coefficients")
@@ -82,12 +89,22 @@ class Concrete(MergeMethod):
             nn.Parameter(torch.zeros_like(base)) for base in task_vectors.pretrained.values()
         )
 
+    @classmethod
+    def problems(cls, settings: Mapping[str, Any], steps: int) -> list[str]:
+        """Steps after those of the mask, where it is all that is learned."""
+        masks = settings.get("mask_steps", steps)
+        if settings.get("granularity") != "fixed" or steps <= masks:
+            return []
+        return [_too_many(masks, f"trainer.max_steps={steps} would go on to learn")]
+
     def begin_step(self, number: int | None) -> None:
         """What step `number`, counted from 0, of training learns, and on which sample; None changes
         nothing."""
         if number is None:
             return
         first = number < self.mask_steps
+        if not first and self.granularity == "fixed":
+            raise AdamergeError(_too_many(self.mask_steps, f"step {number} would learn"))
         self.sample = number if first else None
         self.learns = ("logits", "coefficients") if first else ("coefficients",)
 
@@ -140,20 +157,18 @@ class Concrete(MergeMethod):
         return list(self.task_vectors.names), self.layer_coefficients().detach()
 
 
-def _check(granularity: str, mask_steps: int, temperature: float) -> None:
+def _too_many(mask_steps: int, what: str) -> str:
+    return (
+        f"the mask is learned for {mask_steps} steps and coefficients are fixed, so that {what} "
+        "nothing: take no more steps than method.mask_steps, or set method.granularity to layer"
+    )
+
+
+def _check(granularity: str) -> None:
     if granularity not in ("layer", "task", "fixed"):
         raise AdamergeError(
             f"granularity is {granularity!r}: expected 'layer', 'task' or 'fixed' "
             "(method.granularity)"
-        )
-    if mask_steps < 0 or (mask_steps == 0 and granularity == "fixed"):
-        raise AdamergeError(
-            f"mask_steps is {mask_steps!r}: expected how many steps the mask is learned, and above "
-            "0 where the coefficients are fixed (method.mask_steps)"
-        )
-    if not temperature > 0:
-        raise AdamergeError(
-            f"temperature is {temperature!r}: expected a number above 0 (method.temperature)"
         )
 
 

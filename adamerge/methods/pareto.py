@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adamerge._base.errors import AdamergeError
 from adamerge.encoders.tower import FoldedEncoder, merged_encoder
 from adamerge.methods.base import MergeMethod
+from adamerge.transforms.layers import check_number
 from adamerge.weights.task_vectors import TaskVectors
 
 
@@ -56,6 +57,7 @@ class Pareto(MergeMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, task_vectors)
+        check_number("Pareto", "init", init, -1e6, 1e6)
         tasks, layers = len(task_vectors.tasks), len(task_vectors.names)
         first = task_vectors.pretrained[task_vectors.names[0]]
         self.coefficients = nn.Parameter(first.new_full((tasks, layers), float(init)))
@@ -138,12 +140,13 @@ def _checked(preference: Any, tasks: tuple[str, ...]) -> list[float]:
     if preference is None:
         return [1 / len(tasks)] * len(tasks)
     given = dict(preference) if isinstance(preference, Mapping) else {}
-    unknown = sorted(set(given) - set(tasks))
-    numbers = [given.get(task, 0.0) for task in tasks] if given else list(preference)
-    plain = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
-    if unknown or len(numbers) != len(tasks) or not plain or not sum(numbers) > 0:
+    unknown = set(given) - set(tasks)
+    listed = list(preference) if isinstance(preference, Iterable) else []
+    numbers = [given.get(task, 0.0) for task in tasks] if given else listed
+    plain = all(isinstance(n, int | float) and n >= 0 for n in numbers)
+    if unknown or len(numbers) != len(tasks) or not plain or not 0 < sum(numbers) < math.inf:
         raise AdamergeError(
             f"preference is {preference!r}: expected a number of 0 or more for each of "
-            f"{', '.join(tasks)}, not all 0 (method.preference)"
+            f"{', '.join(tasks)}, not all 0, with a finite sum (method.preference)"
         )
     return [float(number) / sum(numbers) for number in numbers]

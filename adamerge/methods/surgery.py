@@ -13,6 +13,7 @@ from adamerge.encoders.experts import PerTaskEncoder
 from adamerge.encoders.tower import FoldedEncoder, Tower, block_widths, resblocks, tapped, traced
 from adamerge.methods.adapters import AdaptedEncoder, Adapter, Change, activation_of, changer
 from adamerge.methods.base import MergeMethod
+from adamerge.transforms.layers import check_number
 
 
 class Surgery(MergeMethod):
@@ -57,8 +58,7 @@ class Surgery(MergeMethod):
             )
         if not tasks or len(set(tasks)) != len(tasks) or isinstance(tasks, str):
             raise AdamergeError(f"tasks is {tasks!r}: expected the names of tasks, each once")
-        if rank < 1:
-            raise AdamergeError(f"rank is {rank!r}: expected at least 1 (method.rank)")
+        check_number("Surgery", "rank", rank, 1, 1e6, whole=True)
         activation_of(activation)
         self.tasks, self.activation = tuple(tasks), activation
         self._tower = Tower(encoder)

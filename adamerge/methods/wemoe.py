@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
@@ -30,6 +29,7 @@ from adamerge.methods.mixtures import (
     routers_of,
     within,
 )
+from adamerge.transforms.layers import check_number
 from adamerge.weights.task_vectors import TaskVectors
 
 
@@ -214,16 +214,11 @@ def _average(gates: Tensor, task_ids: Tensor) -> Tensor:
 
 
 def _check(router_layers: int, density: float, init: float) -> None:
-    if not math.isfinite(init):
-        raise AdamergeError(f"init is {init!r}: expected a finite number (method.init)")
+    check_number("WEMoE", "init", init, -1e6, 1e6)
+    check_number("WEMoE", "density", density, 0, 1, open_low=True)
     if router_layers not in (0, 1, 2):
         raise AdamergeError(
             f"router_layers is {router_layers!r}: expected 0, 1 or 2 (method.router_layers)"
-        )
-    if not 0 < density <= 1:
-        raise AdamergeError(
-            f"density is {density!r}: expected a number in (0, 1], the share of entries to keep "
-            "(method.density)"
         )
 
 

@@ -173,3 +173,19 @@ def _check_finite(tensor: Tensor, key: str, name: str, where: Where) -> None:
             f"{where(key)} has NaN or infinite values in tensor {name!r}: the checkpoint is "
             "damaged or its training diverged; use another one"
         )
+
+
+def other_layers(names: Collection[str]) -> AdamergeError:
+    """What is said of changed task vectors that lack layers, or have more."""
+    return AdamergeError(
+        f"deltas are not of the same layers as the task vectors ({min(names)!r}): give one "
+        "[T, *shape] for each layer"
+    )
+
+
+def not_the_last() -> AdamergeError:
+    """What is said of a transform after one that makes an encoder of its own for every task."""
+    return AdamergeError(
+        "the transform (emr, tall, twin) makes an encoder of its own for every task, whose vectors "
+        "no other transform can take: let it be the last"
+    )

@@ -149,6 +149,21 @@ def squares(deltas: Tensor) -> Tensor:
     return total.cpu()
 
 
+def finite_squares(deltas: Tensor, name: str) -> Tensor:
+    """As `squares`, of a layer that a transform changed.
+
+    Raises:
+        AdamergeError: NaN or infinite values.
+    """
+    found = squares(deltas)
+    if not bool(found.isfinite().all()):
+        raise AdamergeError(
+            f"the changed task vectors have NaN or infinite values in layer {name!r}: a setting of "
+            "the transform is too large there, or use another transform"
+        )
+    return found
+
+
 def _nothing(found: Contents, where: Where) -> AdamergeError:
     if any(tensor.is_floating_point() for tensor in found.constants.values()):
         return identical(where, found.tasks[0])

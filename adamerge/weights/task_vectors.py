@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from adamerge._base.errors import AdamergeError
-from adamerge.weights.differences import Model, StateDict, Where
+from adamerge.weights.differences import Model, StateDict, Where, not_the_last, other_layers
 from adamerge.weights.disk import MappedLayers, storing
 from adamerge.weights.merging import Merge, neighbours
 from adamerge.weights.prefetch import Prefetcher
-from adamerge.weights.reading import Contents, read, read_file, squares
+from adamerge.weights.reading import Contents, finite_squares, read, read_file
 from adamerge.weights.storage import Dense, Layer, Storage, keep
 
 
@@ -230,30 +230,23 @@ class TaskVectors:
             storage: in which type and place they are kept; None: as these.
 
         Raises:
-            AdamergeError: deltas of other layers, or with NaN or infinite values.
+            AdamergeError: deltas of other layers, or with NaN or infinite values; these here make
+                an encoder of its own for every task, and `storage` is None.
         """
+        if self.per_task and storage is None:
+            raise not_the_last()
         other = copy.copy(self)
         other.storage = storage or self.storage
         other._ahead = other._groups = other._home = None
         other._norms = torch.zeros(len(self.tasks), dtype=torch.float64)
         with storing(other.storage, list(self.names), named=False) as shelf:
             for name, changed in deltas.items() if isinstance(deltas, Mapping) else deltas:
-                found = squares(changed)
-                if not bool(found.isfinite().all()):
-                    raise AdamergeError(
-                        f"the changed task vectors have NaN or infinite values in layer {name!r}: "
-                        "a setting of the transform is too large there, or use another transform"
-                    )
-                other._norms += found
+                other._norms += finite_squares(changed, name)
                 shelf.add(name, keep(changed, other.storage.dtype))
             other._norms = other._norms.sqrt()
             other.layers = shelf.close({})
         if set(other.layers) != set(self.names):
-            missing = sorted(set(self.names) ^ set(other.layers))
-            raise AdamergeError(
-                f"deltas are not of the same layers as the task vectors ({missing[0]!r}): give "
-                "one [T, *shape] for each layer"
-            )
+            raise other_layers(set(self.names) ^ set(other.layers))
         return other
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> TaskVectors:

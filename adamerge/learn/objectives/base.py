@@ -59,6 +59,11 @@ class Objective(nn.Module):
                 raise AdamergeError(
                     f"objective.weights.{task} is {weight!r}: expected a finite number >= 0"
                 )
+        if not any(self.weights.values()):
+            raise AdamergeError(
+                "objective.weights are 0 for every task, so that nothing is learned: give at least "
+                "one above 0"
+            )
 
     def term(self, logits: Tensor) -> Tensor:
         """The loss of one task's images, `[B_t, C_t] -> []`."""

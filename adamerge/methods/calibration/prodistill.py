@@ -55,7 +55,7 @@ class ProDistill(Calibration):
         lr: float = 0.01,
     ) -> None:
         super().__init__(encoder, teacher, images)
-        check_number("prodistill", "epochs", epochs, 0, 1e6)
+        check_number("prodistill", "epochs", epochs, 0, 1e6, whole=True)
         check_number("prodistill", "lr", lr, 0, 1e6)
         self.epochs, self.lr = epochs, lr
 
