@@ -230,7 +230,7 @@ def test_wrong_settings_get_a_sentence(
     ):
         assert main(["train", *words, "method=featcal", own]) == 2
         assert sentence in capsys.readouterr().err
-    with pytest.raises(AdamergeError, match="epochs is 1.5, expected a whole number in"):
+    with pytest.raises(AdamergeError, match=r"epochs is 1\.5, expected a whole number in"):
         make("prodistill", epochs=1.5)
     backbone, vectors = golden.clip().backbone, golden.task_vectors()
     routed = WEMoE(backbone, vectors).fold()

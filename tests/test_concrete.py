@@ -119,7 +119,7 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
 def test_a_plain_loop_ends_with_the_mask_where_coefficients_are_fixed() -> None:
     images, ids = golden.batch(0)
     method = concrete(mask_steps=2, granularity="fixed")
-    with pytest.raises(AdamergeError, match="learned for 2 steps .* step 2 would learn nothing"):
+    with pytest.raises(AdamergeError, match=r"learned for 2 steps .* step 2 would learn nothing"):
         adamerge.adapt(method, [(images, ids)], heads=golden.heads(), steps=3)
 
 
