@@ -28,8 +28,8 @@ class AdaMerging(MergeMethod):
     is this with no step taken; AdaMerging++ is this on `sparse.ties(task_vectors)`.
 
     With task vectors of which each makes an encoder of its own (`task_vectors.per_task`, as the
-    transforms `emr` and `tall` give), task t's images go through `θ0_l + λ[t, l] τ[t, l]` instead:
-    T merged models are in memory while it learns, and the fold is an encoder per task.
+    transforms `emr`, `tall` and `twin` give), task t's images go through `θ0_l + λ[t, l] τ[t, l]`
+    instead: T merged models are in memory while it learns, and the fold is an encoder per task.
 
     Args:
         backbone: the network (of a CLIP `model.visual`), for its architecture only; left unchanged.
