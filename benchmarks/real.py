@@ -25,6 +25,7 @@ from adamerge.report.comparison.tables import correlations, ranked, table
 
 GRID = Path(__file__).with_name("real_grid.yaml")
 PROTOCOLS = ("heldout", "paper")
+PAPER = "Accuracy in % on all test images.\n"
 HIDDEN = ("normalized", "images seen", "peak memory, MB", "export, MB", "training, s")
 LEARNED = ("layer_wise", "task_wise")  # they start at task arithmetic
 LOW = ("entropy", "divergence", "top_share")  # signals of which less is taken to be better
@@ -190,12 +191,12 @@ def main() -> None:
     runs, others = (runs_of(given.folder / protocol) for protocol in PROTOCOLS)
     text = "\n".join(
         [
-            f"# The real suite\n\n{date.today()}, one thread, {len(runs)} runs.\n",
+            f"# The real suite\n\n{date.today()}, one thread, {len(runs)} runs of each protocol.\n",
             f"    python benchmarks/real.py DIR --seeds {seeds.replace(',', ' ')}\n",
             "Accuracy in % on the held-out half, mean ± standard deviation over seeds.\n",
             *accuracies(runs),
             *ranking(runs),
-            *(["## Protocol paper: all test images adapted on and scored\n"] if others else []),
+            *(["## Protocol paper: all test images adapted on and scored\n", PAPER] if others else []),
             *accuracies(others),
             "## What objectives do to each task, and what told so\n",
             *signs(runs),
