@@ -196,7 +196,11 @@ def main() -> None:
             "Accuracy in % on the held-out half, mean ± standard deviation over seeds.\n",
             *accuracies(runs),
             *ranking(runs),
-            *(["## Protocol paper: all test images adapted on and scored\n", PAPER] if others else []),
+            *(
+                ["## Protocol paper: all test images adapted on and scored\n", PAPER]
+                if others
+                else []
+            ),
             *accuracies(others),
             "## What objectives do to each task, and what told so\n",
             *signs(runs),
