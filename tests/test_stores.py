@@ -285,7 +285,7 @@ def test_a_base_that_has_seen_what_is_scored_is_refused(
         ),
         (["method=surgery", "objective=surgery_v2"], "which Surgery with these settings does not"),
         (["method=wemoe", "method.batch_gate=true", "micro_batch=3"], "set micro_batch to null"),
-        (["method=surgery", "method.rank=10000000000000"], "method: "),
+        (["method=surgery", "method.rank=10000000000000"], "Surgery: rank is 10000000000000"),
     ],
 )
 def test_what_cannot_go_together_is_said_before_the_run(
