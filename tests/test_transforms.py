@@ -394,6 +394,12 @@ def test_directions_that_cancel_or_are_none_leave_the_mean(last: float) -> None:
         ]
 
 
+def test_karcher_where_one_is_opposite_to_the_mean_of_the_others() -> None:
+    numbers = [1.0, 2.0, 3.0, 4.0, -1.0]
+    vectors = vectors_of(*({"a": torch.tensor([v])} for v in numbers))
+    assert float(transforms.karcher(vectors).deltas["a"].sum()) == pytest.approx(1.8)
+
+
 def test_multislerp_is_of_any_scale() -> None:
     """The mean norm, not that of the mean, also where norms are far below 1e-8."""
     for scale in (1.0, 1e-15):
