@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -260,12 +260,12 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
                 tensor.copy_(kept)
 
 
-_KINDS: dict[str, tuple[Callable[..., Update], tuple[str, ...]]] = {  # and their settings
-    "joint": (Joint, ()),
-    "per_task": (PerTask, ("order",)),
-    "sam": (Sam, ("rho", "adaptive")),
-    "bilevel": (Bilevel, ("inner_lr",)),
-    "progressive": (Progressive, ("inner_steps",)),
+_KINDS: dict[str, type[Any]] = {
+    "joint": Joint,
+    "per_task": PerTask,
+    "sam": Sam,
+    "bilevel": Bilevel,
+    "progressive": Progressive,
 }
 
 
@@ -281,11 +281,12 @@ def update_of(settings: Mapping[str, Any] | str, seed: int = 0) -> Update:
     known: dict[str, Any] = {"name": settings} if isinstance(settings, str) else dict(settings)
     name = known.pop("name", None)
     _check("name", name, name in list(_KINDS), ", ".join(_KINDS))
-    settable = [key for _, keys in _KINDS.values() for key in keys]
+    own = {n: [f.name for f in fields(kind) if f.name != "seed"] for n, kind in _KINDS.items()}
+    settable = [key for keys in own.values() for key in keys]
     for key in known.keys() - settable:
         raise AdamergeError(f"update.{key} is unknown{nearest(key, settable)}")
-    made = {
-        n: kind(**{k: known[k] for k in known if k in own}) for n, (kind, own) in _KINDS.items()
+    made: dict[str, Update] = {
+        n: kind(**{key: known[key] for key in own[n] if key in known}) for n, kind in _KINDS.items()
     }
     found = made[name]
     return PerTask(found.order, seed) if isinstance(found, PerTask) else found
