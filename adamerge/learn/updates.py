@@ -281,15 +281,14 @@ def update_of(settings: Mapping[str, Any] | str, seed: int = 0) -> Update:
     known: dict[str, Any] = {"name": settings} if isinstance(settings, str) else dict(settings)
     name = known.pop("name", None)
     _check("name", name, name in list(_KINDS), ", ".join(_KINDS))
-    own = {n: [f.name for f in fields(kind) if f.name != "seed"] for n, kind in _KINDS.items()}
-    settable = [key for keys in own.values() for key in keys]
+    own = {n: [f.name for f in fields(kind)] for n, kind in _KINDS.items()}
+    settable = {key for keys in own.values() for key in keys} - {"seed"}
     for key in known.keys() - settable:
         raise AdamergeError(f"update.{key} is unknown{nearest(key, settable)}")
-    made: dict[str, Update] = {
-        n: kind(**{key: known[key] for key in own[n] if key in known}) for n, kind in _KINDS.items()
-    }
-    found = made[name]
-    return PerTask(found.order, seed) if isinstance(found, PerTask) else found
+    known["seed"] = seed
+    made = {n: kind(**{k: known[k] for k in own[n] if k in known}) for n, kind in _KINDS.items()}
+    found: Update = made[name]
+    return found
 
 
 def _is_positive(value: Any) -> bool:
